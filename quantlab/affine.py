@@ -1,0 +1,104 @@
+"""Affine quantization: a real number is scale * (code - zero_point).
+
+    code  = clamp(zero_point + round_half_even(x * (1 / scale)), qmin, qmax)
+    x_hat = scale * (code - zero_point)
+
+Jacob et al. 2018 (arXiv:1712.05877), eq. 1. The reciprocal is taken once, in float32, as torch's fake-quantize kernels do; the result
+is bit-identical to theirs, which the tests prove and which `fake_quantize` therefore uses for speed. Zero is always represented exactly.
+"""
+
+import dataclasses
+
+import torch
+
+from quantlab.runtime import UserError
+
+MIN_BITS, MAX_BITS = 2, 8
+MIN_SCALE = 2.0**-60  # so that scale_in * scale_weight, the scale of a bias, is still a normal float32
+
+
+@dataclasses.dataclass(frozen=True)
+class QParams:
+    """How one tensor is coded.
+
+    scale: float32, [] for a whole tensor or [C] per channel. zero_point: int32, same shape. Codes are the integers qmin..qmax.
+    axis: the channel dimension of the coded tensor, None for per tensor.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    qmin: int
+    qmax: int
+    axis: int | None = None
+
+    @property
+    def bits(self):
+        """Width in bits of a code."""
+        return max(abs(self.qmin), self.qmax).bit_length() + (self.qmin < 0)
+
+    def broadcast(self, dim):
+        """(scale, zero_point), shaped to broadcast against a tensor of `dim` dimensions."""
+        shape = [1] * dim
+        if self.axis is not None:
+            shape[self.axis] = -1
+            return self.scale.view(shape), self.zero_point.view(shape)
+        return self.scale, self.zero_point
+
+    def to(self, device):
+        return dataclasses.replace(self, scale=self.scale.to(device), zero_point=self.zero_point.to(device))
+
+
+def check_bits(bits, name="bits"):
+    """`bits` itself, or UserError when it is not an integer from 2 to 8."""
+    if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
+        raise UserError(f"{name}={bits!r}: a width is an integer from {MIN_BITS} to {MAX_BITS}")
+    return bits
+
+
+def code_range(bits, symmetric, signed):
+    """(qmin, qmax): 0..2^b-1, or for symmetric signed codes the narrow range +-(2^(b-1)-1), in which -x has a code whenever x has."""
+    if symmetric and signed:
+        return 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1
+    return 0, 2**bits - 1
+
+
+def choose_qparams(low, high, bits, *, symmetric=False, signed=True, axis=None):
+    """QParams that cover [low, high], widened to include zero.
+
+    low, high: numbers, or tensors [] or [C]; real values, any float dtype. bits: 2..8.
+    symmetric: zero_point 0, scale = max(|low|, |high|) / qmax; with signed=False for a tensor that is never negative (codes 0..2^b-1).
+    Otherwise affine: scale = (high - low) / (2^b - 1), zero_point = round(-low / scale).
+    An all-zero range gets scale 1. Raises UserError for a range that is empty (low > high) or not finite, or for bits outside 2..8.
+    """
+    check_bits(bits)
+    low, high = (torch.as_tensor(v, dtype=torch.float64) for v in (low, high))
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise UserError(f"range [{low.min():g}, {high.max():g}] is not finite: the tensor holds NaN or infinite values; find where they arise")
+    if (low > high).any():
+        raise UserError(f"range [{low.max():g}, {high.min():g}] is empty: low must not exceed high")
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    qmin, qmax = code_range(bits, symmetric, signed)
+    extent = torch.maximum(-low if signed else high, high) if symmetric else high - low
+    scale = extent / (qmax if symmetric else qmax - qmin)
+    scale = torch.where(extent == 0, torch.ones_like(scale), scale.clamp(min=MIN_SCALE)).float()
+    zero_point = torch.zeros_like(low) if symmetric else (qmin - low / scale.double()).round().clamp(qmin, qmax)
+    return QParams(scale, zero_point.int(), qmin, qmax, axis)
+
+
+def quantize(x, q):
+    """float32 tensor -> int32 codes of the same shape."""
+    scale, zero_point = q.broadcast(x.dim())
+    return (torch.round(x * (1.0 / scale)) + zero_point).clamp(q.qmin, q.qmax).int()
+
+
+def dequantize(codes, q):
+    """int32 codes -> float32 tensor of the same shape: scale * (code - zero_point)."""
+    scale, zero_point = q.broadcast(codes.dim())
+    return scale * (codes - zero_point)
+
+
+def fake_quantize(x, q):
+    """dequantize(quantize(x)) in one pass of torch's own kernel; float32, same shape, differentiable inside the range."""
+    if q.axis is None:
+        return torch.fake_quantize_per_tensor_affine(x, q.scale, q.zero_point, q.qmin, q.qmax)
+    return torch.fake_quantize_per_channel_affine(x, q.scale, q.zero_point, q.axis, q.qmin, q.qmax)

@@ -1,0 +1,67 @@
+"""Top-1 accuracy on a split, and how far two networks differ on the same images."""
+
+import dataclasses
+import math
+import time
+
+import torch
+from tqdm.auto import tqdm
+
+from quantlab.runtime import UserError, device
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """top1 in percent over n images; predictions int64 [n] and correct bool [n] in stored order; wall-clock seconds."""
+
+    top1: float
+    n: int
+    predictions: torch.Tensor
+    correct: torch.Tensor
+    seconds: float
+
+    @property
+    def images_per_s(self):
+        return self.n / self.seconds
+
+
+@torch.inference_mode()
+def evaluate(model, split, *, batch_size=250, limit=None, on=None, verbose=False):
+    """Accuracy of `model` (any callable on float32 [B, 3, H, W] giving logits [B, >= classes]) on a Split; argmax over the classes' ways only.
+
+    limit: the first `limit` images of a class-balanced order, for smoke runs. on: the device; the model is moved there when it can be.
+    Raises UserError when the network gives fewer ways than there are classes, or a logit that is not finite.
+    """
+    where = torch.device(on) if on else device()
+    if limit is not None and limit < len(split):
+        split = split.subset(torch.linspace(0, len(split) - 1, limit).round().long())
+    if isinstance(model, torch.nn.Module):
+        model.eval().to(where)
+    ways = int(split.labels.max()) + 1
+    predictions = []
+    started = time.perf_counter()
+    for images, _ in tqdm(split.batches(batch_size), total=-(-len(split) // batch_size), desc="evaluate", leave=False, disable=not verbose):
+        logits = model(images.to(where).contiguous(memory_format=torch.channels_last))
+        if logits.shape[1] < ways:
+            raise UserError(f"the network has {logits.shape[1]} ways but the data has {ways} classes; load a checkpoint trained on this data")
+        if not torch.isfinite(logits).all():
+            raise UserError("the network gives logits that are NaN or infinite; check its weights and its calibration")
+        predictions.append(logits[:, :ways].argmax(1).cpu())
+    seconds = time.perf_counter() - started
+    predictions = torch.cat(predictions)
+    correct = predictions == split.labels
+    return Evaluation(100 * correct.double().mean().item(), len(correct), predictions, correct, seconds)
+
+
+def paired_drop(correct_a, correct_b):
+    """Accuracy of a minus accuracy of b on the same images, in points, with its 95 % interval: (drop, low, high).
+
+    Only images on which they disagree count: the adjusted Wald interval for paired proportions of Bonett & Price (2012),
+    which stays honest when few or none do. correct_a, correct_b: bool [n].
+    """
+    n = len(correct_a)
+    lost = int((correct_a & ~correct_b).sum())
+    gained = int((~correct_a & correct_b).sum())
+    p, q = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
+    half = 1.959964 * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    return 100 * (lost - gained) / n, 100 * (p - q - half), 100 * (p - q + half)

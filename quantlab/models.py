@@ -1,0 +1,205 @@
+"""The two networks of the workbook, and checkpoints: safetensors with a JSON card each, never a pickle.
+
+    model = load_model("resnet20", checkpoint="checkpoint/resnet20-cifar10-jpeg.safetensors")
+"""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+import platform
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quantlab.runtime import UserError, atomic_path, device_name, root, sha256, write_text
+
+# ---- ResNet-20 --------------------------------------------------------------------------------------------------------------
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.shortcut = nn.Identity()
+        if stride != 1 or c_in != c_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet20(nn.Module):
+    """He et al. 2016 (arXiv:1512.03385, section 4.2): 16-32-64 channels, three blocks each, on 32x32 images; 0.27 M parameters.
+
+    The two shortcuts that change shape are 1x1 convolutions (option B), so that the graph is convolutions, adds and ReLUs only.
+    """
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = nn.Sequential(*(BasicBlock(16, 16, 1) for _ in range(3)))
+        self.layer2 = nn.Sequential(BasicBlock(16, 32, 2), BasicBlock(32, 32, 1), BasicBlock(32, 32, 1))
+        self.layer3 = nn.Sequential(BasicBlock(32, 64, 2), BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+        return self.fc(x)
+
+
+def resnet50(num_classes=10):
+    """torchvision's ResNet-50 with a 3x3 stride-1 stem and no max-pool, for 32x32 images; 23,520,842 parameters with ten ways."""
+    import torchvision
+
+    model = torchvision.models.resnet50(num_classes=num_classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+ARCHITECTURES = {"resnet20": ResNet20, "resnet50": resnet50}
+
+
+def build(name, num_classes=10):
+    """An untrained network by name, or UserError with the names there are."""
+    if name not in ARCHITECTURES:
+        near = difflib.get_close_matches(name, ARCHITECTURES, 1)
+        raise UserError(f"model {name!r} is unknown{f'; did you mean {near[0]}?' if near else ''}; use one of: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name](num_classes)
+
+
+# ---- Checkpoints ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a checkpoint is: stored beside its weights as FILE.json. Accuracies are top-1 in percent."""
+
+    architecture: str
+    num_outputs: int
+    trained_on: str
+    data_fingerprint: str
+    classes: tuple
+    mean: tuple
+    std: tuple
+    recipe: dict
+    history: tuple  # one dict an epoch
+    test_top1: float | None
+    n_test: int | None
+    sha256: str
+    software: dict
+    hardware: str
+    created: str
+    source: str = "quantlab train"
+
+
+def software():
+    """Versions that a number may depend on."""
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def card_path(checkpoint):
+    """checkpoint/name.safetensors -> checkpoint/name.json."""
+    return pathlib.Path(checkpoint).with_suffix(".json")
+
+
+def save_checkpoint(model, path, **card):
+    """Write the weights of `model` (contiguous, on the CPU) and its card; return the card. `card` holds Card's fields."""
+    path = pathlib.Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {"architecture": card["architecture"]})
+    card = Card(sha256=sha256(path), software=software(), hardware=device_name(), **card)
+    write_text(card_path(path), json.dumps(dataclasses.asdict(card), indent=1) + "\n")
+    return card
+
+
+def load_card(checkpoint):
+    """The card of a checkpoint, its checksum verified; UserError when either file is missing or they do not belong together."""
+    checkpoint = pathlib.Path(checkpoint)
+    if checkpoint.suffix != ".safetensors":
+        raise UserError(f"{checkpoint} is not a .safetensors file; bring it in with: python -m quantlab import-checkpoint {checkpoint}")
+    for file in (checkpoint, card_path(checkpoint)):
+        if not file.is_file():
+            raise UserError(f"checkpoint {file} not found; train one with: python -m quantlab train")
+    try:
+        card = Card(**json.loads(card_path(checkpoint).read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"{card_path(checkpoint)} is not a checkpoint card; restore it or import the weights again") from None
+    if sha256(checkpoint) != card.sha256:
+        raise UserError(f"checkpoint {checkpoint} is damaged: its sha256 differs from its card's; restore it from where it came")
+    return card
+
+
+def load_model(name, checkpoint=None, num_classes=10):
+    """Build a network in eval mode and load its weights.
+
+    name: a key of ARCHITECTURES. checkpoint: path of a .safetensors file with its card, or None for random weights.
+    Raises UserError for an unknown name, a damaged file, or a checkpoint of another architecture.
+    """
+    if checkpoint is None:
+        return build(name, num_classes).eval()
+    card = load_card(checkpoint)
+    if card.architecture != name:
+        raise UserError(f"checkpoint {checkpoint} is a {card.architecture}, not a {name}; set model={card.architecture} or choose another file")
+    model = build(name, card.num_outputs)
+    try:
+        state = safetensors.torch.load_file(checkpoint)
+        state = {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}
+        model.load_state_dict(state)
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise UserError(f"checkpoint {checkpoint} does not fit {name}: {str(error).splitlines()[-1].strip()}") from None
+    return model.eval()
+
+
+def find_checkpoint(model, dataset_name, folder=None):
+    """Path of the checkpoint trained on this data set; for CIFAR-10's official files, else the one trained on the JPEG copy; else None."""
+    folder = folder or root() / "checkpoint"
+    names = [dataset_name] + (["cifar10-jpeg"] if dataset_name.startswith("cifar10") else [])
+    return next((path for name in names if (path := folder / f"{model}-{name}.safetensors").is_file()), None)
+
+
+def import_checkpoint(file, architecture, out, **card):
+    """A user's state dict (read with weights_only, so that nothing in it is executed) as safetensors with a card; return the model.
+
+    Accepts a bare state dict or one under "state_dict", "model" or "net", with or without the prefix "module.".
+    A head with more than ten ways is kept; evaluation looks at the first ways only, one per class.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{file} not found") from None
+    except Exception as error:  # a pickle that would execute code, a truncated zip, not a checkpoint at all: refused alike
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"{file} cannot be read as a state dict without executing code ({reason}); save it with torch.save(model.state_dict(), …)") from None
+    while isinstance(state, dict) and (key := next((k for k in ("state_dict", "model", "net") if isinstance(state.get(k), dict)), None)):
+        state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{file} holds no state dict of tensors; save it with torch.save(model.state_dict(), …)")
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    head = state.get("fc.weight", state.get("linear.weight"))
+    model = build(architecture, len(head) if head is not None else 10)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{file} does not fit {architecture}: {str(error).splitlines()[1].strip()[:200]}") from None
+    save_checkpoint(model, out, architecture=architecture, num_outputs=model.fc.out_features, source=f"imported from {pathlib.Path(file).name}", **card)
+    return model.eval()

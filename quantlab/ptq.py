@@ -1,0 +1,239 @@
+"""Post-training quantization in two steps: collect statistics once, then quantize as often and as differently as you like.
+
+    stats  = collect(model, data.calibration(1024, seed=0))
+    qmodel = quantize(model, stats, QuantConfig(weight_bits=4, act_bits=4))
+"""
+
+import dataclasses
+import hashlib
+
+import torch
+from torch import fx, nn
+from tqdm.auto import tqdm
+
+from quantlab import observers
+from quantlab.affine import QParams, check_bits, choose_qparams, fake_quantize
+from quantlab.graph import Plan, find_kinds, fold, make_plan, trace
+from quantlab.runtime import UserError, device
+
+BIAS_CODES = 2.0**30  # a bias code stays below this, so that an int32 accumulator has room for the products
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """Every decision of a quantized network; widths in bits.
+
+    first_last_bits: weights of the first and the last layer and input of the last; None: as the rest. residual_bits: operands and results
+    of adds; None: float, as in most papers (simulation only). observer: a name or a function (stats, bits, symmetric) -> (low, high).
+    weight_symmetric / act_symmetric: zero-point 0, weights in the narrow range; a symmetric activation that cannot be negative is unsigned,
+    unless act_signed forces signed codes (as the original experiment did).
+    """
+
+    weight_bits: int = 8
+    act_bits: int = 8
+    observer: object = "histogram"
+    weight_observer: str = "mse"
+    first_last_bits: int | None = None
+    residual_bits: int | None = 8
+    input_bits: int = 8
+    placement: str = "fused"
+    per_channel: bool = True
+    weight_symmetric: bool = True
+    act_symmetric: bool = False
+    act_signed: bool = False
+
+    def __post_init__(self):
+        for name in ("weight_bits", "act_bits", "first_last_bits", "residual_bits", "input_bits"):
+            if getattr(self, name) is not None or name not in ("first_last_bits", "residual_bits"):
+                check_bits(getattr(self, name), name)
+        observers.find_observer(self.observer)
+
+    def layer_bits(self, plan, layer):
+        """(weight bits, input bits) of a layer."""
+        outer = self.first_last_bits if layer in plan.first | plan.last else None
+        inner = self.first_last_bits if layer in plan.last else None
+        return outer or self.weight_bits, inner or self.act_bits
+
+
+# ---- Collect ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class CalibrationStats:
+    """What one pass over the calibration data saw: node name -> EdgeStats, for one graph and placement; `+` joins two passes."""
+
+    edges: dict
+    placement: str
+    graph_hash: str
+    n_images: int
+
+    def __add__(self, other):
+        if (self.graph_hash, self.placement) != (other.graph_hash, other.placement):
+            raise UserError("statistics of different networks or placements cannot be added")
+        edges = {name: observers.EdgeStats().merge(edge).merge(other.edges[name]) for name, edge in self.edges.items()}
+        return CalibrationStats(edges, self.placement, self.graph_hash, self.n_images + other.n_images)
+
+
+def prepare(model, placement="fused"):
+    """(folded float graph, plan, hash): what `collect` and `quantize` both start from."""
+    graph = fold(trace(model), batchnorm=placement == "fused")
+    digest = hashlib.sha256(f"{graph.graph}".encode())
+    for name, tensor in sorted(graph.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return graph, make_plan(graph, placement), digest.hexdigest()
+
+
+@torch.no_grad()
+def collect(model, batches, placement="fused", verbose=False):
+    """Run the folded float network over `batches` (float32 [B, C, H, W] each) and count every value on every edge.
+
+    Eval mode, no gradients, one pass, constant memory; the result does not depend on the order of the images.
+    Raises UserError for an empty calibration set and for values that are not finite, naming the edge.
+    """
+    graph, plan, digest = prepare(model, placement)
+    graph.to(device())
+    counter = _Counter(graph, plan)
+    n_images = 0
+    for batch in tqdm(batches, desc="collect", unit=" batches", leave=False, disable=not verbose):
+        counter.run(batch.to(device()))
+        n_images += len(batch)
+    if not n_images:
+        raise UserError("the calibration set is empty: give at least one batch of images")
+    unseen = [name for name, edge in counter.edges.items() if not edge.count]
+    if unseen:
+        raise UserError(f"edge {unseen[0]} never saw a floating-point value; it cannot be quantized")
+    return CalibrationStats(counter.edges, placement, digest, n_images)
+
+
+class _Counter(fx.Interpreter):
+    """Runs the graph and updates an edge's statistics as soon as its value exists."""
+
+    def __init__(self, graph, plan):
+        super().__init__(graph)
+        self.edges = {name: observers.EdgeStats() for name in plan.observed}
+
+    def run_node(self, node):
+        value = super().run_node(node)
+        if node.name in self.edges and isinstance(value, torch.Tensor) and value.is_floating_point():
+            try:
+                self.edges[node.name].update(value)
+            except UserError as error:
+                raise UserError(f"edge {node.name}: {error}") from None
+        return value
+
+
+# ---- Quantize ---------------------------------------------------------------------------------------------------------------
+
+
+class Quantizer(nn.Module):
+    """Rounds a float32 tensor to the values that its codes stand for."""
+
+    def __init__(self, q):
+        super().__init__()
+        self.register_buffer("scale", q.scale)
+        self.register_buffer("zero_point", q.zero_point)
+        self.qmin, self.qmax = q.qmin, q.qmax
+
+    @property
+    def qparams(self):
+        return QParams(self.scale, self.zero_point, self.qmin, self.qmax)
+
+    def forward(self, x):
+        return fake_quantize(x, self.qparams)
+
+    def extra_repr(self):
+        q = self.qparams
+        return f"bits={q.bits}, scale={self.scale.item():.4g}, zero_point={self.zero_point.item()}"
+
+
+@torch.no_grad()
+def quantize(model, stats, config=QuantConfig()):
+    """A copy of `model` that rounds where `config` says: a torch.fx.GraphModule on float32 [B, C, H, W], in eval mode.
+
+    Weights are replaced by the values of their codes (each layer keeps its `weight_qparams`), biases by multiples of s_in * s_w, and a
+    Quantizer stands behind every value that is stored. `qmodel.plan` and `qmodel.config` say what was decided; `qmodel.plan.floats`
+    lists operations that are computed in float between two sets of codes.
+    Raises UserError when the statistics belong to another network or placement.
+    """
+    graph, plan, digest = prepare(model, config.placement)
+    if (stats.graph_hash, stats.placement) != (digest, config.placement):
+        what = "placement" if stats.placement != config.placement else "network"
+        raise UserError(f"these statistics were collected on another {what}; run collect(model, batches, placement={config.placement!r}) on this one")
+    inputs = _insert_quantizers(graph, plan, stats, config)
+    for name in layers(graph, plan):
+        _quantize_layer(graph.get_submodule(_node(graph, name).target), plan, name, config, inputs.get(name))
+    graph.recompile()
+    graph.plan, graph.config = plan, config
+    return graph.eval()
+
+
+def layers(graph, plan):
+    """Names of the convolution and linear nodes, in order of execution."""
+    kinds = find_kinds(graph)
+    return [node.name for node in kinds if kinds[node] == "compute"]
+
+
+def _node(graph, name):
+    return next(n for n in graph.graph.nodes if n.name == name)
+
+
+def _insert_quantizers(graph, plan, stats, config):
+    """Put a Quantizer behind every stored value and, where a layer reads fewer bits than are stored, in front of it; layer -> its QParams."""
+    nodes = {n.name: n for n in graph.graph.nodes}
+    required = {layer: config.layer_bits(plan, layer)[1] for layer in plan.reads}
+    stored, holders = {}, {}
+    for name, role in plan.stores.items():
+        needs = [required[layer] for layer, value in plan.reads.items() if plan.sources.get(value) == name]
+        bits = {"input": config.input_bits, "residual": config.residual_bits}.get(role, max(needs, default=config.act_bits))
+        if bits is not None:
+            stored[name] = (choose_edge_qparams(stats.edges[name], bits, config), role)
+            users = list(nodes[name].users)
+            quantizer = holders[name] = _add_quantizer(graph, nodes[name], name, stored[name][0])
+            for user in users:
+                user.replace_input_with(nodes[name], quantizer)
+    inputs, shared = {}, {}
+    for layer, value in plan.reads.items():
+        q, role = stored.get(plan.sources.get(value), (None, None))
+        if q is None or role != "input" and required[layer] < q.bits:
+            read = nodes[layer].args[0]
+            if (read, required[layer]) not in shared:
+                q = choose_edge_qparams(stats.edges[value], required[layer], config)
+                shared[read, required[layer]] = q, _add_quantizer(graph, read, f"{value}_{required[layer]}bit", q)
+            q, quantizer = shared[read, required[layer]]
+            nodes[layer].replace_input_with(read, quantizer)
+        inputs[layer] = q
+    return inputs
+
+
+def choose_edge_qparams(edge, bits, config):
+    """The QParams of an activation edge: its observer's range at that width."""
+    low, high = observers.find_observer(config.observer)(edge, bits, config.act_symmetric)
+    return choose_qparams(low, high, bits, symmetric=config.act_symmetric, signed=config.act_signed or edge.minimum < 0)
+
+
+def _add_quantizer(graph, node, name, q):
+    target = f"quantizers.{name}"
+    if not hasattr(graph, "quantizers"):
+        graph.add_module("quantizers", nn.Module())
+    graph.add_submodule(target, Quantizer(q))
+    with graph.graph.inserting_after(node):
+        return graph.graph.call_module(target, (node,))
+
+
+def _quantize_layer(layer, plan, name, config, q_in):
+    """Replace weight and bias by the values of their codes; q_in: the codes the layer reads, None for float."""
+    bits = config.layer_bits(plan, name)[0]
+    weight = layer.weight.detach()
+    low, high = observers.weight_range(
+        weight, bits, observer=config.weight_observer, per_channel=config.per_channel, symmetric=config.weight_symmetric
+    )
+    q = choose_qparams(low, high, bits, symmetric=config.weight_symmetric, axis=0 if config.per_channel else None)
+    if layer.bias is not None and q_in is not None and config.placement == "fused":
+        bias = layer.bias.detach().double()
+        floor = bias.abs() / (BIAS_CODES * q_in.scale.double())  # a channel of tiny weights and a large bias
+        q = dataclasses.replace(q, scale=torch.maximum(q.scale, (floor if config.per_channel else floor.max()).float()))
+        unit = q_in.scale.double() * q.scale.double()
+        layer.bias.copy_(torch.round(bias / unit) * unit)
+    layer.weight.copy_(fake_quantize(weight, q))
+    layer.weight_qparams = q
