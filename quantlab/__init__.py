@@ -1,17 +1,17 @@
 """quantlab: post-training quantization by hand, in the open. The whole public surface is the names below."""
 
-from quantlab.runtime import UserError, make_torchvision_importable
+from quantlab.runtime import UserError, make_torchvision_importable, root
 
 make_torchvision_importable()  # before anything imports torchvision
 
 from quantlab.affine import QParams, choose_qparams, dequantize, fake_quantize, quantize as quantize_tensor  # noqa: E402
 from quantlab.data import load_data  # noqa: E402
-from quantlab.evaluate import evaluate, paired_drop  # noqa: E402
-from quantlab.models import find_checkpoint, load_card, load_model  # noqa: E402
+from quantlab.evaluate import evaluate, limited, paired_drop  # noqa: E402
+from quantlab.models import find_checkpoint, load_card, load_model, load_trained  # noqa: E402
 from quantlab.ptq import QuantConfig, collect, quantize  # noqa: E402
 from quantlab.train import TrainConfig, train  # noqa: E402
 
 __all__ = [
     "QParams", "QuantConfig", "TrainConfig", "UserError", "choose_qparams", "collect", "dequantize", "evaluate", "fake_quantize",
-    "find_checkpoint", "load_card", "load_data", "load_model", "paired_drop", "quantize", "quantize_tensor", "train",
+    "find_checkpoint", "limited", "load_card", "load_data", "load_model", "load_trained", "paired_drop", "quantize", "quantize_tensor", "root", "train",
 ]  # fmt: skip

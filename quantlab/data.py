@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import tempfile
 
 import numpy as np
 import torch
@@ -125,14 +126,8 @@ def load_data(source="auto", *, size=None, verbose=True):
     Raises UserError for an unknown name, a folder without classes, unreadable images, a damaged archive or a missing network.
     """
     source = str(source)
-    place, hint = source, ""
-    if source == "auto":
-        place = find_cifar10() or find_images() or "digits"
-        hint = f"; CIFAR-10's official files: {FETCH_COMMAND}" if find_cifar10() is None else ""
-    elif source == "images":
-        place = find_images()
-        if place is None:
-            raise UserError(f"no image set in {data_folder()}: put a folder or archive with train/CLASS/* and test/CLASS/* there, or set QUANTLAB_DATA")
+    place = find_data(source)
+    hint = f"; CIFAR-10's official files: {FETCH_COMMAND}" if source == "auto" and not is_cifar10(place) else ""
     if place == "digits":
         data = load_digits()
     elif place == "cifar10" or is_cifar10(place):
@@ -144,6 +139,17 @@ def load_data(source="auto", *, size=None, verbose=True):
     if verbose:
         print(f"data: {data}{hint}", flush=True)
     return data
+
+
+def find_data(source):
+    """Where "auto", "images" and "cifar10" lead on this machine: a path, "digits" or "cifar10"; any other source is itself."""
+    if source == "auto":
+        return find_cifar10() or find_images() or "digits"
+    if source == "cifar10":
+        return find_cifar10() or source
+    if source == "images" and find_images() is None:
+        raise UserError(f"no image set in {data_folder()}: put a folder or archive with train/CLASS/* and test/CLASS/* there, or set QUANTLAB_DATA")
+    return find_images() if source == "images" else source
 
 
 # ---- The parts --------------------------------------------------------------------------------------------------------------
@@ -207,10 +213,17 @@ def find_cifar10():
 
 def load_cifar10(path):
     """CIFAR-10 through torchvision, checksums verified; downloads into `path` where it is missing."""
+    parts = _read_cifar10(pathlib.Path(path))
+    arrays = [(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts]
+    fingerprint = _fingerprint(*(part.data for part in parts), *(np.array(part.targets) for part in parts))
+    return _assemble("cifar10", CIFAR10_CLASSES, *arrays, fingerprint, CIFAR10_MEAN, CIFAR10_STD)
+
+
+def _read_cifar10(path):
+    """torchvision's CIFAR10 datasets (train, test) from a folder or an archive, unpacked and downloaded as needed."""
     import torchvision
 
     cifar10 = torchvision.datasets.CIFAR10
-    path = pathlib.Path(path)
     archive = path if path.is_file() else path / cifar10.filename
     folder = archive.parent
     if not (folder / cifar10.base_folder).is_dir():
@@ -221,14 +234,30 @@ def load_cifar10(path):
         if not os.access(folder, os.W_OK):  # an archive in a read-only place is unpacked into our own data folder
             folder = data_folder()
             folder.mkdir(parents=True, exist_ok=True)
-        torchvision.datasets.utils.extract_archive(str(archive), str(folder))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as unpacked:
+            torchvision.datasets.utils.extract_archive(str(archive), unpacked)
+            os.replace(pathlib.Path(unpacked) / cifar10.base_folder, folder / cifar10.base_folder)
     try:
-        parts = [cifar10(str(folder), train=train, download=False) for train in (True, False)]
+        return [cifar10(str(folder), train=train, download=False) for train in (True, False)]
     except RuntimeError:
         raise UserError(f"{folder / cifar10.base_folder} is incomplete or damaged; delete it and run: {FETCH_COMMAND}") from None
-    arrays = [(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts]
-    fingerprint = _fingerprint(*(part.data for part in parts), *(np.array(part.targets) for part in parts))
-    return _assemble("cifar10", CIFAR10_CLASSES, *arrays, fingerprint, CIFAR10_MEAN, CIFAR10_STD)
+
+
+def make_jpeg_copy(out=None, quality=75):
+    """Re-encode the official CIFAR-10 files as JPEG (4:2:0) in the ImageFolder layout and return the folder: an approach to `cifar10-jpeg`.
+
+    Files are numbered within their class in the official order. Named cifar10-jpeg only if its fingerprint says that it is the same set.
+    """
+    out = pathlib.Path(out or data_folder() / "cifar10-jpeg-copy")
+    if out.exists():
+        raise UserError(f"{out} already exists; remove it first or name another folder with --out")
+    parts = dict(zip(("train", "test"), _read_cifar10(pathlib.Path(find_cifar10() or data_folder()))))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".jpeg-") as temporary:
+        for part, images in parts.items():
+            imageset.write_jpegs(pathlib.Path(temporary) / "copy" / part, images.data, images.targets, CIFAR10_CLASSES, quality)
+        os.replace(pathlib.Path(temporary) / "copy", out)
+    return out
 
 
 def _download(archive, md5):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 import time
 
 import torch
@@ -25,16 +26,22 @@ class Evaluation:
         return self.n / self.seconds
 
 
+def limited(split, limit):
+    """The Split itself, or `limit` evenly spaced images of it (stored order goes class by class, so classes stay balanced)."""
+    if limit is None or limit >= len(split):
+        return split
+    return split.subset(torch.linspace(0, len(split) - 1, limit).round().long())
+
+
 @torch.inference_mode()
 def evaluate(model, split, *, batch_size=250, limit=None, on=None, verbose=False):
     """Accuracy of `model` (any callable on float32 [B, 3, H, W] giving logits [B, >= classes]) on a Split; argmax over the classes' ways only.
 
-    limit: the first `limit` images of a class-balanced order, for smoke runs. on: the device; the model is moved there when it can be.
+    limit: look at that many evenly spaced images only, for smoke runs. on: the device; the model is moved there when it can be.
     Raises UserError when the network gives fewer ways than there are classes, or a logit that is not finite.
     """
     where = torch.device(on) if on else device()
-    if limit is not None and limit < len(split):
-        split = split.subset(torch.linspace(0, len(split) - 1, limit).round().long())
+    split = limited(split, limit)
     if isinstance(model, torch.nn.Module):
         model.eval().to(where)
     ways = int(split.labels.max()) + 1
@@ -51,6 +58,23 @@ def evaluate(model, split, *, batch_size=250, limit=None, on=None, verbose=False
     predictions = torch.cat(predictions)
     correct = predictions == split.labels
     return Evaluation(100 * correct.double().mean().item(), len(correct), predictions, correct, seconds)
+
+
+@torch.inference_mode()
+def latency(networks, images, repeats=20):
+    """Median wall-clock seconds a call, by name, of several networks (name -> callable) on the same float32 [B, C, H, W].
+
+    They take turns within every repeat, so that a machine that slows down slows all of them and ratios hold. CPU only.
+    """
+    times = {name: [] for name in networks}
+    images = images.contiguous(memory_format=torch.channels_last)
+    for repeat in range(repeats + 2):  # two warm-up rounds
+        for name, network in networks.items():
+            started = time.perf_counter()
+            network(images)
+            if repeat >= 2:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def paired_drop(correct_a, correct_b):

@@ -61,7 +61,7 @@ def is_image_set(path):
 
 def load(path, cache, size=None):
     """Decode the set at `path`, or take it from the folder `cache`; raise UserError when it is no image set, damaged or unreadable."""
-    key = hashlib.sha256(json.dumps([_state(path), size]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([state(path), size]).encode()).hexdigest()[:16]
     cached = cache / f"{stem(path)}-{key}.safetensors"
     if cached.exists():
         try:
@@ -168,7 +168,7 @@ def _name(parts):
 
 def _base(path):
     """The folder that holds train/ and test/: `path` itself or its only such subfolder."""
-    candidates = [path, *(p for p in sorted(path.iterdir()) if p.is_dir())]
+    candidates = [path, *(p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith("."))]
     return next((p for p in candidates if all((p / part).is_dir() for part in PARTS)), None)
 
 
@@ -187,10 +187,21 @@ def _pixels(image):
     return f"{image.shape[2]}x{image.shape[1]} pixels"
 
 
+def write_jpegs(folder, images, labels, classes, quality):
+    """Write uint8 [N, H, W, 3] as folder/CLASS/NNNN.jpg with half-resolution chroma, numbered within each class in the given order."""
+    counts = dict.fromkeys(classes, 0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+    for image, label in tqdm(zip(images, labels), total=len(labels), desc=f"write {folder.name}", unit=" images"):
+        name = classes[label]
+        Image.fromarray(image).save(folder / name / f"{counts[name]:04d}.jpg", quality=quality, subsampling="4:2:0")
+        counts[name] += 1
+
+
 # ---- Cache ------------------------------------------------------------------------------------------------------------------
 
 
-def _state(path):
+def state(path):
     """What changes when the files do: path, sizes and times."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stats = [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]

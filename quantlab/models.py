@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import datetime
 import difflib
 import json
 import pathlib
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quantlab.evaluate import evaluate
 from quantlab.runtime import UserError, atomic_path, device_name, root, sha256, write_text
 
 # ---- ResNet-20 --------------------------------------------------------------------------------------------------------------
@@ -102,13 +104,13 @@ class Card:
     std: tuple
     recipe: dict
     history: tuple  # one dict an epoch
-    test_top1: float | None
-    n_test: int | None
+    test_top1: float
+    n_test: int
     sha256: str
     software: dict
     hardware: str
     created: str
-    source: str = "quantlab train"
+    source: str
 
 
 def software():
@@ -121,15 +123,24 @@ def card_path(checkpoint):
     return pathlib.Path(checkpoint).with_suffix(".json")
 
 
-def save_checkpoint(model, path, **card):
-    """Write the weights of `model` (contiguous, on the CPU) and its card; return the card. `card` holds Card's fields."""
+def save_checkpoint(model, path, data, *, architecture, result, recipe=None, history=(), source="quantlab train"):
+    """Write the weights of `model` (contiguous, on the CPU) and its card; return the card. result: its Evaluation on data.test."""
     path = pathlib.Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, {"architecture": card["architecture"]})
-    card = Card(sha256=sha256(path), software=software(), hardware=device_name(), **card)
+        safetensors.torch.save_file(tensors, temporary, {"architecture": architecture})
+    card = Card(
+        architecture=architecture, num_outputs=_head(model).out_features, trained_on=data.name, data_fingerprint=data.fingerprint,
+        classes=data.classes, mean=data.test.mean, std=data.test.std, recipe=recipe or {}, history=tuple(history), test_top1=result.top1,
+        n_test=result.n, sha256=sha256(path), software=software(), hardware=device_name(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), source=source,
+    )  # fmt: skip
     write_text(card_path(path), json.dumps(dataclasses.asdict(card), indent=1) + "\n")
     return card
+
+
+def _head(model):
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
 def load_card(checkpoint):
@@ -177,8 +188,21 @@ def find_checkpoint(model, dataset_name, folder=None):
     return next((path for name in names if (path := folder / f"{model}-{name}.safetensors").is_file()), None)
 
 
-def import_checkpoint(file, architecture, out, **card):
-    """A user's state dict (read with weights_only, so that nothing in it is executed) as safetensors with a card; return the model.
+def load_trained(name, data, checkpoint="auto"):
+    """(model, card) of a checkpoint, by path or "auto" (find_checkpoint); says in one line which. UserError where there is none."""
+    path = find_checkpoint(name, data.name) if checkpoint == "auto" else pathlib.Path(checkpoint)
+    if path is None:
+        raise UserError(f"no checkpoint of {name} for {data.name} in {root() / 'checkpoint'}; train one with: python -m quantlab train --model {name} --data PATH")
+    card = load_card(path)
+    ways, classes = card.num_outputs, len(data.classes)
+    if ways < classes:
+        raise UserError(f"{path.name} has {ways} ways but {data.name} has {classes} classes; train one with: python -m quantlab train --model {name} --data PATH")
+    print(f"checkpoint: {path.name}, {card.test_top1:.2f} % on {card.n_test:,} test images of {card.trained_on}, sha256 {card.sha256[:10]}")
+    return load_model(name, path), card
+
+
+def import_checkpoint(file, architecture, out, data):
+    """A user's state dict (read with weights_only, so that nothing in it is executed) as safetensors with a card; return (model, card).
 
     Accepts a bare state dict or one under "state_dict", "model" or "net", with or without the prefix "module.".
     A head with more than ten ways is kept; evaluation looks at the first ways only, one per class.
@@ -201,5 +225,6 @@ def import_checkpoint(file, architecture, out, **card):
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{file} does not fit {architecture}: {str(error).splitlines()[1].strip()[:200]}") from None
-    save_checkpoint(model, out, architecture=architecture, num_outputs=model.fc.out_features, source=f"imported from {pathlib.Path(file).name}", **card)
-    return model.eval()
+    result = evaluate(model, data.test)
+    source = f"imported from {pathlib.Path(file).name}"
+    return model, save_checkpoint(model, out, data, architecture=architecture, result=result, source=source)

@@ -162,7 +162,7 @@ def quantize(model, stats, config=QuantConfig()):
         raise UserError(f"these statistics were collected on another {what}; run collect(model, batches, placement={config.placement!r}) on this one")
     inputs = _insert_quantizers(graph, plan, stats, config)
     for name in layers(graph, plan):
-        _quantize_layer(graph.get_submodule(_node(graph, name).target), plan, name, config, inputs.get(name))
+        _quantize_layer(graph.get_submodule(find_node(graph, name).target), plan, name, config, inputs.get(name))
     graph.recompile()
     graph.plan, graph.config = plan, config
     return graph.eval()
@@ -174,7 +174,7 @@ def layers(graph, plan):
     return [node.name for node in kinds if kinds[node] == "compute"]
 
 
-def _node(graph, name):
+def find_node(graph, name):
     return next(n for n in graph.graph.nodes if n.name == name)
 
 
@@ -237,3 +237,15 @@ def _quantize_layer(layer, plan, name, config, q_in):
         layer.bias.copy_(torch.round(bias / unit) * unit)
     layer.weight.copy_(fake_quantize(weight, q))
     layer.weight_qparams = q
+
+
+def weight_bytes(qmodel):
+    """Bytes of a quantized network as stored: packed codes, float32 scales, int32 biases, and what stayed float at four bytes a value."""
+    total = 0
+    for module in qmodel.modules():
+        own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        q = getattr(module, "weight_qparams", None)
+        if q is not None:
+            total += -(-own.pop("weight").numel() * q.bits // 8) + 4 * q.scale.numel()
+        total += sum(4 * tensor.numel() for tensor in own.values() if tensor is not None)
+    return total

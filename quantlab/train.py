@@ -7,7 +7,6 @@ Epoch e draws its shuffle and its augmentation from seed (seed, e), so a resumed
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import pathlib
 import time
@@ -42,8 +41,10 @@ class TrainConfig:
     seed: int = 0
 
 
-# Digits are small and must not be mirrored.
-DIGITS_RECIPE = {"epochs": 20, "batch_size": 64, "learning_rate": 0.1, "flip": False, "crop": 2}
+def default_config(model, data, **changes):
+    """The recipe for a network on a data set; digits are few and must not be mirrored."""
+    digits = {"epochs": 20, "batch_size": 64, "learning_rate": 0.1, "flip": False, "crop": 2}
+    return TrainConfig(**{"model": model, **(digits if data.smoke else {"epochs": 40}), **changes})
 
 
 def train(config, data, out, *, resume=True, verbose=True):
@@ -73,10 +74,8 @@ def train(config, data, out, *, resume=True, verbose=True):
             print(f"epoch {epoch + 1}/{config.epochs}: loss {loss:.3f}, train {top1:.2f} %, held out {heldout:.2f} %, {seconds:.0f} s", flush=True)
     result = evaluate(average, data.test)
     card = models.save_checkpoint(
-        average, out, architecture=config.model, num_outputs=len(data.classes), trained_on=data.name, data_fingerprint=data.fingerprint,
-        classes=data.classes, mean=data.test.mean, std=data.test.std, recipe=dataclasses.asdict(config), history=tuple(history),
-        test_top1=result.top1, n_test=result.n, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )  # fmt: skip
+        average, out, data, architecture=config.model, result=result, recipe=dataclasses.asdict(config), history=history
+    )
     state_path.unlink(missing_ok=True)
     return average.eval(), card
 

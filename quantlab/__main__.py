@@ -1,0 +1,135 @@
+"""The command line: python -m quantlab run | list | report | publish | train | data | import-checkpoint | sync."""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import typing
+
+import quantlab as ql
+from quantlab.runtime import UserError, root
+
+
+def main(arguments=None):
+    """Run one command; exit status 0, or 1 after one line that says what was wrong, what is allowed and what to do."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.command(options) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def parser():
+    top = argparse.ArgumentParser(prog="python -m quantlab", description="Post-training quantization workbook: run its notebooks, train its networks.")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name, function, help):
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(command=function)
+        return command
+
+    run = add("run", _run, "execute notebooks with papermill (no number: all)")
+    run.add_argument("numbers", nargs="*", metavar="NN", help="number or name of a notebook")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters", help="a parameter of the notebooks")
+    run.add_argument("--data", help="auto, cifar10, digits, images or a path; short for -p data PATH")
+    run.add_argument("--force", action="store_true", help="run again what is complete")
+    run.add_argument("--time-limit", type=int, default=3600, metavar="SECONDS", help="per notebook (default: %(default)s)")
+    add("list", _list, "list the notebooks and their parameters")
+    add("report", _report, "rebuild results/report.html from the results there are")
+    add("publish", _publish, "move local results of real data sets into published.csv and the README's table")
+    train = add("train", _train, "train a network and write its checkpoint and card; resumes after a kill")
+    train.add_argument("--data", default="auto", help="auto, cifar10, digits, images or a path")
+    train.add_argument("--size", type=int, help="side in pixels, where images differ in size")
+    train.add_argument("--out", help="checkpoint to write (default: checkpoint/MODEL-DATA.safetensors)")
+    train.add_argument("--restart", action="store_true", help="begin again instead of resuming, and overwrite a finished checkpoint")
+    for field in dataclasses.fields(ql.TrainConfig):
+        kind = typing.get_type_hints(ql.TrainConfig)[field.name]
+        action = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        train.add_argument("--" + field.name.replace("_", "-"), default=None, help=f"default on images: {field.default}", **action)
+    data = add("data", _data, "load and describe a data set; cifar10 downloads it, jpeg makes the JPEG copy of it")
+    data.add_argument("source", nargs="?", default="auto", help="auto, cifar10, digits, images, a path, or jpeg")
+    data.add_argument("--size", type=int, help="side in pixels, where images differ in size")
+    data.add_argument("--out", help="folder of the JPEG copy (default: data/cifar10-jpeg-copy)")
+    imported = add("import-checkpoint", _import, "bring in a state dict (.pt) as safetensors with a card, executing nothing in it")
+    imported.add_argument("file")
+    imported.add_argument("--model", default="resnet50", help="architecture (default: %(default)s)")
+    imported.add_argument("--data", default="auto", help="data set it was trained on")
+    imported.add_argument("--out", help="checkpoint to write (default: checkpoint/MODEL-DATA-imported.safetensors)")
+    add("sync", _sync, "bring .ipynb, .py, README and badges into step, without outputs")
+    return top
+
+
+def _run(options):
+    from quantlab.run import run, status_table
+
+    overrides = dict(options.parameters) | ({"data": options.data} if options.data else {})
+    frame = run(options.numbers, overrides, force=options.force, time_limit=options.time_limit)
+    print("\n" + status_table(frame))
+    return int((frame.status == "failed").any())
+
+
+def _list(options):
+    from quantlab.workbook import notebooks
+
+    for notebook in notebooks().values():
+        print(f"{notebook.path.stem}: {notebook.title}")
+        for name, default in notebook.parameters.items():
+            print(f"    -p {name} {default!r}  ({type(default).__name__})")
+
+
+def _report(options):
+    from quantlab.run import run, status_table
+
+    frame = run(["11"], force=True)
+    print(status_table(frame))
+    return int((frame.status == "failed").any())
+
+
+def _publish(options):
+    from quantlab.results import publish, published_path
+
+    print(f"{publish()} rows published to {published_path()}; README.md updated")
+
+
+def _train(options):
+    from quantlab.train import default_config
+
+    data = ql.load_data(options.data, size=options.size)
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(ql.TrainConfig) if getattr(options, f.name) is not None}
+    config = default_config(given.pop("model", "resnet20"), data, **given)
+    out = options.out or root() / "checkpoint" / f"{config.model}-{data.name}.safetensors"
+    with contextlib.suppress(UserError):
+        card = ql.load_card(out)
+        if not options.restart:
+            raise SystemExit(f"error: {out} is complete ({card.test_top1} % top-1); name another file with --out, or pass --restart to replace it")
+    _, card = ql.train(config, data, out, resume=not options.restart)
+    print(f"{out}: {card.test_top1:.2f} % top-1 on {card.n_test:,} test images of {data}")
+
+
+def _data(options):
+    from quantlab.data import make_jpeg_copy
+
+    print(make_jpeg_copy(options.out)) if options.source == "jpeg" else ql.load_data(options.source, size=options.size)
+
+
+def _import(options):
+    from quantlab.models import import_checkpoint
+
+    data = ql.load_data(options.data)
+    out = options.out or root() / "checkpoint" / f"{options.model}-{data.name}-imported.safetensors"
+    _, card = import_checkpoint(options.file, options.model, out, data)
+    print(f"{out}: {card.num_outputs} ways, {card.test_top1:.2f} % top-1 on {card.n_test:,} test images of {data.name}")
+
+
+def _sync(options):
+    from quantlab.workbook import sync
+
+    print("\n".join(sync()) or "everything is in step")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

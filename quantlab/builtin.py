@@ -1,0 +1,201 @@
+"""PyTorch's own int8 quantization, two generations of it: the only module that imports torch.ao or torchao.
+
+    eager static   torch.ao.quantization, as the original experiment used it: fuse, stubs, qconfig, prepare, calibrate, convert.
+                   Deprecated; where a newer torch no longer has it, `backends()` says so and the notebook goes on without.
+    PT2E           torchao's supported successor: export, prepare, calibrate, convert, compile for x86 with inductor.
+
+Int8 kernels for these exist on the CPU; the networks returned here run there.
+"""
+
+import copy
+import dataclasses
+import importlib.util
+import io
+import logging
+import operator
+import shutil
+import warnings
+
+import torch
+from torch import nn
+
+from quantlab.graph import find_kinds, normalize, trace
+from quantlab.runtime import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One way to int8 and why it can or cannot run here; `note` is what a notebook prints."""
+
+    name: str
+    available: bool
+    note: str
+
+
+def backends():
+    """Both generations, in order, with the reason where one cannot run on this machine."""
+    return [_eager_backend(), _pt2e_backend()]
+
+
+def _eager_backend():
+    if importlib.util.find_spec("torch.ao.quantization") is None:
+        return Backend("eager", False, f"torch {torch.__version__} no longer has torch.ao.quantization; skipped")
+    try:
+        engine = choose_engine()
+    except UserError as error:
+        return Backend("eager", False, f"{error}; skipped")
+    return Backend("eager", True, f"torch.ao.quantization, engine {engine}")
+
+
+def _pt2e_backend():
+    if importlib.util.find_spec("torchao") is None:
+        return Backend("pt2e", False, "torchao is not installed (pip install torchao); skipped")
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        return Backend("pt2e", False, "no C++ compiler found (apt install g++); skipped")
+    return Backend("pt2e", True, "torchao PT2E, x86 inductor")
+
+
+def choose_engine():
+    """The quantized kernels of this machine: x86, else fbgemm, onednn or qnnpack; UserError where there are none."""
+    supported = torch.backends.quantized.supported_engines
+    for engine in ("x86", "fbgemm", "onednn", "qnnpack"):
+        if engine in supported:
+            return engine
+    raise UserError(f"torch was built without quantized kernels (engines: {', '.join(supported) or 'none'})")
+
+
+# ---- Eager static -----------------------------------------------------------------------------------------------------------
+
+
+def fuse(model):
+    """A float copy in which torch.ao has fused every [conv, bn, relu] and [conv, bn] and every `+` is a FloatFunctional."""
+    from torch.ao.nn.quantized import FloatFunctional
+    from torch.ao.quantization import fuse_modules
+
+    graph = trace(model)
+    normalize(graph)
+    groups = _fusible(graph)
+    for i, node in enumerate([n for n, kind in find_kinds(graph).items() if kind == "add"]):
+        graph.add_submodule(f"add_{i}", FloatFunctional())
+        with graph.graph.inserting_before(node):
+            functional = graph.graph.get_attr(f"add_{i}")
+            result = graph.graph.call_method("add", (functional, *node.args))
+        node.replace_all_uses_with(result)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    with _quiet():
+        return fuse_modules(graph, groups) if groups else graph
+
+
+def _fusible(graph):
+    """Module names of [conv, bn, relu] and [conv, bn] chains whose inner values nobody else reads."""
+    kinds, groups = find_kinds(graph), []
+    for node in kinds:
+        chain = [node]
+        for expected in ("batchnorm", "clamp"):
+            user = next(iter(chain[-1].users), None)
+            relu = expected == "clamp" and kinds.get(user) == "clamp" and user.op == "call_module" and type(graph.get_submodule(user.target)) is nn.ReLU
+            if len(chain[-1].users) == 1 and (relu or expected == "batchnorm" and kinds[user] == expected):
+                chain.append(user)
+            else:
+                break
+        if kinds[node] == "compute" and len(chain) > 1:
+            groups.append([n.target for n in chain])
+    return groups
+
+
+@torch.no_grad()
+def eager_int8(model, batches, engine=None):
+    """The original's path: fused, stubs around, the engine's default qconfig, calibrated on `batches`, converted to int8.
+
+    On x86 engines the default qconfig keeps activations to 7 bits (reduce_range), because their int8 products could saturate otherwise.
+    """
+    from torch.ao.quantization import QuantWrapper, convert, get_default_qconfig, prepare
+
+    engine = engine or choose_engine()
+    torch.backends.quantized.engine = engine
+    with _quiet():
+        wrapped = QuantWrapper(fuse(copy.deepcopy(model).cpu())).eval()
+        wrapped.qconfig = get_default_qconfig(engine)
+        prepare(wrapped, inplace=True)
+        for batch in batches:
+            wrapped(batch)
+        return convert(wrapped)
+
+
+# ---- PT2E -------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def pt2e_int8(model, batches, batch_size=250):
+    """torchao's path: torch.export, X86InductorQuantizer's default (8-bit activations, per-channel int8 weights), compiled by inductor.
+
+    Compiled once, for batches of `batch_size`; smaller ones are padded. Returns a callable on float32 [B, C, H, W].
+    """
+    with _quiet():
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+        batches = list(batches)
+        example = batches[0][:1].expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        batch = torch.export.Dim("batch", min=2, max=4096)
+        # strict: every call of a shared ReLU becomes its own node, which the quantizer's patterns need (pytorch/ao issue 4478)
+        exported = torch.export.export(copy.deepcopy(model).cpu().eval(), (example,), dynamic_shapes=({0: batch},), strict=True)
+        prepared = prepare_pt2e(exported.module(), x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config()))
+        for images in batches:
+            prepared(images)
+        compiled = Compiled(convert_pt2e(prepared), batch_size)
+        with torch.inference_mode():  # as evaluation runs it; tensors made here have the properties that compilation checks for
+            compiled(example.clone())
+        return compiled
+
+
+class Compiled:
+    """The converted network, compiled with frozen weights, which is what lets inductor choose its int8 kernels."""
+
+    def __init__(self, module, batch_size):
+        self.module, self.batch_size = module, batch_size
+        self.compiled = torch.compile(module, dynamic=False)
+
+    def __call__(self, images):
+        import torch._inductor.config as inductor
+
+        missing = self.batch_size - len(images)
+        padded = torch.cat([images, images[:1].expand(missing, -1, -1, -1)]) if missing > 0 else images
+        with _quiet(), inductor.patch(freezing=True), torch.inference_mode():
+            return self.compiled(padded.contiguous(memory_format=torch.channels_last))[: len(images)]
+
+
+# ---- Both -------------------------------------------------------------------------------------------------------------------
+
+
+def bytes_on_disk(model):
+    """Bytes of a torch.save of everything that the network reads when it runs."""
+    state = model.state_dict() if isinstance(model, nn.Module) else _tensors_in_use(model.module)
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.tell()
+
+
+def _tensors_in_use(graph):
+    """A converted graph still owns the float weights that its int8 ones replaced; only what a node names counts."""
+    names = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    return {name: operator.attrgetter(name)(graph) for name in names}
+
+
+class _quiet(warnings.catch_warnings):
+    """Hide what a reader cannot act on: that torch.ao is deprecated (we say so), observers' notes, torchao's missing CUDA extensions."""
+
+    def __enter__(self):
+        super().__enter__()
+        warnings.filterwarnings("ignore", message=".*(deprecated|reduce_range|must run observer|TypedStorage|erase_node|copy construct).*")
+        self.loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree", "torch.ao")]
+        self.levels = [logger.level for logger in self.loggers]
+        for logger in self.loggers:
+            logger.setLevel(logging.ERROR)
+        return self
+
+    def __exit__(self, *error):
+        for logger, level in zip(self.loggers, self.levels):
+            logger.setLevel(level)
+        return super().__exit__(*error)

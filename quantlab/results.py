@@ -1,0 +1,198 @@
+"""One tidy row per measured configuration: results/results.csv (local, grows) and results/published.csv (committed, what the README shows).
+
+A row carries everything its number depends on. `run_key` identifies the configuration; a table takes the newest row per (run_key, seed).
+"""
+
+import datetime
+import hashlib
+import json
+import pathlib
+import re
+
+import filelock
+import pandas as pd
+import torch
+
+from quantlab.evaluate import paired_drop
+from quantlab.observers import observer_name
+from quantlab.ptq import QuantConfig
+from quantlab.runtime import UserError, atomic_path, commit, device_name, root, write_text
+
+CONFIGURATION = [
+    "dataset", "data_sha", "n_test", "model", "checkpoint_sha", "trained_on", "method", "weight_bits", "act_bits", "first_last_bits",
+    "residual_bits", "input_bits", "placement", "granularity", "symmetric", "observer", "weight_observer", "corrections", "n_calibration",
+]  # fmt: skip
+MEASURED = ["fp32_top1", "top1", "drop", "drop_low", "drop_high", "bytes", "seconds", "images_per_s"]
+PROVENANCE = ["seed", "device", "torch", "commit", "notebook", "created"]
+COLUMNS = ["run_key", *CONFIGURATION, *MEASURED, *PROVENANCE]
+SMOKE = "digits"
+
+
+def local_path():
+    return root() / "results" / "results.csv"
+
+
+def published_path():
+    return root() / "results" / "published.csv"
+
+
+def make_row(*, data, model, card, baseline, result, method, notebook, config=None, n_calibration=0, seed=0, bytes=0, corrections="", **more):
+    """A dict with every column: `result` (an Evaluation) beside `baseline`, the float network on the same images.
+
+    data: Dataset. model: its name. card: of the checkpoint. config: the QuantConfig, None for float and built-in methods, whose columns
+    `more` may fill. bytes: size of the weights as stored. top1 and drop in percent and points, seconds of wall clock.
+    """
+    drop, low, high = paired_drop(baseline.correct, result.correct)
+    row = {
+        "dataset": data.name, "data_sha": data.fingerprint[:12], "n_test": result.n, "model": model, "checkpoint_sha": card.sha256[:12],
+        "trained_on": card.trained_on, "method": method, "corrections": corrections, "n_calibration": n_calibration,
+        **describe(config), **more,
+        "fp32_top1": baseline.top1, "top1": result.top1, "drop": drop, "drop_low": low, "drop_high": high, "bytes": bytes,
+        "seconds": round(result.seconds, 3), "images_per_s": round(result.images_per_s, 1), "seed": seed, "device": device_name(),
+        "torch": torch.__version__, "commit": commit(), "notebook": notebook,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+    }  # fmt: skip
+    row["run_key"] = run_key(row)
+    return {column: row.get(column) for column in COLUMNS}
+
+
+def describe(config):
+    """The columns that a QuantConfig decides."""
+    if config is None:
+        return {}
+    names = ("weight_bits", "act_bits", "first_last_bits", "residual_bits", "input_bits", "placement", "weight_observer")
+    symmetric = {(True, True): "both", (True, False): "weights", (False, True): "activations", (False, False): "neither"}
+    return {
+        **{name: getattr(config, name) for name in names},
+        "granularity": "channel" if config.per_channel else "tensor",
+        "symmetric": symmetric[config.weight_symmetric, config.act_symmetric],
+        "observer": observer_name(config.observer),
+    }
+
+
+def run_key(row):
+    """Twelve hex digits of everything but the seed that decides a number."""
+    settings = json.dumps([str(row.get(column)) for column in CONFIGURATION])
+    return hashlib.sha256(settings.encode()).hexdigest()[:12]
+
+
+def record(rows, path=None):
+    """Append rows (dicts of make_row) to results.csv and return them as a frame; safe against a kill and against several writers."""
+    path = pathlib.Path(path or local_path())
+    new = pd.DataFrame(rows, columns=COLUMNS)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path.with_suffix(".lock"))
+        with lock:
+            old = load(path)
+            _write(pd.concat([old, new]) if len(old) else new, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free space there or set QUANTLAB_ROOT") from None
+    return new
+
+
+def _write(frame, path):
+    with atomic_path(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def load(path=None):
+    """All rows of a results file as a frame; empty when there is none yet; UserError when its columns are not ours."""
+    path = pathlib.Path(path or local_path())
+    if not path.is_file() or not path.stat().st_size:
+        return pd.DataFrame(columns=COLUMNS)
+    frame = pd.read_csv(path, dtype={"checkpoint_sha": str, "data_sha": str, "run_key": str, "commit": str})
+    if set(COLUMNS) - set(frame.columns):
+        missing = ", ".join(sorted(set(COLUMNS) - set(frame.columns)))
+        raise UserError(f"{path} lacks the columns {missing}; move it away and run the notebooks again")
+    for column in ("weight_bits", "act_bits", "first_last_bits", "residual_bits", "input_bits", "n_calibration", "bytes"):
+        frame[column] = frame[column].astype("Int64")
+    return frame
+
+
+def newest(frame):
+    """The newest row per (run_key, seed), in order of creation."""
+    return frame.sort_values("created").drop_duplicates(["run_key", "seed"], keep="last")
+
+
+def summarize(frame):
+    """One row a configuration: the newest rows of every seed, averaged; `seeds` and the deviation `top1_std` added.
+
+    drop_low and drop_high are the means of the seeds' intervals: the uncertainty from the test images, which seeds do not reduce.
+    """
+    groups = newest(frame).groupby("run_key", sort=False)
+    table = groups.first()
+    for column in MEASURED:
+        table[column] = groups[column].mean()
+    return table.assign(seeds=groups.size(), top1_std=groups["top1"].std(ddof=1)).reset_index()
+
+
+# ---- Tables for people ------------------------------------------------------------------------------------------------------
+
+
+def headline(frame):
+    """The original's table and ours: one line a method, in its words, with the interval of the drop; a frame of strings.
+
+    A smoke run never enters a headline: rows of the digits are shown only where nothing else is there, and say what they are.
+    """
+    summary = summarize(frame)
+    lines = []
+    for _, row in summary.sort_values(["dataset", "model", "act_bits", "drop"], ascending=[True, False, False, True], na_position="first").iterrows():
+        lost = "" if row.method == "float" else f"{row['drop']:+.2f} [{row.drop_low:+.2f}, {row.drop_high:+.2f}]".replace("+-", "-")
+        deviation = f" ± {row.top1_std:.2f}" if row.seeds > 1 else ""
+        lines.append({
+            "Data set": row.dataset + (" (smoke run)" if row.dataset == SMOKE else ""), "Model": row.model, "Quantization": label(row),
+            "Top-1 %": f"{row.top1:.2f}{deviation}", "Points lost [95 %]": lost, "Weights kB": f"{row.bytes / 1000:,.0f}",
+            "n": f"{row.n_test:,}", "Seeds": int(row.seeds),
+        })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def label(row):
+    """A row's configuration in a few words."""
+    if row.method == "float":
+        return "fp32 original"
+    if row.method != "by hand":
+        return row.method
+    outer = "" if pd.isna(row.first_last_bits) else f", first/last {row.first_last_bits}"
+    return f"W{row.weight_bits}A{row.act_bits} {row.observer}{outer}"
+
+
+def markdown(table):
+    """A frame of strings as a Markdown table, numbers to the right."""
+    right = {"Top-1 %", "Points lost [95 %]", "Weights kB", "n", "Seeds"}
+    lines = [" | ".join(table.columns), " | ".join("---:" if c in right else "---" for c in table.columns)]
+    lines += [" | ".join(str(v) for v in row) for row in table.itertuples(index=False)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def publish(readme=None):
+    """Move the newest local rows into published.csv and write the README's tables from it; smoke runs stay local. Returns the number of rows."""
+    local = newest(load())
+    local = local[local.dataset != SMOKE]
+    if not len(local):
+        raise UserError("nothing to publish: results.csv has no rows of a real data set; run: make results DATA=PATH")
+    published = load(published_path())
+    frame = newest(pd.concat([published, local]) if len(published) else local)
+    _write(frame, published_path())
+    update_readme(readme)
+    return len(local)
+
+
+def update_readme(readme=None):
+    """Replace what stands between the README's <!-- table --> marks by the headline table of published.csv."""
+    readme = pathlib.Path(readme or root() / "README.md")
+    frame = newest(load(published_path()))
+    setup = frame.iloc[-1]
+    caption = (
+        f"Top-1 on the full test set (n and seeds per row), {setup.device}, torch {setup.torch}, calibration on {setup.n_calibration:,} training images; "
+        "the interval is paired, against the float network on the same images. `python -m quantlab publish` writes this table from "
+        "`results/published.csv`, which `make results` regenerates."
+    )
+    text = re.sub(
+        r"(<!-- table:headline -->).*?(<!-- /table -->)",
+        lambda m: f"{m[1]}\n{markdown(headline(frame))}\n\n{caption}\n{m[2]}",
+        readme.read_text(encoding="utf-8"),
+        flags=re.DOTALL,
+    )
+    write_text(readme, text)
