@@ -34,7 +34,7 @@ class QParams:
     @property
     def bits(self):
         """Width in bits of a code."""
-        return max(abs(self.qmin), self.qmax).bit_length() + (self.qmin < 0)
+        return max(-self.qmin - 1, self.qmax).bit_length() + (self.qmin < 0)
 
     def broadcast(self, dim):
         """(scale, zero_point), shaped to broadcast against a tensor of `dim` dimensions."""
@@ -80,9 +80,9 @@ def choose_qparams(low, high, bits, *, symmetric=False, signed=True, axis=None):
     qmin, qmax = code_range(bits, symmetric, signed)
     extent = torch.maximum(-low if signed else high, high) if symmetric else high - low
     scale = extent / (qmax if symmetric else qmax - qmin)
-    scale = torch.where(extent == 0, torch.ones_like(scale), scale.clamp(min=MIN_SCALE)).float()
-    zero_point = torch.zeros_like(low) if symmetric else (qmin - low / scale.double()).round().clamp(qmin, qmax)
-    return QParams(scale, zero_point.int(), qmin, qmax, axis)
+    scale = torch.where(extent == 0, torch.ones_like(scale), scale.clamp(min=MIN_SCALE))
+    zero_point = torch.zeros_like(low) if symmetric else (qmin - low / scale).round().clamp(qmin, qmax)
+    return QParams(scale.float(), zero_point.int(), qmin, qmax, axis)
 
 
 def quantize(x, q):

@@ -285,7 +285,7 @@ def find_images():
     """The first image set (folder or archive) that $QUANTLAB_DATA names or that lies in data/, or None."""
     named = os.environ.get("QUANTLAB_DATA")
     for place in [pathlib.Path(p) for p in (named, root() / "data") if p]:
-        candidates = [place, *sorted(place.iterdir())] if place.is_dir() else [place]
+        candidates = [*sorted(place.iterdir()), place] if place.is_dir() else [place]
         for candidate in candidates:
             if imageset.is_image_set(candidate):
                 return str(candidate)

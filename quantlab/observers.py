@@ -98,7 +98,7 @@ def _level(low, high):
 
 def _rebin(stats, level, first, size):
     """The counts of `stats` on coarser or equal bins that start at `first`."""
-    index = torch.arange(stats.first, stats.first + len(stats.bins)) // 2 ** (level - stats.level) - first
+    index = (torch.arange(stats.first, stats.first + len(stats.bins)) >> min(level - stats.level, 62)) - first  # rounds down, as floor does
     return torch.zeros(size, dtype=torch.int64).index_add_(0, index, stats.bins)
 
 

@@ -137,7 +137,9 @@ def headline(frame):
     """
     summary = summarize(frame)
     lines = []
-    for _, row in summary.sort_values(["dataset", "model", "act_bits", "drop"], ascending=[True, False, False, True], na_position="first").iterrows():
+    family = summary.method.map({"float": 0, "by hand": 2}).fillna(1)
+    order = ["dataset", "model", "family", "act_bits", "drop"]
+    for _, row in summary.assign(family=family).sort_values(order, ascending=[True, False, True, False, True]).iterrows():
         lost = "" if row.method == "float" else f"{row['drop']:+.2f} [{row.drop_low:+.2f}, {row.drop_high:+.2f}]".replace("+-", "-")
         deviation = f" ± {row.top1_std:.2f}" if row.seeds > 1 else ""
         lines.append({

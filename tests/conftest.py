@@ -1,0 +1,92 @@
+"""Fixtures: a workbook of its own for every test that writes, the committed digits network, and the JPEG images where they are."""
+
+import os
+import pathlib
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import quantlab as ql
+from quantlab import runtime
+
+CHECKOUT = runtime.PACKAGE.parent
+JPEG_ARCHIVE = CHECKOUT.parent / "shared" / "data" / "cifar10-images.tar.xz"
+os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    for name in ("QUANTLAB_DATA", "QUANTLAB_ROOT", "QUANTLAB_CIFAR10_URL", "DATA_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def workbook(tmp_path, monkeypatch):
+    """A folder that the package takes for the workbook: notebooks, the digits checkpoint and pyproject.toml; everything else empty."""
+    place = tmp_path / "workbook"
+    place.mkdir()
+    shutil.copytree(CHECKOUT / "notebooks", place / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    shutil.copy(CHECKOUT / "pyproject.toml", place)
+    (place / "checkpoint").mkdir()
+    for file in (CHECKOUT / "checkpoint").glob("resnet20-digits.*"):
+        shutil.copy(file, place / "checkpoint")
+    monkeypatch.setenv("QUANTLAB_ROOT", str(place))
+    return place
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return ql.load_data("digits", verbose=False)
+
+
+@pytest.fixture(scope="session")
+def resnet20():
+    return ql.load_model("resnet20", CHECKOUT / "checkpoint" / "resnet20-digits.safetensors")
+
+
+@pytest.fixture(scope="session")
+def stats(resnet20, digits):
+    return ql.collect(resnet20, digits.calibration(256, seed=0))
+
+
+@pytest.fixture(scope="session")
+def jpeg():
+    """All 60,000 CIFAR-10 images as JPEG; the tests that need them say so when they are not there."""
+    if not JPEG_ARCHIVE.is_file():
+        pytest.skip("cifar10-images.tar.xz is not in ../shared/data")
+    return ql.load_data(JPEG_ARCHIVE)
+
+
+def make_image_folder(folder, classes=("cat", "dog"), train=6, test=3, size=(8, 8), suffix=".png"):
+    """A small image set in the ImageFolder layout, every image another."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", train), ("test", test)):
+        for name in classes:
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i:04d}{suffix}")
+    return folder
+
+
+def make_tar(folder, archive):
+    """Pack a folder as tar.gz, members in reverse order."""
+    with tarfile.open(archive, "w:gz") as tar:
+        for file in sorted(folder.rglob("*"), reverse=True):
+            if file.is_file():
+                tar.add(file, f"{folder.name}/{file.relative_to(folder)}")
+    return archive
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    return make_image_folder(tmp_path / "pets")
+
+
+def read_text(path):
+    return pathlib.Path(path).read_text(encoding="utf-8")

@@ -1,0 +1,173 @@
+"""Statistics: exact counts whatever the order, against a two-pass reference. Range setters: against the optimum of their own criterion."""
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import quantlab as ql
+from quantlab import observers
+from quantlab.observers import MIN_BINS, EdgeStats, histogram, minmax, percentile, quantization_error, weight_range
+
+
+def observe(*tensors):
+    stats = EdgeStats()
+    for tensor in tensors:
+        stats.update(tensor)
+    return stats
+
+
+def same(a, b):
+    return (a.level, a.first, a.zeros, a.count, a.minimum, a.maximum) == (b.level, b.first, b.zeros, b.count, b.minimum, b.maximum) and (
+        (a.bins is None and b.bins is None) or torch.equal(a.bins, b.bins)
+    )
+
+
+SCALES = st.lists(st.floats(-60, 60), min_size=1, max_size=6)
+
+
+@given(SCALES, st.booleans(), st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None)
+def test_counts_do_not_depend_on_order_or_batching_and_merge_by_addition(exponents, relu, random):
+    batches = [torch.randn(257, generator=torch.Generator().manual_seed(i)) * 2.0**e for i, e in enumerate(exponents)]
+    batches = [b.relu() for b in batches] if relu else batches
+    together = observe(torch.cat(batches))
+    shuffled = list(batches)
+    random.shuffle(shuffled)
+    assert same(observe(*shuffled), together)
+    cut = random.randint(0, len(shuffled))
+    assert same(observe(*shuffled[:cut]).merge(observe(*shuffled[cut:])), together)
+
+
+@given(SCALES)
+@settings(max_examples=40, deadline=None)
+def test_counts_agree_with_a_two_pass_reference(exponents):
+    values = torch.cat([torch.randn(500, generator=torch.Generator().manual_seed(i)) * 2.0**e for i, e in enumerate(exponents)])
+    values = torch.cat([values, torch.zeros(17), -torch.zeros(3)])
+    stats = observe(*values.split(100))
+    assert stats.zeros == 20 and stats.count == len(values) == int(stats.bins.sum()) + stats.zeros
+    assert (stats.minimum, stats.maximum) == (values.min().item(), values.max().item())
+    index = [math.floor(v / stats.width) - stats.first for v in values.tolist() if v != 0]  # Python floats: division by a power of two is exact
+    expected = torch.bincount(torch.tensor(index), minlength=len(stats.bins))
+    assert torch.equal(stats.bins, expected)
+
+
+@given(st.floats(-80, 80), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_at_least_2048_bins_over_the_range_and_constant_memory(exponent, balance):
+    values = (torch.rand(1000) - balance) * 2.0**exponent
+    stats = observe(values)
+    assert MIN_BINS <= len(stats.bins) <= 2 * MIN_BINS + 2
+    assert stats.width == 2.0**stats.level
+
+
+def test_half_precision_and_empty_batches():
+    x = torch.randn(1000)
+    assert same(observe(x.bfloat16()), observe(x.bfloat16().float()))
+    assert same(observe(x, torch.empty(0, 3)), observe(x))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused_and_counted(bad):
+    with pytest.raises(ql.UserError, match="1 of 3 values are NaN or infinite"):
+        observe(torch.tensor([1.0, bad, 2.0]))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("observer", [minmax, percentile, histogram])
+def test_all_zero_and_constant_edges_work(observer, bits):
+    for values in (torch.zeros(50), torch.full((50,), 3.0), torch.full((50,), -3.0), torch.full((50,), 1e-40)):
+        low, high = observer(observe(values), bits)
+        q = ql.choose_qparams(low, high, bits)
+        assert torch.allclose(ql.fake_quantize(values, q), values, rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.parametrize("q", [90.0, 99.0, 99.99])
+def test_percentile_is_the_quantile_within_a_bin(q):
+    for values in (torch.randn(50_000), torch.randn(50_000).relu(), torch.randn(50_000) ** 3):
+        stats = observe(values)
+        low, high = percentile(stats, 8, q=q)
+        assert abs(high - torch.quantile(values.double(), q / 100).item()) <= 2 * stats.width
+        expected = min(torch.quantile(values.double(), 1 - q / 100).item(), 0.0)
+        assert abs(low - expected) <= 2 * stats.width
+
+
+def brute_force(values, bits, symmetric, steps=120):
+    """Least mean squared error of quantizing the raw values themselves over a dense grid of ranges, by torch's kernel."""
+    low, high = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
+    shares = [i / steps for i in range(1, steps + 1)]
+    pairs = [(a, a) for a in shares] if symmetric or low == 0 else [(a, b) for a in shares[4::3] for b in shares[4::3]]
+    best = math.inf
+    for a, b in pairs:
+        q = ql.choose_qparams(low * a, high * b, bits, symmetric=symmetric, signed=low < 0)
+        best = min(best, (ql.fake_quantize(values, q) - values).square().mean().item())
+    return best
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("shape", ["gauss", "relu", "heavy", "skewed"])
+def test_histogram_search_reaches_the_brute_force_optimum(bits, shape):
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(1))
+    values = {"gauss": x, "relu": x.relu(), "heavy": x**3, "skewed": x.exp() - 1}[shape]
+    stats = observe(values)
+    low, high = histogram(stats, bits)
+    q = ql.choose_qparams(low, high, bits, signed=stats.minimum < 0)
+    ours = (ql.fake_quantize(values, q) - values).square().mean().item()
+    assert ours <= 1.01 * brute_force(values, bits, symmetric=False)
+    low, high = histogram(stats, bits, symmetric=True)
+    q = ql.choose_qparams(low, high, bits, symmetric=True, signed=stats.minimum < 0)
+    ours = (ql.fake_quantize(values, q) - values).square().mean().item()
+    assert ours <= 1.01 * brute_force(values, bits, symmetric=True)
+
+
+def test_error_from_the_histogram_is_the_error_on_the_values():
+    values = torch.randn(30_000)
+    stats = observe(values)
+    for bits in (2, 4, 6):
+        q = ql.choose_qparams(-2.5, 2.0, bits)
+        exact = (ql.fake_quantize(values, q) - values).square().mean().item()
+        assert quantization_error(stats, [-2.5], [2.0], bits).item() == pytest.approx(exact, rel=0.02)
+
+
+def test_the_search_knows_the_number_of_levels():
+    """PyTorch's observer looks for 256 levels whatever the width; ours clips more, the fewer there are."""
+    stats = observe(torch.randn(100_000).relu())
+    highs = [histogram(stats, bits)[1] for bits in (8, 6, 4, 3, 2)]
+    assert highs == sorted(highs, reverse=True) and highs[-1] < 0.6 * highs[0]
+
+
+def test_histogram_is_at_least_as_good_as_pytorchs_observer():
+    tq = pytest.importorskip("torch.ao.quantization")
+    values = torch.randn(40_000) ** 3
+    theirs = tq.HistogramObserver(dtype=torch.quint8)
+    theirs(values)
+    scale, zero_point = theirs.calculate_qparams()
+    error = (torch.fake_quantize_per_tensor_affine(values, scale.item(), zero_point.item(), 0, 255) - values).square().mean().item()
+    low, high = histogram(observe(values), 8)
+    ours = (ql.fake_quantize(values, ql.choose_qparams(low, high, 8)) - values).square().mean().item()
+    assert ours <= 1.01 * error
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weight_search_is_per_channel_and_never_worse_than_the_whole_range(symmetric):
+    weight = torch.randn(8, 4, 3, 3) * torch.logspace(-2, 2, 8).view(-1, 1, 1, 1)
+    for bits in (2, 3, 4, 8):
+        errors = {}
+        for observer in ("minmax", "mse"):
+            low, high = weight_range(weight, bits, observer=observer, symmetric=symmetric)
+            q = ql.choose_qparams(low, high, bits, symmetric=symmetric, axis=0)
+            errors[observer] = (ql.fake_quantize(weight, q) - weight).square().sum((1, 2, 3))
+        assert (errors["mse"] <= errors["minmax"] * (1 + 1e-6)).all()
+    low, high = weight_range(weight, 4, per_channel=False, observer="minmax")
+    assert (low, high) == (weight.min().double(), weight.max().double())
+
+
+def test_unknown_observers_are_refused_with_a_suggestion():
+    with pytest.raises(ql.UserError, match="did you mean histogram"):
+        ql.QuantConfig(observer="histgram")
+    with pytest.raises(ql.UserError, match="use minmax or mse"):
+        weight_range(torch.randn(2, 2), 4, observer="entropic")
+    assert observers.observer_name(functools.partial(percentile, q=99.9)) == "percentile(q=99.9)"
