@@ -127,7 +127,7 @@ def eager_int8(model, batches, engine=None):
 
 
 @torch.no_grad()
-def pt2e_int8(model, batches, batch_size=250):
+def pt2e_int8(model, batches, batch_size=64):
     """torchao's path: torch.export, X86InductorQuantizer's default (8-bit activations, per-channel int8 weights), compiled by inductor.
 
     Compiled once, for batches of `batch_size`; smaller ones are padded. Returns a callable on float32 [B, C, H, W].

@@ -34,7 +34,7 @@ def limited(split, limit):
 
 
 @torch.inference_mode()
-def evaluate(model, split, *, batch_size=250, limit=None, on=None, verbose=False):
+def evaluate(model, split, *, batch_size=100, limit=None, on=None, verbose=False):
     """Accuracy of `model` (any callable on float32 [B, 3, H, W] giving logits [B, >= classes]) on a Split; argmax over the classes' ways only.
 
     limit: look at that many evenly spaced images only, for smoke runs. on: the device; the model is moved there when it can be.

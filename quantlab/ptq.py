@@ -25,6 +25,7 @@ class QuantConfig:
 
     first_last_bits: weights of the first and the last layer and input of the last; None: as the rest. residual_bits: operands and results
     of adds; None: float, as in most papers (simulation only). observer: a name or a function (stats, bits, symmetric) -> (low, high).
+    weight_observer: "minmax", or "lp": the range with the least sum of |error|^weight_norm.
     weight_symmetric / act_symmetric: zero-point 0, weights in the narrow range; a symmetric activation that cannot be negative is unsigned,
     unless act_signed forces signed codes (as the original experiment did).
     """
@@ -32,7 +33,8 @@ class QuantConfig:
     weight_bits: int = 8
     act_bits: int = 8
     observer: object = "histogram"
-    weight_observer: str = "mse"
+    weight_observer: str = "lp"
+    weight_norm: float = observers.WEIGHT_NORM
     first_last_bits: int | None = None
     residual_bits: int | None = 8
     input_bits: int = 8
@@ -47,6 +49,7 @@ class QuantConfig:
             if getattr(self, name) is not None or name not in ("first_last_bits", "residual_bits"):
                 check_bits(getattr(self, name), name)
         observers.find_observer(self.observer)
+        observers.check_weight_observer(self.weight_observer)
 
     def layer_bits(self, plan, layer):
         """(weight bits, input bits) of a layer."""
@@ -165,7 +168,7 @@ def quantize(model, stats, config=QuantConfig()):
         _quantize_layer(graph.get_submodule(find_node(graph, name).target), plan, name, config, inputs.get(name))
     graph.recompile()
     graph.plan, graph.config = plan, config
-    return graph.eval()
+    return graph.eval().to(next(graph.parameters()).device)
 
 
 def layers(graph, plan):
@@ -226,7 +229,7 @@ def _quantize_layer(layer, plan, name, config, q_in):
     bits = config.layer_bits(plan, name)[0]
     weight = layer.weight.detach()
     low, high = observers.weight_range(
-        weight, bits, observer=config.weight_observer, per_channel=config.per_channel, symmetric=config.weight_symmetric
+        weight, bits, observer=config.weight_observer, p=config.weight_norm, per_channel=config.per_channel, symmetric=config.weight_symmetric
     )
     q = choose_qparams(low, high, bits, symmetric=config.weight_symmetric, axis=0 if config.per_channel else None)
     if layer.bias is not None and q_in is not None and config.placement == "fused":

@@ -60,13 +60,14 @@ def describe(config):
     """The columns that a QuantConfig decides."""
     if config is None:
         return {}
-    names = ("weight_bits", "act_bits", "first_last_bits", "residual_bits", "input_bits", "placement", "weight_observer")
+    names = ("weight_bits", "act_bits", "first_last_bits", "residual_bits", "input_bits", "placement")
     symmetric = {(True, True): "both", (True, False): "weights", (False, True): "activations", (False, False): "neither"}
     return {
         **{name: getattr(config, name) for name in names},
         "granularity": "channel" if config.per_channel else "tensor",
         "symmetric": symmetric[config.weight_symmetric, config.act_symmetric],
         "observer": observer_name(config.observer),
+        "weight_observer": f"lp(p={config.weight_norm:g})" if config.weight_observer == "lp" else config.weight_observer,
     }
 
 

@@ -62,7 +62,7 @@ def train(config, data, out, *, resume=True, verbose=True):
     state_path = out.with_suffix(".training.safetensors")
     history = _load_state(state_path, config, data, model, average, optimizer) if resume and state_path.exists() else []
     forward = torch.compile(model) if device().type == "cuda" else model
-    source = dataclasses.replace(data.train, images=_on_device(data.train.images))
+    source = dataclasses.replace(data.train, images=_resident(data.train.images))
     for epoch in range(len(history), config.epochs):
         started = time.perf_counter()
         loss, top1 = _epoch(forward, model, average, optimizer, source, config, epoch, verbose)
@@ -160,22 +160,11 @@ def _average(average, model, decay, step):
             mean.copy_(value)
 
 
-def _on_device(images):
-    """The images moved to the accelerator where they are one tensor; drawn from main memory otherwise."""
-    if device().type == "cpu":
+def _resident(images):
+    """The training images as one tensor on the accelerator, where there is one and they are in memory; themselves otherwise."""
+    if device().type == "cpu" or not isinstance(getattr(images, "store", images), torch.Tensor):
         return images
-    tensor = images[torch.arange(len(images))] if hasattr(images, "index") and isinstance(images.store, torch.Tensor) else images
-    return _DeviceRows(tensor.to(device())) if isinstance(tensor, torch.Tensor) else images
-
-
-class _DeviceRows:
-    """A tensor on the accelerator, indexed with positions that are drawn on the CPU."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def __getitem__(self, index):
-        return self.tensor[index.to(self.tensor.device)]
+    return images[torch.arange(len(images))].to(device())
 
 
 # ---- Resuming: one safetensors file, weights and momentum as tensors, settings and history as its metadata ------------------

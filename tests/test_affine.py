@@ -35,7 +35,7 @@ def test_round_trip_is_torchs_kernel_bit_by_bit(limits, bits, symmetric, signed,
     x = torch.cat([x, ties, torch.zeros(1), torch.tensor(limits)])
     ours = ql.dequantize(ql.quantize_tensor(x, q), q)
     assert torch.equal(ours, torch.fake_quantize_per_tensor_affine(x, q.scale.item(), q.zero_point.item(), q.qmin, q.qmax))
-    assert torch.equal(ours, ql.fake_quantize(x, q))
+    assert torch.equal(ours, ql.fake_quantize(x, q)) and torch.equal(ours, ql.fake_quantize(x.requires_grad_(), q))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -47,7 +47,7 @@ def test_per_channel_round_trip_is_torchs_kernel_bit_by_bit(bits, axis, symmetri
     q = ql.choose_qparams(x.amin(dims), x.amax(dims) * 0.7, bits, symmetric=symmetric, axis=axis)
     expected = torch.fake_quantize_per_channel_affine(x, q.scale, q.zero_point, axis, q.qmin, q.qmax)
     assert torch.equal(ql.dequantize(ql.quantize_tensor(x, q), q), expected)
-    assert torch.equal(ql.fake_quantize(x, q), expected)
+    assert torch.equal(ql.fake_quantize(x, q), expected) and torch.equal(ql.fake_quantize(x.requires_grad_(), q), expected)
 
 
 @given(ranges(), BITS, st.booleans(), st.lists(REALS, min_size=1, max_size=40))

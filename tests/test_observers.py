@@ -151,16 +151,17 @@ def test_histogram_is_at_least_as_good_as_pytorchs_observer():
     assert ours <= 1.01 * error
 
 
+@pytest.mark.parametrize("p", [2.0, 2.4, 3.0])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_weight_search_is_per_channel_and_never_worse_than_the_whole_range(symmetric):
+def test_weight_search_is_per_channel_and_never_worse_than_the_whole_range(symmetric, p):
     weight = torch.randn(8, 4, 3, 3) * torch.logspace(-2, 2, 8).view(-1, 1, 1, 1)
     for bits in (2, 3, 4, 8):
         errors = {}
-        for observer in ("minmax", "mse"):
-            low, high = weight_range(weight, bits, observer=observer, symmetric=symmetric)
+        for observer in ("minmax", "lp"):
+            low, high = weight_range(weight, bits, observer=observer, p=p, symmetric=symmetric)
             q = ql.choose_qparams(low, high, bits, symmetric=symmetric, axis=0)
-            errors[observer] = (ql.fake_quantize(weight, q) - weight).square().sum((1, 2, 3))
-        assert (errors["mse"] <= errors["minmax"] * (1 + 1e-6)).all()
+            errors[observer] = (ql.fake_quantize(weight, q) - weight).abs().pow(p).sum((1, 2, 3))
+        assert (errors["lp"] <= errors["minmax"] * (1 + 1e-6)).all()
     low, high = weight_range(weight, 4, per_channel=False, observer="minmax")
     assert (low, high) == (weight.min().double(), weight.max().double())
 
@@ -168,6 +169,6 @@ def test_weight_search_is_per_channel_and_never_worse_than_the_whole_range(symme
 def test_unknown_observers_are_refused_with_a_suggestion():
     with pytest.raises(ql.UserError, match="did you mean histogram"):
         ql.QuantConfig(observer="histgram")
-    with pytest.raises(ql.UserError, match="use minmax or mse"):
+    with pytest.raises(ql.UserError, match="use minmax or lp"):
         weight_range(torch.randn(2, 2), 4, observer="entropic")
     assert observers.observer_name(functools.partial(percentile, q=99.9)) == "percentile(q=99.9)"
