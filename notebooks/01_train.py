@@ -21,7 +21,7 @@ import subprocess
 import sys
 
 if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook; Colab keeps its own torch
-    subprocess.check_call("git clone --depth 1 https://github.com/TimS-ml/Handwritten-Quantization workbook && pip install -q -e workbook", shell=True)
+    subprocess.check_call("test -d workbook || git clone --depth 1 https://github.com/TimS-ml/Handwritten-Quantization workbook; pip install -q -e workbook", shell=True)
     os.chdir("workbook")
     sys.path.insert(0, os.getcwd())
 
@@ -59,12 +59,13 @@ counts = {part: torch.bincount(getattr(images, part).labels).tolist() for part i
 pd.DataFrame(counts, index=images.classes).T
 
 # %% [markdown]
-# Every class is equally frequent (the digits almost), so top-1 accuracy alone is a fair summary, and guessing gives one in ten.
+# Where classes are equally frequent, top-1 accuracy alone is a fair summary. What always naming the most frequent class would score:
 
 # %%
-shown = torch.arange(16)
+print(f"{100 * max(counts['test']) / sum(counts['test']):.1f} %")
+shown = torch.arange(min(16, len(images.train)))
 titles = [images.classes[i] for i in images.train.labels[shown].tolist()]
-grid = plots.image_grid(images.train.images[shown], titles, [False] * 16, f"{images.name}: the first training images")
+grid = plots.image_grid(images.train.images[shown], titles, [False] * len(shown), f"{plots.data_label(images)}: the first training images")
 plots.save(grid, "images_train", images)
 
 # %% [markdown]
@@ -84,11 +85,11 @@ print(f"{model}: {len(layers)} convolutions and linear layers, {parameters:,} pa
 # A checkpoint is a `.safetensors` file and a JSON card that says how it came about. `train` finds an unfinished run and goes on with it.
 
 # %%
-path = ql.find_checkpoint(model, images.name) if checkpoint == "auto" else checkpoint
+path = ql.find_checkpoint(model, images) if checkpoint == "auto" else checkpoint
 if path is None or retrain:
     config = default_config(model, images, seed=seed, **({"epochs": epochs} if epochs else {}))
     path = ql.root() / "checkpoint" / f"{model}-{images.name}.safetensors"
-    ql.train(config, images, path, resume=not retrain)
+    ql.train(config, images, path)
 network, card = ql.load_trained(model, images, path)
 
 # %%
@@ -103,7 +104,7 @@ pd.Series({**card_facts, **{f"recipe.{k}": v for k, v in card.recipe.items()}}).
 # %%
 history = pd.DataFrame(card.history)
 if len(history):
-    text = f"{card.trained_on}, {model}, n = {len(images.heldout):,} held-out images; trained on {card.hardware}"
+    text = f"{plots.data_label(card.trained_on)}, {model}, n = {len(images.heldout):,} held-out images; trained on {card.hardware}"
     plots.save(plots.training_curves(history, text), "01_training_curves", card.trained_on, model)
 
 # %% [markdown]
@@ -113,7 +114,7 @@ if len(history):
 baseline = ql.evaluate(network, images.test, limit=limit)
 test = images.test if limit is None else ql.limited(images.test, limit)
 print(f"{baseline.top1:.2f} % top-1 on {baseline.n:,} test images of {images.name}, {baseline.images_per_s:,.0f} images/s")
-assert card.trained_on != images.name or limit or abs(baseline.top1 - card.test_top1) < 0.1, "the card states another accuracy"
+assert card.data_fingerprint != images.fingerprint or limit or abs(baseline.top1 - card.test_top1) < 0.1, "the card states another accuracy"
 
 # %%
 text = plots.row_caption(images, model, baseline.n, "test images, float")
@@ -127,7 +128,7 @@ wrong = (~baseline.correct).nonzero().flatten()[:8]
 right = baseline.correct.nonzero().flatten()[:16 - len(wrong)]
 chosen = torch.cat([wrong, right])
 titles = [images.classes[i] for i in baseline.predictions[chosen].tolist()]
-grid = plots.image_grid(test.images[chosen], titles, [True] * len(wrong) + [False] * len(right), f"{images.name}: predictions, mistakes in red")
+grid = plots.image_grid(test.images[chosen], titles, [True] * len(wrong) + [False] * len(right), f"{plots.data_label(images)}: predictions, mistakes in red")
 plots.save(grid, "images_predictions", images, model)
 
 # %% [markdown]

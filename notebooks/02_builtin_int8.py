@@ -20,7 +20,7 @@ import subprocess
 import sys
 
 if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook; Colab keeps its own torch
-    subprocess.check_call("git clone --depth 1 https://github.com/TimS-ml/Handwritten-Quantization workbook && pip install -q -e workbook", shell=True)
+    subprocess.check_call("test -d workbook || git clone --depth 1 https://github.com/TimS-ml/Handwritten-Quantization workbook; pip install -q -e workbook", shell=True)
     os.chdir("workbook")
     sys.path.insert(0, os.getcwd())
 
@@ -54,7 +54,7 @@ for backend in builtin.backends():
 images = ql.load_data(data)
 smoke = images.smoke if preset == "auto" else preset == "smoke"
 limit = 1000 if smoke else None  # test images
-n_calibration = n_calibration or (256 if smoke else 1024)
+n_calibration = n_calibration or min(256 if smoke else 1024, len(images.train))
 network, card = ql.load_trained(model, images, checkpoint)
 network = network.cpu().to(memory_format=torch.channels_last)
 calibration = images.calibration(n_calibration, seed)
@@ -104,7 +104,9 @@ if ready["eager"]:
     weight = layer.weight()
     print(layer)
     print(f"weight: {tuple(weight.shape)}, {weight.dtype}, codes {weight.int_repr().min()} to {weight.int_repr().max()}")
-    print("first scales:", [round(s, 5) for s in weight.q_per_channel_scales()[:4].tolist()])
+    per_channel = weight.qscheme() == torch.per_channel_affine  # engines for ARM have one scale for the whole tensor
+    scales = weight.q_per_channel_scales() if per_channel else torch.full((len(weight),), weight.q_scale())
+    print("first scales:", [round(s, 5) for s in scales[:4].tolist()])
 
 # %% [markdown]
 # The same codes from our formula, `code = round(weight / scale)`: the tool does nothing that we could not do by hand.
@@ -112,7 +114,7 @@ if ready["eager"]:
 # %%
 if ready["eager"]:
     folded = next(m for m in fused.modules() if isinstance(m, torch.nn.Conv2d)).weight.detach()
-    q = ql.QParams(weight.q_per_channel_scales().float(), torch.zeros(len(folded), dtype=torch.int32), -128, 127, axis=0)
+    q = ql.QParams(scales.float(), torch.zeros(len(folded), dtype=torch.int32), -128, 127, axis=0)
     by_hand = ql.quantize_tensor(folded, q)
     print(f"{(by_hand == weight.int_repr()).double().mean():.2%} of {by_hand.numel()} codes agree")
     assert torch.equal(by_hand, weight.int_repr().int())
@@ -133,22 +135,23 @@ else:
 # %%
 evaluations = {name: ql.evaluate(n, images.test, limit=limit, batch_size=64, on="cpu") for name, n in networks.items()}
 baseline = evaluations["float"]
-widths = {"eager int8": {"weight_bits": 8, "act_bits": 7}, "PT2E int8": {"weight_bits": 8, "act_bits": 8}}
+sizes = {name: builtin.bytes_on_disk(n) for name, n in networks.items()}
+widths = {"float": {}, "eager int8": {"weight_bits": 8, "act_bits": builtin.eager_act_bits() if ready["eager"] else 8},
+          "PT2E int8": {"weight_bits": 8, "act_bits": 8}}
 rows = [
     results.make_row(data=images, model=model, card=card, baseline=baseline, result=evaluations[name], method=name, seed=seed,
-                     n_calibration=n_calibration, notebook="02_builtin_int8", bytes=builtin.bytes_on_disk(networks[name]), **widths[name])
-    for name in networks if name != "float"
+                     n_calibration=n_calibration if widths[name] else 0, notebook="02_builtin_int8", bytes=sizes[name], **widths[name])
+    for name in networks
 ]
-if rows:
-    results.record(rows)
+results.record(rows)[["method", "weight_bits", "act_bits", "n_test", "top1", "drop", "drop_low", "drop_high", "bytes"]].round(2)
 
 # %% [markdown]
-# The eager tool's default keeps activations to **7 bits** on x86 (`reduce_range`), because an unsigned-by-signed int8 product may saturate on
-# processors without VNNI. The original's table calls this row 8 bits.
+# The eager tool's default keeps activations to **7 bits** on x86 engines (`reduce_range`), because an unsigned-by-signed int8 product may
+# saturate on processors without VNNI. The original's table calls this row 8 bits; the column `act_bits` says what it is here.
 
 # %%
 table = pd.DataFrame([
-    {"method": name, "top1": e.top1, "bytes": builtin.bytes_on_disk(networks[name]), "images_per_s": e.images_per_s,
+    {"method": name, "top1": e.top1, "bytes": sizes[name], "images_per_s": e.images_per_s,
      "points lost": ql.paired_drop(baseline.correct, e.correct)[0]}
     for name, e in evaluations.items()
 ])

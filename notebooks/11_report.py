@@ -21,7 +21,7 @@ import subprocess
 import sys
 
 if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook; Colab keeps its own torch
-    subprocess.check_call("git clone --depth 1 https://github.com/TimS-ml/Handwritten-Quantization workbook && pip install -q -e workbook", shell=True)
+    subprocess.check_call("test -d workbook || git clone --depth 1 https://github.com/TimS-ml/Handwritten-Quantization workbook; pip install -q -e workbook", shell=True)
     os.chdir("workbook")
     sys.path.insert(0, os.getcwd())
 
@@ -37,11 +37,11 @@ source = "auto"  # local (results.csv), published (published.csv), or auto: loca
 
 # %%
 local = source == "local" or source == "auto" and len(results.load()) > 0
-rows = results.newest(results.load() if local else results.load(results.published_path()))
+rows = results.current(results.load() if local else results.load(results.published_path()))
 assert len(rows), "no results yet: run `make results` first"
 sets = list(dict.fromkeys(zip(rows.dataset, rows.model)))
 where = "results/results.csv (measured on this machine)" if local else "results/published.csv"
-display(Markdown(f"**{len(rows)} rows** from `{where}`, newest per configuration and seed; data sets and networks: "
+display(Markdown(f"**{len(rows)} rows** from `{where}`, the newest of every configuration and seed; data sets and networks: "
                  + ", ".join(f"`{d}` with {m}" for d, m in sets) + "."))
 if (rows.dataset == results.SMOKE).all():
     display(Markdown("> **Smoke run.** These are handwritten digits: they show that everything runs and are no benchmark."))
@@ -80,7 +80,7 @@ for (dataset, model), part in hand.groupby(["dataset", "model"], sort=False):
 # %%
 for (dataset, model), part in rows[rows.weight_bits.isna() | rows.method.str.contains("int8")].groupby(["dataset", "model"], sort=False):
     text = plots.row_caption(dataset, model, int(part.n_test.iloc[0]), part.device.iloc[-1])
-    display(plots.method_bars(results.newest(part).drop_duplicates("method", keep="last").reset_index(drop=True), text))
+    display(plots.method_bars(part.drop_duplicates("method", keep="last").reset_index(drop=True), text))
 
 # %% [markdown]
 # ## 4. Figures

@@ -1,7 +1,6 @@
 """The command line: python -m quantlab run | list | report | publish | train | data | import-checkpoint | sync."""
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 import typing
@@ -35,7 +34,7 @@ def parser():
     run = add("run", _run, "execute notebooks with papermill (no number: all)")
     run.add_argument("numbers", nargs="*", metavar="NN", help="number or name of a notebook")
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters", help="a parameter of the notebooks")
-    run.add_argument("--data", help="auto, cifar10, digits, images or a path; short for -p data PATH")
+    run.add_argument("--data", help="auto, cifar10, digits, images or a path, for the notebooks that use data")
     run.add_argument("--force", action="store_true", help="run again what is complete")
     run.add_argument("--time-limit", type=int, default=3600, metavar="SECONDS", help="per notebook (default: %(default)s)")
     add("list", _list, "list the notebooks and their parameters")
@@ -45,7 +44,7 @@ def parser():
     train.add_argument("--data", default="auto", help="auto, cifar10, digits, images or a path")
     train.add_argument("--size", type=int, help="side in pixels, where images differ in size")
     train.add_argument("--out", help="checkpoint to write (default: checkpoint/MODEL-DATA.safetensors)")
-    train.add_argument("--restart", action="store_true", help="begin again instead of resuming, and overwrite a finished checkpoint")
+    train.add_argument("--restart", action="store_true", help="replace a finished checkpoint; drop an unfinished run of other settings")
     for field in dataclasses.fields(ql.TrainConfig):
         kind = typing.get_type_hints(ql.TrainConfig)[field.name]
         action = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
@@ -66,8 +65,7 @@ def parser():
 def _run(options):
     from quantlab.run import run, status_table
 
-    overrides = dict(options.parameters) | ({"data": options.data} if options.data else {})
-    frame = run(options.numbers, overrides, force=options.force, time_limit=options.time_limit)
+    frame = run(options.numbers, dict(options.parameters), source=options.data, force=options.force, time_limit=options.time_limit)
     print("\n" + status_table(frame))
     return int((frame.status == "failed").any())
 
@@ -96,17 +94,15 @@ def _publish(options):
 
 
 def _train(options):
-    from quantlab.train import default_config
+    from quantlab.train import default_config, is_complete
 
     data = ql.load_data(options.data, size=options.size)
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(ql.TrainConfig) if getattr(options, f.name) is not None}
     config = default_config(given.pop("model", "resnet20"), data, **given)
     out = options.out or root() / "checkpoint" / f"{config.model}-{data.name}.safetensors"
-    with contextlib.suppress(UserError):
-        card = ql.load_card(out)
-        if not options.restart:
-            raise SystemExit(f"error: {out} is complete ({card.test_top1} % top-1); name another file with --out, or pass --restart to replace it")
-    _, card = ql.train(config, data, out, resume=not options.restart)
+    if is_complete(out) and not options.restart:
+        raise UserError(f"{out} is complete; name another file with --out, or pass --restart to replace it")
+    _, card = ql.train(config, data, out, restart=options.restart)
     print(f"{out}: {card.test_top1:.2f} % top-1 on {card.n_test:,} test images of {data}")
 
 

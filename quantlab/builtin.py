@@ -9,10 +9,11 @@ Int8 kernels for these exist on the CPU; the networks returned here run there.
 
 import copy
 import dataclasses
-import importlib.util
+import importlib
 import io
 import logging
 import operator
+import platform
 import shutil
 import warnings
 
@@ -38,18 +39,24 @@ def backends():
 
 
 def _eager_backend():
-    if importlib.util.find_spec("torch.ao.quantization") is None:
-        return Backend("eager", False, f"torch {torch.__version__} no longer has torch.ao.quantization; skipped")
     try:
+        importlib.import_module("torch.ao.quantization")
         engine = choose_engine()
+    except ImportError:
+        return Backend("eager", False, f"torch {torch.__version__} no longer has torch.ao.quantization; skipped")
     except UserError as error:
         return Backend("eager", False, f"{error}; skipped")
     return Backend("eager", True, f"torch.ao.quantization, engine {engine}")
 
 
 def _pt2e_backend():
-    if importlib.util.find_spec("torchao") is None:
-        return Backend("pt2e", False, "torchao is not installed (pip install torchao); skipped")
+    try:
+        with _quiet():
+            importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    except ImportError as error:
+        return Backend("pt2e", False, f"torchao's PT2E is not installed (pip install torchao; {error}); skipped")
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return Backend("pt2e", False, f"its kernels are for x86, this is {platform.machine()}; skipped")
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         return Backend("pt2e", False, "no C++ compiler found (apt install g++); skipped")
     return Backend("pt2e", True, "torchao PT2E, x86 inductor")
@@ -62,6 +69,13 @@ def choose_engine():
         if engine in supported:
             return engine
     raise UserError(f"torch was built without quantized kernels (engines: {', '.join(supported) or 'none'})")
+
+
+def eager_act_bits():
+    """Width of the eager path's activations: 7 where the engine's default reduces the range, else 8."""
+    from torch.ao.quantization import get_default_qconfig
+
+    return 7 if getattr(get_default_qconfig(choose_engine()).activation(), "reduce_range", False) else 8
 
 
 # ---- Eager static -----------------------------------------------------------------------------------------------------------

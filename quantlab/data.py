@@ -6,6 +6,7 @@ Images stay uint8 in memory; a batch is normalised when it is drawn. Three parts
 `heldout` (a fixed tenth of the training images) to choose anything on, `test` only to be tested on.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -36,13 +37,14 @@ class Split:
     labels: torch.Tensor
     mean: tuple
     std: tuple
+    num_classes: int | None = None  # None: as many as the labels show
 
     def __len__(self):
         return len(self.labels)
 
     def subset(self, index):
         """The images at `index` (int64 [M]), in that order; nothing is copied."""
-        return Split(Rows(self.images, index), self.labels[index], self.mean, self.std)
+        return dataclasses.replace(self, images=Rows(self.images, index), labels=self.labels[index])
 
     def normalize(self, images):
         """(x / 255 - mean) / std: uint8 [N, 3, H, W] -> float32 of the same shape."""
@@ -122,10 +124,11 @@ def load_data(source="auto", *, size=None, verbose=True):
 
     source: "auto" (CIFAR-10 where it already is, else an image set in data/ or $QUANTLAB_DATA, else digits), "cifar10" (downloads),
     "images" (the image set in data/ or $QUANTLAB_DATA), "digits", or the path of a folder or archive of either kind.
-    size: side in pixels that images are resized and centre-cropped to; needed only where their sizes differ.
+    size: side in pixels that images are resized and centre-cropped to (default $QUANTLAB_SIZE); needed only where their sizes differ.
     Raises UserError for an unknown name, a folder without classes, unreadable images, a damaged archive or a missing network.
     """
     source = str(source)
+    size = size or int(os.environ.get("QUANTLAB_SIZE", 0)) or None
     place = find_data(source)
     hint = f"; CIFAR-10's official files: {FETCH_COMMAND}" if source == "auto" and not is_cifar10(place) else ""
     if place == "digits":
@@ -162,13 +165,14 @@ def _assemble(name, classes, train, test, fingerprint, mean=None, std=None):
     held = torch.zeros(len(train_labels), dtype=torch.bool)
     for c in range(len(classes)):
         members = (train_labels == c).nonzero().flatten()
-        held[members[torch.randperm(len(members), generator=generator)[: round(len(members) * HELDOUT_SHARE)]]] = True
+        count = max(round(len(members) * HELDOUT_SHARE), int(len(members) > 1))
+        held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     if mean is None:
         sample = train_images[torch.randperm(len(train_labels), generator=generator)[:2000]].float() / 255
         mean, std = (tuple(round(v, 4) for v in stat.tolist()) for stat in (sample.mean((0, 2, 3)), sample.std((0, 2, 3)) + 1e-3))
-    whole = Split(train_images, train_labels, mean, std)
+    whole = Split(train_images, train_labels, mean, std, len(classes))
     fit, heldout = whole.subset((~held).nonzero().flatten()), whole.subset(held.nonzero().flatten())
-    return Dataset(name, tuple(classes), fit, heldout, Split(test_images, test_labels, mean, std), fingerprint)
+    return Dataset(name, tuple(classes), fit, heldout, Split(test_images, test_labels, mean, std, len(classes)), fingerprint)
 
 
 def _fingerprint(*arrays):
@@ -234,9 +238,9 @@ def _read_cifar10(path):
         if not os.access(folder, os.W_OK):  # an archive in a read-only place is unpacked into our own data folder
             folder = data_folder()
             folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as unpacked:
-            torchvision.datasets.utils.extract_archive(str(archive), unpacked)
-            os.replace(pathlib.Path(unpacked) / cifar10.base_folder, folder / cifar10.base_folder)
+        with _temporary_folder(folder, ".unpack-") as unpacked:
+            torchvision.datasets.utils.extract_archive(str(archive), str(unpacked))
+            os.replace(unpacked / cifar10.base_folder, folder / cifar10.base_folder)
     try:
         return [cifar10(str(folder), train=train, download=False) for train in (True, False)]
     except RuntimeError:
@@ -252,12 +256,22 @@ def make_jpeg_copy(out=None, quality=75):
     if out.exists():
         raise UserError(f"{out} already exists; remove it first or name another folder with --out")
     parts = dict(zip(("train", "test"), _read_cifar10(pathlib.Path(find_cifar10() or data_folder()))))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".jpeg-") as temporary:
+    with _temporary_folder(out.parent, ".jpeg-") as temporary:
         for part, images in parts.items():
-            imageset.write_jpegs(pathlib.Path(temporary) / "copy" / part, images.data, images.targets, CIFAR10_CLASSES, quality)
-        os.replace(pathlib.Path(temporary) / "copy", out)
+            imageset.write_jpegs(temporary / "copy" / part, images.data, images.targets, CIFAR10_CLASSES, quality)
+        os.replace(temporary / "copy", out)
     return out
+
+
+@contextlib.contextmanager
+def _temporary_folder(parent, prefix):
+    """A folder in `parent` that is gone afterwards; UserError where it cannot be written."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder:
+            yield pathlib.Path(folder)
+    except OSError as error:
+        raise UserError(f"cannot write into {parent}: {error.strerror or error}; free space there or set QUANTLAB_DATA to another folder") from None
 
 
 def _download(archive, md5):
@@ -285,7 +299,8 @@ def find_images():
     """The first image set (folder or archive) that $QUANTLAB_DATA names or that lies in data/, or None."""
     named = os.environ.get("QUANTLAB_DATA")
     for place in [pathlib.Path(p) for p in (named, root() / "data") if p]:
-        candidates = [*sorted(place.iterdir()), place] if place.is_dir() else [place]
+        inside = sorted(p for p in place.iterdir() if not p.name.startswith(".") and p.name != "cache") if place.is_dir() else []
+        candidates = [*inside, place]
         for candidate in candidates:
             if imageset.is_image_set(candidate):
                 return str(candidate)
@@ -296,5 +311,5 @@ def load_images(path, size=None):
     """A folder or archive in the layout train/CLASS/*, test/CLASS/*; named by $DATA_NAME, by its fingerprint, or by its file name."""
     images = imageset.load(pathlib.Path(path), data_folder() / "cache", size)
     name = os.environ.get("DATA_NAME") or KNOWN_FINGERPRINTS.get(images.fingerprint) or images.stem
-    constants = (CIFAR10_MEAN, CIFAR10_STD) if name.startswith("cifar10") else (None, None)
+    constants = (CIFAR10_MEAN, CIFAR10_STD) if images.classes == CIFAR10_CLASSES else (None, None)
     return _assemble(name, images.classes, images.train, images.test, images.fingerprint, *constants)

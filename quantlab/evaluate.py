@@ -8,18 +8,19 @@ import time
 import torch
 from tqdm.auto import tqdm
 
-from quantlab.runtime import UserError, device
+from quantlab.runtime import UserError, device, device_name, exact_float
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """top1 in percent over n images; predictions int64 [n] and correct bool [n] in stored order; wall-clock seconds."""
+    """top1 in percent over n images; predictions int64 [n] and correct bool [n] in stored order; wall-clock seconds; the device in words."""
 
     top1: float
     n: int
     predictions: torch.Tensor
     correct: torch.Tensor
     seconds: float
+    device: str
 
     @property
     def images_per_s(self):
@@ -33,7 +34,6 @@ def limited(split, limit):
     return split.subset(torch.linspace(0, len(split) - 1, limit).round().long())
 
 
-@torch.inference_mode()
 def evaluate(model, split, *, batch_size=100, limit=None, on=None, verbose=False):
     """Accuracy of `model` (any callable on float32 [B, 3, H, W] giving logits [B, >= classes]) on a Split; argmax over the classes' ways only.
 
@@ -42,22 +42,30 @@ def evaluate(model, split, *, batch_size=100, limit=None, on=None, verbose=False
     """
     where = torch.device(on) if on else device()
     split = limited(split, limit)
+    if not len(split):
+        raise UserError("there are no images to evaluate on")
     if isinstance(model, torch.nn.Module):
         model.eval().to(where)
-    ways = int(split.labels.max()) + 1
-    predictions = []
     started = time.perf_counter()
-    for images, _ in tqdm(split.batches(batch_size), total=-(-len(split) // batch_size), desc="evaluate", leave=False, disable=not verbose):
-        logits = model(images.to(where).contiguous(memory_format=torch.channels_last))
-        if logits.shape[1] < ways:
-            raise UserError(f"the network has {logits.shape[1]} ways but the data has {ways} classes; load a checkpoint trained on this data")
-        if not torch.isfinite(logits).all():
-            raise UserError("the network gives logits that are NaN or infinite; check its weights and its calibration")
-        predictions.append(logits[:, :ways].argmax(1).cpu())
+    with torch.inference_mode(), exact_float():
+        predictions = torch.cat([_predict(model, images.to(where), split) for images, _ in _batches(split, batch_size, verbose)])
     seconds = time.perf_counter() - started
-    predictions = torch.cat(predictions)
     correct = predictions == split.labels
-    return Evaluation(100 * correct.double().mean().item(), len(correct), predictions, correct, seconds)
+    return Evaluation(100 * correct.double().mean().item(), len(correct), predictions, correct, seconds, device_name(where))
+
+
+def _predict(model, images, split):
+    ways = split.num_classes or int(split.labels.max()) + 1
+    logits = model(images.contiguous(memory_format=torch.channels_last))
+    if logits.shape[1] < ways:
+        raise UserError(f"the network has {logits.shape[1]} ways but the data has {ways} classes; load a checkpoint trained on this data")
+    if not torch.isfinite(logits).all():
+        raise UserError("the network gives logits that are NaN or infinite; check its weights and its calibration")
+    return logits[:, :ways].argmax(1).cpu()
+
+
+def _batches(split, batch_size, verbose):
+    return tqdm(split.batches(batch_size), total=-(-len(split) // batch_size), desc="evaluate", leave=False, disable=not verbose)
 
 
 @torch.inference_mode()

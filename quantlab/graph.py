@@ -34,7 +34,7 @@ CALL_KINDS = {  # functions and tensor methods by name
     "concat": {"cat", "concat", "concatenate"},
     "rearrange": {"flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split", "getitem",
                   "channel_shuffle", "pixel_shuffle", "movedim", "detach", "clone"},
-    "dropout": {"dropout", "dropout1d", "dropout2d", "alpha_dropout"},
+    "dropout": {"dropout", "dropout1d", "dropout2d", "alpha_dropout", "stochastic_depth"},
     "shape": {"size", "dim", "getattr"},
 }  # fmt: skip
 PASSES_CODES = ("rearrange", "maxpool")  # the output holds codes of its input, at most fewer or in another order
@@ -69,7 +69,8 @@ def fold(graph, batchnorm=True):
     kinds = find_kinds(graph)
     for node in [n for n in kinds if kinds[n] == "batchnorm"] if batchnorm else []:
         before = node.args[0]
-        if kinds[before] == "compute" and len(before.users) == 1:
+        foldable = kinds[before] == "compute" and _users(before, kinds) == [node]
+        if foldable and graph.get_submodule(node.target).running_mean is not None:  # without running statistics it is no fixed affine map
             fold_batchnorm(graph.get_submodule(before.target), graph.get_submodule(node.target))
             node.replace_all_uses_with(before)
             graph.graph.erase_node(node)
@@ -233,22 +234,35 @@ def _is_stored(node, kinds):
     users = _readers(node, kinds)
     if all(kinds[u] == "output" for u in users):
         return False  # logits
-    if len(node.users) == 1:
-        (user,) = node.users
-        if kinds[user] == "clamp" or kinds[user] == "concat":
-            return False  # rounded there, once
-    return True
+    follower = _only_user(node, kinds)
+    while follower is not None and kinds[follower] in PASSES_CODES:  # a clamp commutes with max-pooling and rearranging
+        follower = _only_user(follower, kinds)
+    return follower is None or kinds[follower] not in ("clamp", "concat")  # rounded there, once
 
 
 def _ends_group(clamp, kinds):
     """True for a clamp that is the only reader of what it clamps, so that the value is first stored behind it."""
     before = clamp.args[0]
-    return len(before.users) == 1 and kinds[before] not in ("input", *PASSES_CODES)
+    while kinds[before] in PASSES_CODES and _only_user(before, kinds) is not None:
+        before = before.args[0]
+    return _only_user(before, kinds) is not None and kinds[before] not in ("input", *PASSES_CODES)
 
 
 def _producer(node, kinds):
     """The operation behind a stored value: what its clamp clamps, or the node itself."""
-    return node.args[0] if kinds[node] == "clamp" else node
+    while kinds[node] in ("clamp", *PASSES_CODES):
+        node = node.args[0]
+    return node
+
+
+def _users(node, kinds):
+    """The nodes that use the value itself; reading its size does not count."""
+    return [user for user in node.users if kinds[user] != "shape"]
+
+
+def _only_user(node, kinds):
+    users = _users(node, kinds)
+    return users[0] if len(users) == 1 else None
 
 
 def _holder(node, kinds):

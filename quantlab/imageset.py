@@ -16,17 +16,16 @@ import zlib
 
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from quantlab.runtime import UserError, atomic_path
+from quantlab.runtime import UserError, atomic_path, save_tensors
 
 PARTS = ("train", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".zip")
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError)
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError)  # the last: encrypted
 STREAM_ABOVE = 10**9  # bytes of decoded images
 
 
@@ -73,7 +72,7 @@ def load(path, cache, size=None):
     for name, content in tqdm(files, desc=f"decode {path.name}", unit=" images", mininterval=0.5):
         image = decode(content, "/".join(name), size)
         if kept and image.shape != kept[0].shape:
-            raise UserError(f"{path}: {'/'.join(name)} is {_pixels(image)} but the first image is {_pixels(kept[0])}; name one size (--size 224)")
+            raise UserError(f"{path}: {'/'.join(name)} is {_pixels(image)} but the first image is {_pixels(kept[0])}; name one size: QUANTLAB_SIZE=224")
         names.append(name)
         digests.append(hashlib.sha256(content).hexdigest())
         total += image.nbytes
@@ -211,9 +210,8 @@ def state(path):
 def _write_cache(cached, classes, fingerprint, stores, labels):
     tensors = {f"{part}.{kind}": values[part] for part in PARTS for kind, values in (("images", stores), ("labels", labels))}
     try:
-        with atomic_path(cached) as temporary:
-            safetensors.torch.save_file(tensors, temporary, {"classes": json.dumps(classes), "fingerprint": fingerprint})
-    except (UserError, safetensors.SafetensorError) as error:
+        save_tensors(cached, tensors, {"classes": json.dumps(classes), "fingerprint": fingerprint})
+    except UserError as error:
         print(f"note: decoded images are not cached ({error})")
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quantlab.evaluate import evaluate
-from quantlab.runtime import UserError, atomic_path, device_name, root, sha256, write_text
+from quantlab.runtime import UserError, device_name, root, save_tensors, sha256, write_text
 
 # ---- ResNet-20 --------------------------------------------------------------------------------------------------------------
 
@@ -126,9 +126,7 @@ def card_path(checkpoint):
 def save_checkpoint(model, path, data, *, architecture, result, recipe=None, history=(), source="quantlab train"):
     """Write the weights of `model` (contiguous, on the CPU) and its card; return the card. result: its Evaluation on data.test."""
     path = pathlib.Path(path)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, {"architecture": architecture})
+    save_tensors(path, model.state_dict(), {"architecture": architecture})
     card = Card(
         architecture=architecture, num_outputs=_head(model).out_features, trained_on=data.name, data_fingerprint=data.fingerprint,
         classes=data.classes, mean=data.test.mean, std=data.test.std, recipe=recipe or {}, history=tuple(history), test_top1=result.top1,
@@ -181,22 +179,24 @@ def load_model(name, checkpoint=None, num_classes=10):
     return model.eval()
 
 
-def find_checkpoint(model, dataset_name, folder=None):
-    """Path of the checkpoint trained on this data set; for CIFAR-10's official files, else the one trained on the JPEG copy; else None."""
-    folder = folder or root() / "checkpoint"
-    names = [dataset_name] + (["cifar10-jpeg"] if dataset_name.startswith("cifar10") else [])
-    return next((path for name in names if (path := folder / f"{model}-{name}.safetensors").is_file()), None)
+def find_checkpoint(model, data):
+    """Path of the checkpoint trained on this Dataset's name, else, where the classes are CIFAR-10's, of the one for cifar10-jpeg; else None."""
+    paths = [root() / "checkpoint" / f"{model}-{name}.safetensors" for name in (data.name, "cifar10-jpeg")]
+    there = [path for path in paths if path.is_file() and card_path(path).is_file()]
+    return next((path for path in there if path == paths[0] or tuple(load_card(path).classes) == tuple(data.classes)), None)
 
 
 def load_trained(name, data, checkpoint="auto"):
     """(model, card) of a checkpoint, by path or "auto" (find_checkpoint); says in one line which. UserError where there is none."""
-    path = find_checkpoint(name, data.name) if checkpoint == "auto" else pathlib.Path(checkpoint)
+    path = find_checkpoint(name, data) if checkpoint == "auto" else pathlib.Path(checkpoint)
     if path is None:
         raise UserError(f"no checkpoint of {name} for {data.name} in {root() / 'checkpoint'}; train one with: python -m quantlab train --model {name} --data PATH")
     card = load_card(path)
     ways, classes = card.num_outputs, len(data.classes)
     if ways < classes:
         raise UserError(f"{path.name} has {ways} ways but {data.name} has {classes} classes; train one with: python -m quantlab train --model {name} --data PATH")
+    if path.stem == f"{name}-{data.name}" and card.data_fingerprint != data.fingerprint:
+        print(f"note: {path.name} was trained on other files than these under the name {data.name} (fingerprints differ)")
     print(f"checkpoint: {path.name}, {card.test_top1:.2f} % on {card.n_test:,} test images of {card.trained_on}, sha256 {card.sha256[:10]}")
     return load_model(name, path), card
 

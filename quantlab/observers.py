@@ -1,6 +1,6 @@
-"""Observe once, decide later: one exact, mergeable histogram per edge, and range setters that are pure functions of it.
+"""Range setters: pure functions of an edge's statistics and the bit-width, (stats, bits, symmetric) -> (low, high) in real units.
 
-A range setter is a function (stats, bits, symmetric) -> (low, high) in real units; `observer=` also accepts one of your own.
+`observer=` takes one of their names or a function of your own. What the network rounds to follows from the range: affine.choose_qparams.
 """
 
 import dataclasses
@@ -8,101 +8,14 @@ import difflib
 import functools
 import math
 
+import scipy.optimize
+import scipy.special
 import torch
 
 from quantlab.affine import choose_qparams, fake_quantize
 from quantlab.runtime import UserError
 
-MIN_BINS = 2048  # at least this many bins between the smallest and the largest value (zero included)
-MIN_LEVEL = -100  # finest bin width 2^-100, so that x / width is a float32
-
-
-@dataclasses.dataclass
-class EdgeStats:
-    """Statistics of every value that passed one edge, in constant memory.
-
-    Bin i counts the values in [i*w, (i+1)*w) with w = 2^level; exact zeros are counted apart. When the range grows, neighbouring bins are
-    added, which is exact because an edge of a coarse bin is always an edge of a finer one. So the counts do not depend on the order or the
-    batching of the data, and two statistics merge by addition. level is the largest that leaves MIN_BINS bins over the range.
-    """
-
-    level: int | None = None
-    first: int = 0  # index of bins[0]
-    bins: torch.Tensor | None = None  # int64
-    zeros: int = 0
-    count: int = 0
-    minimum: float = math.inf
-    maximum: float = -math.inf
-
-    def update(self, x):
-        """Count every element of a floating-point tensor of any shape; raise UserError on NaN or infinite values."""
-        x = x.detach().float().flatten()
-        if not len(x):
-            return self
-        low, high = (v.item() for v in torch.aminmax(x))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise UserError(f"{int((~torch.isfinite(x)).sum())} of {len(x)} values are NaN or infinite; find the layer and the input that make them")
-        self._grow(min(self.minimum, low), max(self.maximum, high))
-        zeros = len(x) - int(torch.count_nonzero(x))
-        if zeros < len(x):
-            index = torch.floor(x * 2.0**-self.level).long() - self.first
-            counts = torch.bincount(index, minlength=len(self.bins)).cpu()
-            counts[-self.first] -= zeros
-            self.bins += counts
-        self.zeros += zeros
-        self.count += len(x)
-        return self
-
-    def merge(self, other):
-        """Add another edge's counts to these, as if its data had been seen here."""
-        if other.count:
-            self._grow(min(self.minimum, other.minimum), max(self.maximum, other.maximum))
-            if other.bins is not None:
-                self.bins += _rebin(other, self.level, self.first, len(self.bins))
-            self.zeros += other.zeros
-            self.count += other.count
-        return self
-
-    def _grow(self, minimum, maximum):
-        self.minimum, self.maximum = minimum, maximum
-        low, high = min(minimum, 0.0), max(maximum, 0.0)
-        if low == high:
-            return
-        level = _level(low, high)
-        first, last = math.floor(low * 2.0**-level), math.floor(high * 2.0**-level)
-        if self.bins is None:
-            self.bins = torch.zeros(last - first + 1, dtype=torch.int64)
-        elif (level, first, last - first + 1) != (self.level, self.first, len(self.bins)):
-            self.bins = _rebin(self, level, first, last - first + 1)
-        self.level, self.first = level, first
-
-    @property
-    def width(self):
-        """Width of a bin in real units; 0 when only zeros were seen."""
-        return 0.0 if self.level is None else 2.0**self.level
-
-    def histogram(self):
-        """(centers float64 [N], counts int64 [N]) of the non-zero values."""
-        if self.bins is None:
-            return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-        return (self.first + torch.arange(len(self.bins), dtype=torch.float64) + 0.5) * self.width, self.bins
-
-
-def _level(low, high):
-    """The largest level at which the bins from low to high (low <= 0 <= high, not both 0) number at least MIN_BINS."""
-    level = math.frexp((high - low) / MIN_BINS)[1] + 1
-    while level > MIN_LEVEL and math.floor(high * 2.0**-level) - math.floor(low * 2.0**-level) + 1 < MIN_BINS:
-        level -= 1
-    return max(level, MIN_LEVEL)
-
-
-def _rebin(stats, level, first, size):
-    """The counts of `stats` on coarser or equal bins that start at `first`."""
-    index = (torch.arange(stats.first, stats.first + len(stats.bins)) >> min(level - stats.level, 62)) - first  # rounds down, as floor does
-    return torch.zeros(size, dtype=torch.int64).index_add_(0, index, stats.bins)
-
-
-# ---- Range setters ----------------------------------------------------------------------------------------------------------
+# ---- From order statistics --------------------------------------------------------------------------------------------------
 
 
 def minmax(stats, bits, symmetric=False):
@@ -129,35 +42,51 @@ def percentile(stats, bits, symmetric=False, q=99.99):
     return min(low, 0.0), max(min(quantile(q / 100), stats.maximum), 0.0)
 
 
+# ---- From the quantization error --------------------------------------------------------------------------------------------
+
+
 def histogram(stats, bits, symmetric=False):
     """The range with the least squared quantization error over the histogram, searched over both ends for the levels that `bits` gives.
 
-    Every range on a coarse grid is tried, then finer ones around the best; unlike a greedy search it does not stop at a first increase.
+    Where values have both signs this is the search over range and zero-point. Every range on a coarse grid is tried, then finer ones
+    around the best; unlike PyTorch's greedy search it does not stop at a first increase.
     """
-    scale_low = 0.0 if stats.minimum >= 0 else stats.minimum
-    scale_high = 0.0 if stats.maximum <= 0 else stats.maximum
+    return search_range(stats, bits, symmetric, p=2.0)
+
+
+def mse(stats, bits, symmetric=False, p=2.4, steps=100):
+    """The whole range, shrunk at both ends by the one of `steps` equal shares that has the least sum of |error|^p.
+
+    p = 2.4 in BRECQ (arXiv:2102.05426) and QDrop; p = 2 is the mean squared error.
+    """
+    shares = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    best = float(shares[quantization_error(stats, shares * stats.minimum, shares * stats.maximum, bits, symmetric, p).argmin()])
+    return stats.minimum * best, stats.maximum * best
+
+
+def search_range(stats, bits, symmetric=False, p=2.0):
+    """The range [low, high] with the least sum of |error|^p, both ends free (symmetric: one)."""
+    low, high = min(stats.minimum, 0.0), max(stats.maximum, 0.0)
     if symmetric:
-        scale_high = max(-scale_low, scale_high)
-        scale_low = -scale_high if stats.minimum < 0 else 0.0
+        high = max(-low, high)
+        low = -high if stats.minimum < 0 else 0.0
     best, step = (0.5, 0.5), 1 / 48
-    grid = torch.arange(1, 49, dtype=torch.float64) / 48
-    low_grid = high_grid = grid
+    low_grid = high_grid = torch.arange(1, 49, dtype=torch.float64) / 48
     for _ in range(3):
-        if symmetric or scale_low == 0 or scale_high == 0:
-            low_shares = high_shares = high_grid if scale_high else low_grid
+        if symmetric or low == 0 or high == 0:
+            low_shares = high_shares = high_grid
         else:
             low_shares, high_shares = (g.flatten() for g in torch.meshgrid(low_grid, high_grid, indexing="ij"))
-        error = quantization_error(stats, scale_low * low_shares, scale_high * high_shares, bits, symmetric)
-        i = int(error.argmin())
+        i = int(quantization_error(stats, low * low_shares, high * high_shares, bits, symmetric, p).argmin())
         best = float(low_shares[i]), float(high_shares[i])
         around = torch.linspace(-1, 1, 13, dtype=torch.float64) * step
         low_grid, high_grid = ((b + around).clamp(step / 24, 1.0) for b in best)
         step /= 6
-    return scale_low * best[0], scale_high * best[1]
+    return low * best[0], high * best[1]
 
 
-def quantization_error(stats, low, high, bits, symmetric=False):
-    """Mean squared error of quantizing what `stats` saw with the ranges [low, high] (float64 [G] each); float64 [G], in real units squared.
+def quantization_error(stats, low, high, bits, symmetric=False, p=2.0):
+    """Mean |error|^p of quantizing what `stats` saw with the ranges [low, high] (float64 [G] each); float64 [G], in real units to the p.
 
     A value stands for the middle of its bin, which is at most 1/8 of a step wide at 8 bits. Zeros are exact and add nothing.
     """
@@ -168,12 +97,88 @@ def quantization_error(stats, low, high, bits, symmetric=False):
     errors = []
     for part in range(0, len(q.scale), 256):  # 256 ranges at once keep the memory at a few megabytes
         chunk = dataclasses.replace(q, scale=q.scale[part : part + 256], zero_point=q.zero_point[part : part + 256])
-        x_hat = fake_quantize(centers.expand(len(chunk.scale), -1).contiguous(), chunk)
-        errors.append(((x_hat - centers).double() ** 2) @ counts)
+        x_hat = fake_quantize(centers.expand(len(chunk.scale), -1), chunk)
+        errors.append((x_hat - centers).abs().double().pow(p) @ counts)
     return torch.cat(errors) / max(stats.count, 1)
 
 
-OBSERVERS = {"minmax": minmax, "percentile": percentile, "histogram": histogram}
+# ---- From information and from a model of the distribution ------------------------------------------------------------------
+
+
+def entropy(stats, bits, symmetric=False, bins=2048):
+    """The threshold t on |x| whose quantized histogram has the least Kullback-Leibler divergence from the clipped one (NVIDIA, GTC 2017, s7310).
+
+    P: the first i of `bins` bins, everything beyond added to the last. Q: the first i bins themselves, merged into as many groups as there
+    are levels on one side of zero, each group's count spread over its occupied bins. Zeros are left out, as they are exact anyway.
+    """
+    centers, counts = stats.histogram()
+    if not len(counts):
+        return 0.0, 0.0
+    top = max(-stats.minimum, stats.maximum)
+    signed = stats.minimum < 0
+    index = (centers.abs() * (bins / (top * (1 + 1e-9)))).long().clamp(max=bins - 1)
+    x = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, counts.double())
+    levels = 2 ** (bits - 1) if signed else 2**bits
+    beyond = x.sum() - x.cumsum(0)
+    best, threshold = math.inf, bins
+    for i in range(levels, bins + 1):
+        q = x[:i]
+        group = torch.arange(i) * levels // i
+        occupied = q > 0
+        total = torch.zeros(levels, dtype=torch.float64).index_add_(0, group, q)
+        size = torch.zeros(levels, dtype=torch.float64).index_add_(0, group, occupied.double())
+        expanded = torch.where(occupied, (total / size.clamp(min=1))[group], 0.0)
+        p = q.clone()
+        p[-1] += beyond[i - 1]
+        if expanded.sum() == 0 or (p[-1] > 0 and expanded[-1] == 0):
+            continue  # the divergence is infinite
+        p, expanded = p / p.sum(), expanded / expanded.sum()
+        divergence = float(torch.special.xlogy(p, p / expanded.clamp(min=1e-300)).sum())
+        if divergence < best:
+            best, threshold = divergence, i
+    t = top * threshold / bins
+    return max(-t, stats.minimum), min(t, stats.maximum)
+
+
+def aciq_laplace(stats, bits, symmetric=False):
+    """mean +- c b, the least expected squared error if values follow a Laplace distribution with b = E|x - mean| (Banner et al. 2019).
+
+    c solves c e^c = 3 * 4^M for M bits. Values that are never negative are taken for one half of a distribution around zero, which has
+    all the levels to itself: M + 1 bits.
+    """
+    return _model_range(stats, bits, lambda m: float(scipy.special.lambertw(3 * 4**m).real), absolute=True)
+
+
+def aciq_gauss(stats, bits, symmetric=False):
+    """mean +- c sigma, the least expected squared error if values follow a normal distribution (Banner et al. 2019).
+
+    c solves c (1 - erf(c / sqrt 2)) - sqrt(2 / pi) e^(-c^2 / 2) + c / (3 * 4^M) = 0 for M bits, one more where values are never negative.
+    """
+
+    def slope(c, m):
+        return c * math.erfc(c / math.sqrt(2)) - math.sqrt(2 / math.pi) * math.exp(-c * c / 2) + c / (3 * 4**m)
+
+    return _model_range(stats, bits, lambda m: scipy.optimize.brentq(slope, 0.1, 10, args=(m,)), absolute=False)
+
+
+def _model_range(stats, bits, factor, absolute):
+    centers, counts = stats.histogram()
+    if not len(counts):
+        return 0.0, 0.0
+    if stats.minimum >= 0:
+        mean, total, bits = 0.0, float(counts.sum()), bits + 1  # the other half, mirrored, has the same moments
+    else:
+        mean, total = float(centers @ counts.double()) / stats.count, stats.count
+    deviation = (centers - mean).abs() if absolute else (centers - mean).square()
+    moment = float(deviation @ counts.double()) + (0.0 if stats.minimum >= 0 else stats.zeros * (abs(mean) if absolute else mean**2))
+    half = factor(bits) * (moment / total if absolute else math.sqrt(moment / total))
+    return max(mean - half, min(stats.minimum, 0.0)), min(mean + half, max(stats.maximum, 0.0))
+
+
+OBSERVERS = {
+    "minmax": minmax, "percentile": percentile, "histogram": histogram, "mse": mse, "entropy": entropy,
+    "aciq_laplace": aciq_laplace, "aciq_gauss": aciq_gauss,
+}  # fmt: skip
 
 
 def find_observer(observer):
@@ -197,7 +202,7 @@ def observer_name(observer):
 # ---- Weights ----------------------------------------------------------------------------------------------------------------
 
 # Exponent of the weights' error. The squared error clips most and thereby shrinks every layer's output, which adds up over the layers;
-# BRECQ takes 2.4. Notebook 03 measures 2 to 4 on held-out images: 2 is worst at 3 bits, at 4 bits they hardly differ; 3 lies between.
+# BRECQ takes 2.4. Notebook 03 measures 2 to 4 on held-out images; 3 is the best of them at W4A4 on cifar10-jpeg.
 WEIGHT_NORM = 3.0
 
 
@@ -210,18 +215,19 @@ def check_weight_observer(observer):
 def weight_range(weight, bits, *, observer="lp", p=WEIGHT_NORM, per_channel=True, symmetric=True):
     """(low, high) of a weight [C, ...]: tensors [C], or [] per tensor.
 
-    "minmax": the whole range. "lp": the range, shrunk by one of 100 factors, with the least sum of |error|^p, channel by channel.
+    "minmax": the whole range. "lp": the range, shrunk by 0.01 to 1, with the least sum of |error|^p, channel by channel.
     """
     check_weight_observer(observer)
     flat = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
     low, high = flat.amin(1).double(), flat.amax(1).double()
     if observer == "lp":
-        best = torch.full_like(low, math.inf)
-        factor = torch.ones_like(low)
-        for share in torch.linspace(1, 0.01, 100, dtype=torch.float64).tolist():
-            q = choose_qparams(low * share, high * share, bits, symmetric=symmetric, axis=0)
-            error = (fake_quantize(flat, q) - flat).abs().pow(p).sum(1).double()
-            better = error < best
-            best, factor = torch.where(better, error, best), torch.where(better, share, factor)
+        factor, best = torch.ones_like(low), torch.full_like(low, math.inf)
+        for steps in (torch.arange(20) * -0.05, torch.arange(-4, 5) * 0.01):  # 1.00, 0.95, … 0.05, then hundredths around the best
+            centre = factor
+            for share in ((centre + step).clamp(0.01, 1) for step in steps.tolist()):
+                q = choose_qparams(low * share, high * share, bits, symmetric=symmetric, axis=0)
+                error = (fake_quantize(flat, q) - flat).abs_().pow_(p).sum(1).double()
+                better = error < best
+                factor, best = torch.where(better, share, factor), torch.where(better, error, best)
         low, high = low * factor, high * factor
     return (low, high) if per_channel else (low[0], high[0])

@@ -15,10 +15,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from quantlab.runtime import atomic_path, root
 
 COLOURS = dict(zip(
-    ["float", "minmax", "percentile", "histogram", "mse", "entropy", "eager int8", "PT2E int8"],
-    ["#333333", *sns.color_palette("colorblind", 7).as_hex()], strict=True,
+    ["float", "minmax", "percentile", "histogram", "mse", "entropy", "eager int8", "PT2E int8", "aciq_laplace", "aciq_gauss"],
+    ["#333333", *sns.color_palette("colorblind", 9).as_hex()], strict=True,
 ))  # fmt: skip
-MARKERS = dict(zip(COLOURS, "sovD^P*X", strict=True))
+MARKERS = dict(zip(COLOURS, "sovD^P*X<>", strict=True))
 DATA_COLOUR, ERROR_COLOUR = "#7f9fbf", "#c44e52"
 STYLE = {
     "figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False,
@@ -194,11 +194,15 @@ def accuracy_by_bits(table, text):
     return caption(figure, text)
 
 
+def data_label(data):
+    """A data set's name; a smoke run says that it is one."""
+    name = getattr(data, "name", data)
+    return f"{name} (smoke run)" if name == "digits" else name
+
+
 def row_caption(data, model, n, more=""):
     """What every caption says: data set, model and number of images."""
-    name = getattr(data, "name", data)
-    smoke = " (smoke run)" if name == "digits" else ""
-    return f"{name}{smoke}, {model}, n = {n:,}{'; ' + more if more else ''}"
+    return f"{data_label(data)}, {model}, n = {n:,}{'; ' + more if more else ''}"
 
 
 set_style()

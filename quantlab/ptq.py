@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from quantlab import observers
 from quantlab.affine import QParams, check_bits, choose_qparams, fake_quantize
-from quantlab.graph import Plan, find_kinds, fold, make_plan, trace
-from quantlab.runtime import UserError, device
+from quantlab.edgestats import EdgeStats
+from quantlab.graph import find_kinds, fold, make_plan, trace
+from quantlab.runtime import UserError, device, exact_float
 
 BIAS_CODES = 2.0**30  # a bias code stays below this, so that an int32 accumulator has room for the products
 
@@ -73,7 +74,7 @@ class CalibrationStats:
     def __add__(self, other):
         if (self.graph_hash, self.placement) != (other.graph_hash, other.placement):
             raise UserError("statistics of different networks or placements cannot be added")
-        edges = {name: observers.EdgeStats().merge(edge).merge(other.edges[name]) for name, edge in self.edges.items()}
+        edges = {name: EdgeStats().merge(edge).merge(other.edges[name]) for name, edge in self.edges.items()}
         return CalibrationStats(edges, self.placement, self.graph_hash, self.n_images + other.n_images)
 
 
@@ -98,9 +99,10 @@ def collect(model, batches, placement="fused", verbose=False):
     graph.to(device())
     counter = _Counter(graph, plan)
     n_images = 0
-    for batch in tqdm(batches, desc="collect", unit=" batches", leave=False, disable=not verbose):
-        counter.run(batch.to(device()))
-        n_images += len(batch)
+    with exact_float():
+        for batch in tqdm(batches, desc="collect", unit=" batches", leave=False, disable=not verbose):
+            counter.run(batch.to(device()))
+            n_images += len(batch)
     if not n_images:
         raise UserError("the calibration set is empty: give at least one batch of images")
     unseen = [name for name, edge in counter.edges.items() if not edge.count]
@@ -114,7 +116,7 @@ class _Counter(fx.Interpreter):
 
     def __init__(self, graph, plan):
         super().__init__(graph)
-        self.edges = {name: observers.EdgeStats() for name in plan.observed}
+        self.edges = {name: EdgeStats() for name in plan.observed}
 
     def run_node(self, node):
         value = super().run_node(node)

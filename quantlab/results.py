@@ -16,7 +16,7 @@ import torch
 from quantlab.evaluate import paired_drop
 from quantlab.observers import observer_name
 from quantlab.ptq import QuantConfig
-from quantlab.runtime import UserError, atomic_path, commit, device_name, root, write_text
+from quantlab.runtime import UserError, atomic_path, commit, root, write_text
 
 CONFIGURATION = [
     "dataset", "data_sha", "n_test", "model", "checkpoint_sha", "trained_on", "method", "weight_bits", "act_bits", "first_last_bits",
@@ -48,7 +48,7 @@ def make_row(*, data, model, card, baseline, result, method, notebook, config=No
         "trained_on": card.trained_on, "method": method, "corrections": corrections, "n_calibration": n_calibration,
         **describe(config), **more,
         "fp32_top1": baseline.top1, "top1": result.top1, "drop": drop, "drop_low": low, "drop_high": high, "bytes": bytes,
-        "seconds": round(result.seconds, 3), "images_per_s": round(result.images_per_s, 1), "seed": seed, "device": device_name(),
+        "seconds": round(result.seconds, 3), "images_per_s": round(result.images_per_s, 1), "seed": seed, "device": result.device,
         "torch": torch.__version__, "commit": commit(), "notebook": notebook,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
     }  # fmt: skip
@@ -116,6 +116,16 @@ def newest(frame):
     return frame.sort_values("created").drop_duplicates(["run_key", "seed"], keep="last")
 
 
+def current(frame):
+    """The rows that belong together: of every data set and network the newest checkpoint and test set, of every label the newest run_key."""
+    frame = newest(frame)
+    frame = frame.assign(label=[label(row) for _, row in frame.iterrows()])
+    for columns, kept in ((["dataset", "model"], ["checkpoint_sha", "n_test"]), (["dataset", "model", "label"], ["run_key"])):
+        for name in kept:
+            frame = frame[frame[name] == frame.groupby(columns)[name].transform("last")]
+    return frame
+
+
 def summarize(frame):
     """One row a configuration: the newest rows of every seed, averaged; `seeds` and the deviation `top1_std` added.
 
@@ -136,7 +146,7 @@ def headline(frame):
 
     A smoke run never enters a headline: rows of the digits are shown only where nothing else is there, and say what they are.
     """
-    summary = summarize(frame)
+    summary = summarize(current(frame))
     lines = []
     family = summary.method.map({"float": 0, "by hand": 2}).fillna(1)
     order = ["dataset", "model", "family", "act_bits", "drop"]
@@ -158,7 +168,7 @@ def label(row):
     if row.method != "by hand":
         return row.method
     outer = "" if pd.isna(row.first_last_bits) else f", first/last {row.first_last_bits}"
-    return f"W{row.weight_bits}A{row.act_bits} {row.observer}{outer}"
+    return f"W{row.weight_bits}A{row.act_bits} {row.observer}, weights {row.weight_observer}{outer}"
 
 
 def markdown(table):
@@ -172,7 +182,7 @@ def markdown(table):
 def publish(readme=None):
     """Move the newest local rows into published.csv and write the README's tables from it; smoke runs stay local. Returns the number of rows."""
     local = newest(load())
-    local = local[local.dataset != SMOKE]
+    local = local[(local.dataset != SMOKE) & (local.n_test == local.groupby("data_sha").n_test.transform("max"))]  # no smoke presets either
     if not len(local):
         raise UserError("nothing to publish: results.csv has no rows of a real data set; run: make results DATA=PATH")
     published = load(published_path())
@@ -185,12 +195,14 @@ def publish(readme=None):
 def update_readme(readme=None):
     """Replace what stands between the README's <!-- table --> marks by the headline table of published.csv."""
     readme = pathlib.Path(readme or root() / "README.md")
-    frame = newest(load(published_path()))
-    setup = frame.iloc[-1]
+    frame = current(load(published_path()))
+    devices, versions = (", ".join(frame[name].unique()) for name in ("device", "torch"))
+    images = " or ".join(f"{n:,}" for n in sorted(frame.n_calibration.unique()) if n)
     caption = (
-        f"Top-1 on the full test set (n and seeds per row), {setup.device}, torch {setup.torch}, calibration on {setup.n_calibration:,} training images; "
-        "the interval is paired, against the float network on the same images. `python -m quantlab publish` writes this table from "
-        "`results/published.csv`, which `make results` regenerates."
+        f"Top-1 on the full test set (n and calibration seeds per row; ± is the deviation between seeds) on {devices}, torch {versions}, "
+        f"calibrated on {images} training images. The interval is paired, against the float network on the same test images. Weights kB: "
+        "packed codes, scales and biases; for built-in int8 the saved state. `python -m quantlab publish` writes this table from "
+        "`results/published.csv`, which `make results DATA=PATH` measures."
     )
     text = re.sub(
         r"(<!-- table:headline -->).*?(<!-- /table -->)",

@@ -18,16 +18,21 @@ def runs_folder():
     return root() / "results" / "runs"
 
 
-def run(numbers=(), overrides=None, *, force=False, time_limit=TIME_LIMIT):
+def run(numbers=(), overrides=None, *, source=None, force=False, time_limit=TIME_LIMIT):
     """Execute notebooks (none named: all, in order) and return a frame: notebook, status (done, skipped, failed), seconds, message.
 
     overrides: parameter -> text. With notebooks named, each must know every parameter; without, those that know it get it.
+    source: the data set, for those notebooks that have the parameter `data`. Paths are relative to the working directory.
     A run is keyed by notebook, package, parameters, checkpoints and data; what is complete under its key is skipped, unless `force`.
     The executed notebook appears in results/runs when it is complete; a failed one is kept as NAME.failed.ipynb to look at.
     """
     chosen = [workbook.find(n) for n in numbers] if numbers else list(workbook.notebooks().values())
     overrides = dict(overrides or {})
     _check_known(overrides, chosen, strict=bool(numbers))
+    overrides |= {"data": source} if source else {}
+    for name in ("data", "checkpoint"):  # a notebook runs in the workbook's folder, wherever this command was typed
+        if name in overrides and pathlib.Path(overrides[name]).exists():
+            overrides[name] = str(pathlib.Path(overrides[name]).resolve())
     plans = [(nb, {k: workbook.check_parameter(nb, k, v) for k, v in overrides.items() if k in nb.parameters}) for nb in chosen]
     lines = []
     for notebook, parameters in plans:
@@ -49,15 +54,25 @@ def _check_known(overrides, chosen, strict):
 def _run_one(notebook, parameters, force, time_limit):
     try:
         out = runs_folder() / f"{notebook.path.stem}-{run_key(notebook, parameters)}.ipynb"
-        if out.exists() and results.local_path().exists() and not force:
-            return "skipped", f"complete: {out.name}"
-        print(f"\n{notebook.path.stem}: {notebook.title}", flush=True)
-        execute(notebook.path, out, parameters, time_limit)
-        if "report" in notebook.path.stem:
-            export_html(out, root() / "results" / "report.html")
-        return "done", out.name
+        is_report = "data" not in notebook.parameters
+        recorded = is_report or notebook.path.stem in set(results.load().notebook)  # its rows may have been moved away
+        complete = out.exists() and recorded and not force
+        if not complete:
+            print(f"\n{notebook.path.stem}: {notebook.title}", flush=True)
+            execute(notebook.path, out, parameters, time_limit)
+        if is_report and "report" in notebook.path.stem and not (complete and _is_newer(report_path(), out)):
+            export_html(out, report_path())
+        return ("skipped", f"complete: {out.name}") if complete else ("done", out.name)
     except UserError as error:
         return "failed", str(error)
+
+
+def report_path():
+    return root() / "results" / "report.html"
+
+
+def _is_newer(file, other):
+    return file.exists() and file.stat().st_mtime >= other.stat().st_mtime
 
 
 def run_key(notebook, parameters):
@@ -67,9 +82,9 @@ def run_key(notebook, parameters):
     if "data" in notebook.parameters:
         place = data.find_data(parameters.get("data", notebook.parameters["data"]))
         parts.append(json.dumps(imageset.state(pathlib.Path(place)) if pathlib.Path(place).exists() else place))
-        parts += [f"{file.name} {sha256(file)}" for file in sorted((root() / "checkpoint").glob("*.safetensors"))]
-        named = pathlib.Path(parameters.get("checkpoint", ""))
-        parts += [sha256(named)] if named.is_file() else []
+        model, named = ({**notebook.parameters, **parameters}[name] for name in ("model", "checkpoint"))
+        weights = (root() / "checkpoint").glob(f"{model}-*.safetensors") if named == "auto" else [pathlib.Path(named)]
+        parts += [f"{file.name} {sha256(file)}" for file in sorted(weights) if file.is_file() and ".training" not in file.name]
     else:  # a notebook without data reads results
         parts += [sha256(file) for file in (results.local_path(), results.published_path()) if file.exists()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -116,5 +131,4 @@ def status_table(frame):
     width = max(len(name) for name in frame.notebook)
     lines = [f"{'notebook':{width}}  status   seconds  message"]
     lines += [f"{r.notebook:{width}}  {r.status:7}  {r.seconds:7.1f}  {r.message}" for r in frame.itertuples()]
-    report = root() / "results" / "report.html"
-    return "\n".join([*lines, f"report: {report}" if report.exists() else "report: none yet (notebook 11 writes it)"])
+    return "\n".join([*lines, f"report: {report_path()}" if report_path().exists() else "report: none yet (notebook 11 writes it)"])

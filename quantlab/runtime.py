@@ -13,6 +13,7 @@ import tempfile
 import tomllib
 
 import numpy as np
+import safetensors.torch
 import torch
 
 
@@ -100,6 +101,15 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
+def save_tensors(path, tensors, metadata):
+    """Write tensors (name -> tensor, any device) and text metadata as one safetensors file, atomically."""
+    with atomic_path(path) as temporary:
+        try:
+            safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        except safetensors.SafetensorError as error:  # a full disk, told in the library's own class
+            raise OSError(str(error)) from None
+
+
 def sha256(path):
     """Hex digest of a file's bytes."""
     with open(path, "rb") as file:
@@ -114,10 +124,21 @@ def device():
     return torch.device(os.environ.get("QUANTLAB_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def device_name():
+@contextlib.contextmanager
+def exact_float():
+    """float32 convolutions without TF32, which would round their inputs where no integer machine does."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def device_name(where=None):
     """The processor a number was measured on, in words, with its thread count where that matters."""
-    if device().type == "cuda":
-        return torch.cuda.get_device_name()
+    if (where or device()).type == "cuda":
+        return torch.cuda.get_device_name(where)
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

@@ -12,14 +12,13 @@ import pathlib
 import time
 
 import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from quantlab import models
 from quantlab.evaluate import evaluate
-from quantlab.runtime import UserError, atomic_path, device, has_bf16, seed_everything
+from quantlab.runtime import UserError, device, has_bf16, save_tensors, seed_everything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +39,16 @@ class TrainConfig:
     averaging: float = 0.0  # decay per step of the exponential moving average of the weights; 0: none
     seed: int = 0
 
+    def __post_init__(self):
+        allowed = {
+            "epochs": (1, 10**5), "batch_size": (1, 10**6), "learning_rate": (0, 100), "warmup": (0.001, 0.999), "momentum": (0.001, 0.9999),
+            "weight_decay": (0, 1), "label_smoothing": (0, 0.99), "crop": (0, 64), "cutout": (0, 512), "averaging": (0, 0.999999),
+            "seed": (0, 2**31),
+        }  # fmt: skip
+        for name, (low, high) in allowed.items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"{name}={getattr(self, name)}: allowed are values from {low} to {high}")
+
 
 def default_config(model, data, **changes):
     """The recipe for a network on a data set; digits are few and must not be mirrored."""
@@ -47,21 +56,33 @@ def default_config(model, data, **changes):
     return TrainConfig(**{"model": model, **(digits if data.smoke else {"epochs": 40}), **changes})
 
 
-def train(config, data, out, *, resume=True, verbose=True):
+def is_complete(out):
+    """True where a finished checkpoint lies and no unfinished run would go on."""
+    return models.card_path(out).exists() and pathlib.Path(out).exists() and not state_path(out).exists()
+
+
+def state_path(out):
+    """Where the state of an unfinished run is kept."""
+    return pathlib.Path(out).with_suffix(".training.safetensors")
+
+
+def train(config, data, out, *, restart=False, verbose=True):
     """Train `config.model` on data.train, follow data.heldout, test once on data.test; write `out` and its card; return (model, card).
 
-    A kill loses at most one epoch: the state is kept in OUT.training.safetensors until the run is complete.
-    Raises UserError when that state belongs to other settings, or when the device runs out of memory.
+    A kill loses at most one epoch: the state is kept in OUT.training.safetensors until the run is complete, and a state of the same
+    settings is always resumed. Raises UserError when it belongs to other settings (restart: it is dropped), or when memory runs out.
     """
-    seed_everything(config.seed)
     out = pathlib.Path(out)
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: a checkpoint's name ends in .safetensors")
+    seed_everything(config.seed)
     model = models.build(config.model, len(data.classes)).to(device(), memory_format=torch.channels_last)
     average = models.build(config.model, len(data.classes)).to(device()) if config.averaging else model
     average.load_state_dict(model.state_dict())
     optimizer = _optimizer(model, config)
-    state_path = out.with_suffix(".training.safetensors")
-    history = _load_state(state_path, config, data, model, average, optimizer) if resume and state_path.exists() else []
-    forward = torch.compile(model) if device().type == "cuda" else model
+    state = state_path(out)
+    history = _load_state(state, config, data, model, average, optimizer, restart) if state.exists() else []
+    forward = _compiled(model)
     source = dataclasses.replace(data.train, images=_resident(data.train.images))
     for epoch in range(len(history), config.epochs):
         started = time.perf_counter()
@@ -69,14 +90,14 @@ def train(config, data, out, *, resume=True, verbose=True):
         heldout = evaluate(average, data.heldout).top1
         seconds = time.perf_counter() - started
         history.append({"epoch": epoch + 1, "loss": loss, "train_top1": top1, "heldout_top1": heldout, "seconds": round(seconds, 1)})
-        _save_state(state_path, config, data, model, average, optimizer, history)
+        _save_state(state, config, data, model, average, optimizer, history)
         if verbose:
             print(f"epoch {epoch + 1}/{config.epochs}: loss {loss:.3f}, train {top1:.2f} %, held out {heldout:.2f} %, {seconds:.0f} s", flush=True)
     result = evaluate(average, data.test)
     card = models.save_checkpoint(
         average, out, data, architecture=config.model, result=result, recipe=dataclasses.asdict(config), history=history
     )
-    state_path.unlink(missing_ok=True)
+    state.unlink(missing_ok=True)
     return average.eval(), card
 
 
@@ -160,6 +181,14 @@ def _average(average, model, decay, step):
             mean.copy_(value)
 
 
+def _compiled(model):
+    """torch.compile where it pays and works: on an accelerator with a compiler; the network itself elsewhere."""
+    if device().type != "cuda":
+        return model
+    torch._dynamo.config.suppress_errors = True  # without a compiler the same network runs eagerly
+    return torch.compile(model)
+
+
 def _resident(images):
     """The training images as one tensor on the accelerator, where there is one and they are in memory; themselves otherwise."""
     if device().type == "cpu" or not isinstance(getattr(images, "store", images), torch.Tensor):
@@ -181,20 +210,23 @@ def _save_state(path, config, data, model, average, optimizer, history):
     names = {p: n for n, p in model.named_parameters()}
     tensors |= {f"momentum.{names[p]}": s["momentum_buffer"] for p, s in optimizer.state.items()}
     metadata = {"settings": json.dumps(_settings(config, data)), "history": json.dumps(history)}
-    with atomic_path(path) as temporary:
-        safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+    save_tensors(path, tensors, metadata)
 
 
-def _load_state(path, config, data, model, average, optimizer):
-    """Restore everything in place and return the history; refuse the state of other settings, showing both."""
+def _load_state(path, config, data, model, average, optimizer, restart):
+    """Restore everything in place and return the history; refuse the state of other settings, showing both, unless `restart`."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         old, history = json.loads(metadata["settings"]), json.loads(metadata["history"])
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
+        if restart:
+            return []
         raise UserError(f"{path} is damaged; delete it to start again, or pass --restart") from None
     new = json.loads(json.dumps(_settings(config, data)))
+    if old != new and restart:
+        return []
     if old != new:
         differing = ", ".join(f"{k}: {old.get(k)} there, {new.get(k)} asked for" for k in {**old, **new} if old.get(k) != new.get(k))
         raise UserError(f"{path} was trained with other settings ({differing}); use those, or pass --restart to begin again")

@@ -128,3 +128,48 @@ def test_nothing_to_quantize_and_unknown_placement():
         prepare(nn.Sequential(nn.ReLU()))
     with pytest.raises(ql.UserError, match="use one of: fused, inputs"):
         prepare(nn.Sequential(nn.Conv2d(3, 3, 1)), "outputs")
+
+
+def test_a_relu_behind_pooling_still_belongs_to_its_convolution():
+    class Tutorial(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(16, 3)
+
+        def forward(self, x):
+            x = F.relu(F.max_pool2d(self.conv1(x), 2))
+            y = self.conv2(x)
+            batch = y.size(0)
+            return self.fc(F.relu(y).view(batch, -1))
+
+    _, plan, _ = prepare(Tutorial())
+    assert list(plan.stores) == ["x", "relu", "relu_1"] and plan.reads == {"conv1": "x", "conv2": "relu", "fc": "relu_1"}
+
+
+def test_batchnorm_without_running_statistics_is_not_folded():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    graph, _, _ = prepare(model)
+    assert "batchnorm" in find_kinds(graph).values()
+    x = torch.randn(4, 3, 5, 5)
+    assert torch.allclose(graph(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "googlenet", "shufflenet_v2_x0_5",
+                                  "squeezenet1_1", "efficientnet_b0"])  # fmt: skip
+def test_torchvision_networks_at_eight_bits(name):
+    """Random weights with re-estimated BatchNorm statistics: the logits stay far above the noise, and no residual branch stays float."""
+    import torchvision
+
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(num_classes=10, **({"init_weights": False} if name == "googlenet" else {}))
+    x = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        model.train()(x)
+        model.eval()
+        stats = ql.collect(model, [x])
+        qmodel = ql.quantize(model, stats, ql.QuantConfig(weight_observer="minmax"))
+        exact, rounded = model(x), qmodel(x)
+    assert 10 * torch.log10(exact.square().sum() / (rounded - exact).square().sum()) > 15
+    assert not [f for f in qmodel.plan.floats if "stochastic" in f]
+    if name in ("resnet18", "mobilenet_v2", "densenet121", "googlenet", "vgg11_bn", "squeezenet1_1", "shufflenet_v2_x0_5"):
+        assert qmodel.plan.floats == ()

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import quantlab as ql
 from quantlab import observers
-from quantlab.observers import MIN_BINS, EdgeStats, histogram, minmax, percentile, quantization_error, weight_range
+from quantlab.edgestats import MIN_BINS, EdgeStats
+from quantlab.observers import OBSERVERS, aciq_gauss, aciq_laplace, entropy, histogram, minmax, mse, percentile, quantization_error, weight_range
 
 
 def observe(*tensors):
@@ -77,7 +78,7 @@ def test_values_that_are_not_finite_are_refused_and_counted(bad):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("observer", [minmax, percentile, histogram])
+@pytest.mark.parametrize("observer", OBSERVERS.values(), ids=str)
 def test_all_zero_and_constant_edges_work(observer, bits):
     for values in (torch.zeros(50), torch.full((50,), 3.0), torch.full((50,), -3.0), torch.full((50,), 1e-40)):
         low, high = observer(observe(values), bits)
@@ -121,6 +122,75 @@ def test_histogram_search_reaches_the_brute_force_optimum(bits, shape):
     q = ql.choose_qparams(low, high, bits, symmetric=True, signed=stats.minimum < 0)
     ours = (ql.fake_quantize(values, q) - values).square().mean().item()
     assert ours <= 1.01 * brute_force(values, bits, symmetric=True)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("p", [2.0, 2.4])
+def test_mse_reaches_the_optimum_of_its_own_criterion(bits, p):
+    for values in (torch.randn(20_000) ** 3, torch.randn(20_000).relu()):
+        stats = observe(values)
+
+        def error(low, high):
+            q = ql.choose_qparams(low, high, bits, signed=stats.minimum < 0)
+            return (ql.fake_quantize(values, q) - values).abs().double().pow(p).mean().item()
+
+        best = min(error(stats.minimum * s / 100, stats.maximum * s / 100) for s in range(1, 101))
+        assert error(*mse(stats, bits, p=p)) <= 1.01 * best
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+@pytest.mark.parametrize("relu", [True, False])
+def test_entropy_is_the_least_divergence_computed_the_slow_way(bits, relu):
+    """The definition once more, with loops and Python floats, on a coarse histogram."""
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(2)) ** 3
+    stats, bins = observe(values.relu() if relu else values), 96
+    top = max(-stats.minimum, stats.maximum)
+    centers, counts = stats.histogram()
+    x = [0.0] * bins
+    for center, count in zip(centers.tolist(), counts.tolist()):
+        x[min(int(abs(center) / (top * (1 + 1e-9)) * bins), bins - 1)] += count
+    levels = 2**bits if relu else 2 ** (bits - 1)
+    best = (math.inf, None)
+    for i in range(levels, bins + 1):
+        p = x[: i - 1] + [sum(x[i - 1 :])]
+        q = [0.0] * i
+        for level in range(levels):
+            members = [j for j in range(i) if j * levels // i == level and x[j] > 0]
+            for j in members:
+                q[j] = sum(x[m] for m in members) / len(members)
+        if sum(q) == 0 or any(a > 0 and b == 0 for a, b in zip(p, q)):
+            continue
+        divergence = sum(a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q) if a > 0)
+        best = min(best, (divergence, i))
+    low, high = entropy(stats, bits, bins=bins)
+    assert max(-low, high) == pytest.approx(top * best[1] / bins, rel=1e-6)
+
+
+def test_aciq_has_the_published_constants():
+    """Banner et al. 2019: the multiples of b and of sigma for 2 to 8 bits."""
+    laplace, gauss = [2.83, 3.89, 5.03, 6.20, 7.41, 8.64, 9.89], [1.71, 2.15, 2.55, 2.93, 3.28, 3.61, 3.92]
+    two_sided = torch.tensor([-1.0, 1.0] * 500 + [-100.0, 100.0])
+    b, sigma = two_sided.abs().mean().item(), two_sided.std(correction=0).item()
+    stats = observe(two_sided)
+    for bits, (c_l, c_g) in enumerate(zip(laplace, gauss), start=2):
+        assert aciq_laplace(stats, bits)[1] / b == pytest.approx(c_l, abs=0.02 * c_l)
+        assert aciq_gauss(stats, bits)[1] / sigma == pytest.approx(c_g, abs=0.02 * c_g)
+    one_sided = observe(two_sided.relu())
+    assert aciq_laplace(one_sided, 3)[1] / b == pytest.approx(laplace[2], rel=0.02), "one-sided: the next bit's value"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_aciq_is_the_optimum_where_its_model_holds(bits):
+    generator = torch.Generator().manual_seed(4)
+    normal = torch.randn(200_000, generator=generator)
+    uniform = torch.rand(200_000, generator=generator) - 0.5
+    laplace = -uniform.sign() * torch.log1p(-2 * uniform.abs().clamp(max=0.4999999))
+    for observer, values in ((aciq_gauss, normal), (aciq_laplace, laplace)):
+        stats = observe(values)
+        halves = [i / 20 for i in range(10, 200)]
+        errors = quantization_error(stats, [-h for h in halves], halves, bits)
+        ours = quantization_error(stats, *([v] for v in observer(stats, bits)), bits)
+        assert ours <= 1.06 * errors.min(), "the model counts 2^M levels on a line, not the rounding of a real grid"
 
 
 def test_error_from_the_histogram_is_the_error_on_the_values():

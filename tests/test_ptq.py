@@ -6,7 +6,7 @@ from torch import fx, nn
 
 import quantlab as ql
 from quantlab import ptq
-from quantlab.observers import EdgeStats
+from quantlab.edgestats import EdgeStats
 
 
 class Record(fx.Interpreter):

@@ -15,7 +15,7 @@ from quantlab.evaluate import Evaluation, evaluate, latency, limited
 
 def evaluation(correct, seconds=2.0):
     correct = torch.as_tensor(correct)
-    return Evaluation(100 * correct.double().mean().item(), len(correct), torch.zeros(len(correct)), correct, seconds)
+    return Evaluation(100 * correct.double().mean().item(), len(correct), torch.zeros(len(correct)), correct, seconds, "a machine")
 
 
 def some_row(digits, seed=0, created=None, dataset=None, **more):
@@ -100,7 +100,7 @@ def test_digits_never_enter_a_headline_and_are_never_published(digits, workbook)
     assert results.publish() == 2
     readme = read_text(workbook / "README.md")
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
-    assert "| pets | resnet20 | W4A4 histogram | 80.00 ± 0.00 |" in readme and "digits" not in readme
+    assert "| pets | resnet20 | W4A4 histogram, weights lp(p=3) | 80.00 ± 0.00 |" in readme and "digits" not in readme
     assert results.publish() == 2 and len(results.load(results.published_path())) == 2, "publishing again changes nothing"
 
 
@@ -108,7 +108,7 @@ def test_the_readme_shows_what_is_published():
     """The committed table is the one that the committed rows give."""
     published = results.load(CHECKOUT / "results" / "published.csv")
     assert len(published) and results.SMOKE not in set(published.dataset)
-    assert results.markdown(results.headline(results.newest(published))) in read_text(CHECKOUT / "README.md")
+    assert results.markdown(results.headline(published)) in read_text(CHECKOUT / "README.md")
     assert pd.to_datetime(published.created).notna().all() and (published.n_test == 10_000).all()
 
 
@@ -127,3 +127,41 @@ def test_latency_measures_every_network_on_the_same_images():
     calls = []
     times = latency({"a": lambda x: calls.append(("a", len(x))), "b": lambda x: calls.append(("b", len(x)))}, torch.zeros(4, 3, 2, 2), repeats=3)
     assert calls == [("a", 4), ("b", 4)] * 5 and set(times) == {"a", "b"}
+
+
+def test_smoke_presets_and_stale_checkpoints_do_not_mix_with_the_rest(digits, workbook):
+    old, new = (some_row(digits, dataset="pets", created=f"202{i}-01-01", checkpoint_sha=sha) for i, sha in ((0, "old"), (1, "new")))
+    small = some_row(digits, dataset="pets", created="2019-01-01", n_test=50)
+    for row in (old, new, small):
+        row["run_key"] = results.run_key(row)
+    results.record([old, new, small])
+    assert results.current(results.load()).checkpoint_sha.tolist() == ["new"]
+    (workbook / "README.md").write_text("<!-- table:headline -->\n<!-- /table -->\n")
+    assert results.publish() == 2, "the row on 50 of 200 images stays here"
+
+
+def test_evaluating_leaves_a_network_trainable(digits):
+    model = ql.load_model("resnet20").double().float()
+    evaluate(model, digits.test, limit=8)
+    model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
+    with pytest.raises(ql.UserError, match="no images"):
+        evaluate(model, digits.test.subset(torch.arange(0)))
+
+
+def test_smoke_presets_and_stale_checkpoints_do_not_mix_with_the_rest(digits, workbook):
+    old, new = (some_row(digits, dataset="pets", created=f"202{i}-01-01", checkpoint_sha=sha) for i, sha in ((0, "old"), (1, "new")))
+    small = some_row(digits, dataset="pets", created="2019-01-01", n_test=50)
+    for row in (old, new, small):
+        row["run_key"] = results.run_key(row)
+    results.record([old, new, small])
+    assert results.current(results.load()).checkpoint_sha.tolist() == ["new"]
+    (workbook / "README.md").write_text("<!-- table:headline -->\n<!-- /table -->\n")
+    assert results.publish() == 2, "the row on 50 of 200 images stays here"
+
+
+def test_evaluating_leaves_a_network_trainable(digits):
+    model = ql.load_model("resnet20").double().float()
+    evaluate(model, digits.test, limit=8)
+    model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
+    with pytest.raises(ql.UserError, match="no images"):
+        evaluate(model, digits.test.subset(torch.arange(0)))

@@ -49,6 +49,25 @@ def test_atomic_files(tmp_path):
     assert target.read_text() == "whole" and len(list(target.parent.iterdir())) == 1
 
 
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    """The kernel refuses to let files grow beyond 64 kB, as a full disk would."""
+    code = f"""
+import resource, signal, sys
+import quantlab as ql
+from quantlab.models import import_checkpoint, save_checkpoint
+data = ql.load_data("digits", verbose=False)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+try:
+    save_checkpoint(ql.load_model("resnet20"), r"{tmp_path}/net.safetensors", data, architecture="resnet20", result=None)
+except ql.UserError as error:
+    print(error)
+"""
+    done = python(code)
+    assert "cannot write" in done.stdout and "net.safetensors" in done.stdout and "free space" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ql.UserError, match="cannot write .*; free space there or name another folder"):
