@@ -301,4 +301,4 @@ for bits in (8, 4, 3):
 print(f"- Weights at 4 bits take {table.kB.xs(4, level='bits').mean():,.0f} kB, scales and biases included, against {4e-3 * sum(p.numel() for p in network.parameters()):,.0f} kB in float.")
 
 # %% [markdown]
-# Next: [11_report](11_report.ipynb), everything measured so far on one page.
+# Next: [04_observers](04_observers.ipynb), why one range is better than another, and which layer breaks first.

@@ -69,7 +69,7 @@ Markdown(results.markdown(results.headline(real if len(real) else rows)))
 # ## 2. Accuracy by bits
 
 # %%
-hand = rows[(rows.method == "by hand") & (rows.weight_bits == rows.act_bits)].assign(bits=lambda f: f.weight_bits.astype(int))
+hand = results.equal_widths(rows).assign(bits=lambda f: f.weight_bits.astype(int))
 for (dataset, model), part in hand.groupby(["dataset", "model"], sort=False):
     text = plots.row_caption(dataset, model, int(part.n_test.iloc[0]), f"test images, {part.seed.nunique()} calibration seed(s)")
     display(plots.accuracy_by_bits(part, text))

@@ -75,7 +75,8 @@ def eager_act_bits():
     """Width of the eager path's activations: 7 where the engine's default reduces the range, else 8."""
     from torch.ao.quantization import get_default_qconfig
 
-    return 7 if getattr(get_default_qconfig(choose_engine()).activation(), "reduce_range", False) else 8
+    with _quiet():
+        return 7 if getattr(get_default_qconfig(choose_engine()).activation(), "reduce_range", False) else 8
 
 
 # ---- Eager static -----------------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def range_tradeoff(table, text):
     return caption(figure, text)
 
 
-def accuracy_by_bits(table, text):
+def accuracy_by_bits(table, text, bits_label="bits of weights and activations"):
     """table: bits, observer, top1 (%), fp32_top1; seeds become a band. The left panel shows all, the right one what is lost at 8 to 4 bits."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     for observer, part in table.groupby("observer", sort=False):
@@ -182,8 +182,8 @@ def accuracy_by_bits(table, text):
         left.fill_between(means.index, means.low, means.high, color=style["color"], alpha=0.15, linewidth=0)
         right.plot(means.index, means["drop"], **style)
     left.axhline(table.fp32_top1.iloc[0], color=COLOURS["float"], linestyle="--", label="float")
-    left.set(xlabel="bits of weights and activations", ylabel="top-1 accuracy, %", title="Accuracy", ylim=(0, 102))
-    right.set(xlabel="bits of weights and activations", ylabel="points lost (log scale)", title="Points lost against float")
+    left.set(xlabel=bits_label, ylabel="top-1 accuracy, %", title="Accuracy", ylim=(0, 102))
+    right.set(xlabel=bits_label, ylabel="points lost (log scale)", title="Points lost against float")
     right.set_yscale("symlog", linthresh=0.5)
     right.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     right.set_yticks([0, 0.25, 0.5, 1, 2, 5, 10, 20, 50])
@@ -191,6 +191,54 @@ def accuracy_by_bits(table, text):
         panel.set_xticks(sorted(table.bits.unique()))
         panel.invert_xaxis()
     left.legend(loc="lower left")
+    return caption(figure, text)
+
+
+# ---- Observers --------------------------------------------------------------------------------------------------------------
+
+
+def error_landscape(curve, choices, text):
+    """curve: bits, high, error; choices: bits, observer, high, error: the squared error over the range's upper end, every choice marked."""
+    widths = sorted(curve.bits.unique(), reverse=True)
+    figure, axes = plt.subplots(1, len(widths), figsize=(3 * len(widths) + 1.6, 3.4), sharey=False)
+    for panel, bits in zip(np.atleast_1d(axes), widths):
+        part = curve[curve.bits == bits]
+        panel.plot(part.high, part.error, color=COLOURS["float"], linewidth=1)
+        for row in choices[choices.bits == bits].itertuples():
+            panel.plot(row.high, row.error, MARKERS[row.observer], color=COLOURS[row.observer], label=row.observer, markersize=7, alpha=0.85)
+        panel.set(yscale="log", xlabel="upper end of the range", title=f"{bits} bits")
+    np.atleast_1d(axes)[0].set_ylabel("mean squared error")
+    np.atleast_1d(axes)[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return caption(figure, text)
+
+
+def accuracy_by_images(table, text):
+    """table: observer, n, seed, top1 (%): mean over seeds, with the range between them."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    for observer, part in table.groupby("observer", sort=False):
+        groups = part.groupby("n").top1
+        axes.plot(groups.mean().index, groups.mean(), color=COLOURS[observer], marker=MARKERS[observer], label=observer)
+        axes.fill_between(groups.mean().index, groups.min(), groups.max(), color=COLOURS[observer], alpha=0.15, linewidth=0)
+    axes.set(xscale="log", xlabel="calibration images", ylabel="top-1 accuracy, %", title="How many images are enough?")
+    axes.set_xticks(sorted(table.n.unique()), [f"{n:,}" for n in sorted(table.n.unique())])
+    axes.minorticks_off()
+    axes.legend()
+    return caption(figure, text)
+
+
+def edge_report(frame, text, named=4):
+    """frame of sensitivity.edge_errors: signal-to-noise at every edge in order, the `named` edges that add most noise written beside it."""
+    figure, axes = plt.subplots(figsize=(10, 4))
+    axes.plot(frame.order, frame.own_sqnr, "o", color=DATA_COLOUR, markersize=5, label="this edge alone")
+    axes.plot(frame.order, frame.sqnr, "-D", color=COLOURS["float"], markersize=4, label="in the network")
+    worst = frame.nlargest(named, "added_db")
+    axes.plot(worst.order, worst.sqnr, "D", color=ERROR_COLOUR, markersize=7, label="adds most noise")
+    for i, row in enumerate(worst.sort_values("order").itertuples()):
+        axes.annotate(f"{row.edge}\n+{row.added_db:.1f} dB", (row.order, row.sqnr), xytext=(6, -14 - 26 * (i % 2)), textcoords="offset points",
+                      fontsize=7.5, ha="left", va="top", color=ERROR_COLOUR)  # fmt: skip
+    low, high = axes.get_ylim()
+    axes.set(xlabel="rounded values, in order of execution", ylabel="signal to quantization noise, dB", title="Which layer broke?", ylim=(low - 14, high))
+    axes.legend(loc="upper right")
     return caption(figure, text)
 
 

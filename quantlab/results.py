@@ -118,12 +118,19 @@ def newest(frame):
 
 def current(frame):
     """The rows that belong together: of every data set and network the newest checkpoint and test set, of every label the newest run_key."""
-    frame = newest(frame)
+    frame = newest(frame).reset_index(drop=True)
     frame = frame.assign(label=[label(row) for _, row in frame.iterrows()])
     for columns, kept in ((["dataset", "model"], ["checkpoint_sha", "n_test"]), (["dataset", "model", "label"], ["run_key"])):
         for name in kept:
             frame = frame[frame[name] == frame.groupby(columns)[name].transform("last")]
     return frame
+
+
+def equal_widths(frame):
+    """Rows by hand with as many bits for weights as for activations, of the observers that were measured at several such widths."""
+    same = frame[(frame.method == "by hand") & (frame.weight_bits == frame.act_bits)]
+    widths = same.groupby(["dataset", "model", "observer"]).weight_bits.transform("nunique")
+    return same[widths > 1]
 
 
 def summarize(frame):
@@ -146,7 +153,9 @@ def headline(frame):
 
     A smoke run never enters a headline: rows of the digits are shown only where nothing else is there, and say what they are.
     """
-    summary = summarize(current(frame))
+    frame = current(frame)
+    swept = equal_widths(frame).index
+    summary = summarize(frame[(frame.method != "by hand") | frame.index.isin(swept) | (not len(swept))])
     lines = []
     family = summary.method.map({"float": 0, "by hand": 2}).fillna(1)
     order = ["dataset", "model", "family", "act_bits", "drop"]
