@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import make_image_folder, make_tar
+from conftest import make_tar
 from PIL import Image
 
 import quantlab as ql
@@ -302,8 +302,3 @@ def test_the_jpeg_images_are_recognised(jpeg):
     assert jpeg.name == "cifar10-jpeg" and jpeg.classes == qdata.CIFAR10_CLASSES
     assert (len(jpeg.train), len(jpeg.heldout), len(jpeg.test)) == (45_000, 5_000, 10_000)
     assert torch.bincount(jpeg.heldout.labels).tolist() == [500] * 10
-
-
-def test_streaming_a_large_folder_is_cheap(workbook, tmp_path):
-    folder = make_image_folder(tmp_path / "many", train=50, size=(4, 4))
-    assert len(load(folder).train) == 90

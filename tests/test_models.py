@@ -1,7 +1,6 @@
 """Networks and checkpoints: the counts of the papers, exact round trips, and everything that can be wrong with a file."""
 
 import dataclasses
-import dataclasses
 import json
 import os
 import subprocess
@@ -169,13 +168,6 @@ def test_committed_jpeg_accuracy_and_its_eight_bits(jpeg):
     assert ql.paired_drop(baseline.correct, eight.correct)[0] < 1
     four = ql.evaluate(ql.quantize(model, stats, ql.QuantConfig(4, 4)), jpeg.test, limit=2000)
     assert ql.paired_drop(baseline.correct, four.correct)[0] < 8
-
-
-def test_a_checkpoint_is_found_by_name_and_for_the_same_classes_only(digits, jpeg):
-    assert models.find_checkpoint("resnet20", digits).stem == "resnet20-digits"
-    other = dataclasses.replace(jpeg, name="cifar100", classes=tuple(str(i) for i in range(100)))
-    assert models.find_checkpoint("resnet20", other) is None
-    assert models.find_checkpoint("resnet20", dataclasses.replace(jpeg, name="cifar10")).stem == "resnet20-cifar10-jpeg"
 
 
 def test_a_checkpoint_is_found_by_name_and_for_the_same_classes_only(digits, jpeg):

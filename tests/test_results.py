@@ -146,22 +146,3 @@ def test_evaluating_leaves_a_network_trainable(digits):
     model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
     with pytest.raises(ql.UserError, match="no images"):
         evaluate(model, digits.test.subset(torch.arange(0)))
-
-
-def test_smoke_presets_and_stale_checkpoints_do_not_mix_with_the_rest(digits, workbook):
-    old, new = (some_row(digits, dataset="pets", created=f"202{i}-01-01", checkpoint_sha=sha) for i, sha in ((0, "old"), (1, "new")))
-    small = some_row(digits, dataset="pets", created="2019-01-01", n_test=50)
-    for row in (old, new, small):
-        row["run_key"] = results.run_key(row)
-    results.record([old, new, small])
-    assert results.current(results.load()).checkpoint_sha.tolist() == ["new"]
-    (workbook / "README.md").write_text("<!-- table:headline -->\n<!-- /table -->\n")
-    assert results.publish() == 2, "the row on 50 of 200 images stays here"
-
-
-def test_evaluating_leaves_a_network_trainable(digits):
-    model = ql.load_model("resnet20").double().float()
-    evaluate(model, digits.test, limit=8)
-    model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
-    with pytest.raises(ql.UserError, match="no images"):
-        evaluate(model, digits.test.subset(torch.arange(0)))

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -115,43 +114,6 @@ def test_augmentation_moves_pixels_and_nothing_else():
 
 def test_digits_are_not_mirrored(digits, few):
     assert not default_config("resnet20", digits).flip and default_config("resnet20", few).flip
-
-
-def test_training_time_is_recorded(few, tmp_path):
-    started = time.perf_counter()
-    _, card = ql.train(dataclasses.replace(SETTINGS, epochs=1), few, tmp_path / "net.safetensors", verbose=False)
-    assert 0 < card.history[0]["seconds"] + 0.1 and card.history[0]["seconds"] <= time.perf_counter() - started + 0.1
-
-
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"momentum": 0}, {"warmup": 1}, {"crop": -1}, {"seed": -1}, {"averaging": 1}])
-def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(ql.UserError, match=f"{next(iter(wrong))}=.*allowed are values from"):
-        ql.TrainConfig(**wrong)
-
-
-def test_an_interrupted_retraining_is_resumed_and_another_one_dropped(few, tmp_path, monkeypatch):
-    out = tmp_path / "net.safetensors"
-    config = dataclasses.replace(SETTINGS, epochs=1)
-    ql.train(config, few, out, verbose=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(module.models, "save_checkpoint", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            ql.train(config, few, out, verbose=False)
-    assert module.state_path(out).exists() and not module.is_complete(out)
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_epoch", lambda *a: pytest.fail("trained again what was done"))
-        ql.train(config, few, out, verbose=False)
-        assert module.is_complete(out)
-        module._save_state(module.state_path(out), config, few, *_parts(config), [{}])
-    _, card = ql.train(dataclasses.replace(config, seed=9), few, out, restart=True, verbose=False)
-    assert card.recipe["seed"] == 9
-    with pytest.raises(ql.UserError, match="ends in .safetensors"):
-        ql.train(config, few, tmp_path / "net.pt", verbose=False)
-
-
-def _parts(config):
-    model = ql.load_model("resnet20", num_classes=2)
-    return model, model, module._optimizer(model, config)
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"momentum": 0}, {"warmup": 1}, {"crop": -1}, {"seed": -1}, {"averaging": 1}])
