@@ -12,7 +12,7 @@
 #
 # **Question.** What does every range setter decide, on which edge does it matter, and which layer broke?
 #
-# **Cost.** Two minutes on the digits; about twelve on 10,000 test images with three calibration seeds, on two CPU cores.
+# **Cost.** A minute on the digits; on 10,000 test images about five minutes for each calibration seed (three by default), on two CPU cores.
 
 # %%
 import os
