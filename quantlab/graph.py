@@ -1,13 +1,12 @@
-"""What the network is, as a graph: BatchNorm folded, every node's kind, and the plan of where codes are stored.
+"""What the network is, as a graph: traced, BatchNorm folded, every node's kind.
 
     graph = fold(trace(model))      # a torch.fx.GraphModule in eval mode; the model itself is left alone
-    plan  = make_plan(graph)        # which nodes' values are stored as codes, and what every convolution reads
+    kinds = find_kinds(graph)       # what every node is
 
 Kinds are found from modules, functions and methods alike, never from names. Nothing here knows a bit-width.
 """
 
 import copy
-import dataclasses
 import operator
 import traceback
 
@@ -69,7 +68,7 @@ def fold(graph, batchnorm=True):
     kinds = find_kinds(graph)
     for node in [n for n in kinds if kinds[n] == "batchnorm"] if batchnorm else []:
         before = node.args[0]
-        foldable = kinds[before] == "compute" and _users(before, kinds) == [node]
+        foldable = kinds[before] == "compute" and readers_of(before, kinds) == [node]
         if foldable and graph.get_submodule(node.target).running_mean is not None:  # without running statistics it is no fixed affine map
             fold_batchnorm(graph.get_submodule(before.target), graph.get_submodule(node.target))
             node.replace_all_uses_with(before)
@@ -162,141 +161,6 @@ def _kind(node, graph, inputs):
     return found
 
 
-# ---- Where codes are stored -------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Where a quantized network rounds, by node name.
-
-    stores: node -> "input", "residual" (operand or result of an add) or "activation"; its value is stored as codes.
-    reads: convolution or linear node (with "inputs" also ReLU and average pool) -> the node whose value it reads, behind rearranging only.
-    sources: value of `reads` -> the node of `stores` that holds its codes, where there is one.
-    first, last: the layers that no other layer precedes or follows. floats: nodes without an integer form.
-    """
-
-    placement: str
-    stores: dict
-    reads: dict
-    sources: dict
-    first: frozenset
-    last: frozenset
-    floats: tuple
-
-    @property
-    def observed(self):
-        """Names of the nodes whose values need statistics."""
-        return list(dict.fromkeys([*self.stores, *self.reads.values()]))
-
-
-PLACEMENTS = ("fused", "inputs")
-
-
-def make_plan(graph, placement="fused"):
-    """Decide from the graph alone where codes are stored.
-
-    "fused": a value is rounded once, where an integer machine writes it to memory: behind conv-relu, add-relu, average, concat and every
-    operation that has no integer form. Rearranging and max-pooling pass codes on; a layer that reads an add's codes may requantize them.
-    "inputs": a quantizer in front of every convolution, linear layer, ReLU and average pool and nowhere else, as the original did.
-    """
-    if placement not in PLACEMENTS:
-        raise UserError(f"placement {placement!r} is unknown; use one of: {', '.join(PLACEMENTS)}")
-    nodes = list(graph.graph.nodes)
-    kinds = find_kinds(graph)
-    compute = [n for n in nodes if kinds[n] == "compute"]
-    if not compute:
-        raise UserError("the network has no convolution and no linear layer that is a module: there is nothing to quantize")
-    first = frozenset(n.name for n in compute if not _reaches(n, lambda m: m.all_input_nodes, kinds))
-    last = frozenset(n.name for n in compute if not _reaches(n, lambda m: m.users, kinds))
-    reads = {n.name: _behind_rearranging(n.args[0], kinds) for n in compute}
-    if placement == "inputs":
-        readers = {n.name: n.args[0].name for n in nodes if kinds[n] in ("compute", "clamp", "average")}
-        return Plan(placement, {}, readers, {}, first, last, ())
-    operands = {_holder(a, kinds) for n in nodes if kinds[n] == "add" for a in n.all_input_nodes}
-    stores = {}
-    for node in nodes:
-        if kinds[node] == "input":
-            stores[node.name] = "input"
-        elif _is_stored(node, kinds):
-            producer = _producer(node, kinds)
-            stores[node.name] = "residual" if node in operands or kinds[producer] == "add" else "activation"
-    sources = {v.name: _holder(v, kinds).name for v in reads.values() if _holder(v, kinds).name in stores}
-    floats = tuple(n.name for n in nodes if kinds[n] == "other")
-    return Plan(placement, stores, {k: v.name for k, v in reads.items()}, sources, first, last, floats)
-
-
-def _is_stored(node, kinds):
-    """True where a new value is written to memory as codes."""
-    if kinds[node] in ("input", "output", "constant", "shape", *PASSES_CODES):
-        return False
-    if kinds[node] == "clamp" and not _ends_group(node, kinds):
-        return False
-    users = _readers(node, kinds)
-    if all(kinds[u] == "output" for u in users):
-        return False  # logits
-    follower = _only_user(node, kinds)
-    while follower is not None and kinds[follower] in PASSES_CODES:  # a clamp commutes with max-pooling and rearranging
-        follower = _only_user(follower, kinds)
-    return follower is None or kinds[follower] not in ("clamp", "concat")  # rounded there, once
-
-
-def _ends_group(clamp, kinds):
-    """True for a clamp that is the only reader of what it clamps, so that the value is first stored behind it."""
-    before = clamp.args[0]
-    while kinds[before] in PASSES_CODES and _only_user(before, kinds) is not None:
-        before = before.args[0]
-    return _only_user(before, kinds) is not None and kinds[before] not in ("input", *PASSES_CODES)
-
-
-def _producer(node, kinds):
-    """The operation behind a stored value: what its clamp clamps, or the node itself."""
-    while kinds[node] in ("clamp", *PASSES_CODES):
-        node = node.args[0]
-    return node
-
-
-def _users(node, kinds):
+def readers_of(node, kinds):
     """The nodes that use the value itself; reading its size does not count."""
     return [user for user in node.users if kinds[user] != "shape"]
-
-
-def _only_user(node, kinds):
-    users = _users(node, kinds)
-    return users[0] if len(users) == 1 else None
-
-
-def _holder(node, kinds):
-    """The node that holds the codes which `node` passes on."""
-    while kinds[node] in PASSES_CODES or kinds[node] == "clamp" and not _ends_group(node, kinds):
-        node = node.args[0]
-    return node
-
-
-def _behind_rearranging(node, kinds):
-    while kinds[node] == "rearrange":
-        node = node.args[0]
-    return node
-
-
-def _readers(node, kinds):
-    """The nodes that use a value, looking through those that only rearrange it."""
-    found = []
-    for user in node.users:
-        if kinds[user] in PASSES_CODES:
-            found += _readers(user, kinds)
-        elif kinds[user] != "shape":
-            found.append(user)
-    return found
-
-
-def _reaches(node, neighbours, kinds):
-    """True when another convolution or linear layer lies in that direction."""
-    stack, seen = list(neighbours(node)), set()
-    while stack:
-        other = stack.pop()
-        if kinds[other] == "compute":
-            return True
-        if other not in seen:
-            seen.add(other)
-            stack += neighbours(other)
-    return False

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from quantlab import observers
 from quantlab.affine import QParams, check_bits, choose_qparams, fake_quantize
 from quantlab.edgestats import EdgeStats
-from quantlab.graph import find_kinds, fold, make_plan, trace
+from quantlab.graph import find_kinds, fold, trace
+from quantlab.plan import make_plan
 from quantlab.runtime import UserError, device, exact_float
 
 BIAS_CODES = 2.0**30  # a bias code stays below this, so that an int32 accumulator has room for the products

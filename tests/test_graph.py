@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import quantlab as ql
-from quantlab.graph import find_kinds, fold, make_plan, trace
+from quantlab.graph import find_kinds, fold, trace
+from quantlab.plan import make_plan
 from quantlab.ptq import prepare
 
 
