@@ -28,7 +28,8 @@ class QuantConfig:
     first_last_bits: weights of the first and the last layer and input of the last; None: as the rest. residual_bits: operands and results
     of adds; None: float, as in most papers (simulation only). input_bits: of the image; None: float (simulation only).
     layer_weight_bits, layer_act_bits: mixed precision, layer name -> bits of its weights and of what it reads, before everything above;
-    None: this layer's weights stay float, or it reads its input as it is stored, unrounded where only layers like it read it.
+    None: this layer's weights stay float, or it reads its input as it is stored, which is unrounded unless it belongs to an add.
+    layer_act_bits may also name a stored value that no layer reads (plan.unread).
     observer: a name or a function (stats, bits, symmetric) -> (low, high).
     weight_observer: "minmax", or "lp": the range with the least sum of |error|^weight_norm.
     weight_symmetric / act_symmetric: zero-point 0, weights in the narrow range; a symmetric activation that cannot be negative is unsigned,
@@ -71,7 +72,7 @@ class QuantConfig:
 
     def check_layers(self, plan, names):
         """UserError when a width is given for a layer that the network does not have."""
-        for field, known in (("layer_weight_bits", names), ("layer_act_bits", list(plan.reads))):
+        for field, known in (("layer_weight_bits", names), ("layer_act_bits", [*plan.reads, *plan.unread])):
             unknown = [layer for layer in getattr(self, field) or {} if layer not in known]
             if unknown:
                 raise UserError(f"{field}: the network has no layer {unknown[0]!r}; its layers are {', '.join(known)}")
@@ -210,8 +211,12 @@ def _insert_quantizers(graph, plan, stats, config):
     stored, holders = {}, {}
     for name, role in plan.stores.items():
         needs = [required[layer] for layer, value in plan.reads.items() if plan.sources.get(value) == name]
-        default = {"input": config.input_bits, "residual": config.residual_bits}.get(role, config.act_bits)
-        bits = default if role == "residual" or not needs else None if None in needs else max(needs)
+        if role == "residual":
+            bits = config.residual_bits
+        elif not needs:
+            bits = config.input_bits if role == "input" else (config.layer_act_bits or {}).get(name, config.act_bits)
+        else:
+            bits = None if None in needs else max(needs)
         if bits is not None:
             stored[name] = choose_edge_qparams(stats.edges[name], bits, config)
             users = list(nodes[name].users)
@@ -238,6 +243,14 @@ def choose_edge_qparams(edge, bits, config):
     return choose_qparams(low, high, bits, symmetric=config.act_symmetric, signed=config.act_signed or edge.minimum < 0)
 
 
+def choose_weight_qparams(weight, bits, config):
+    """The QParams of a weight [C, ...] at that width."""
+    low, high = observers.weight_range(
+        weight, bits, observer=config.weight_observer, p=config.weight_norm, per_channel=config.per_channel, symmetric=config.weight_symmetric
+    )
+    return choose_qparams(low, high, bits, symmetric=config.weight_symmetric, axis=0 if config.per_channel else None)
+
+
 def _add_quantizer(graph, node, name, q):
     target = f"quantizers.{name}"
     if not hasattr(graph, "quantizers"):
@@ -253,10 +266,7 @@ def _quantize_layer(layer, plan, name, config, q_in):
     if bits is None:
         return
     weight = layer.weight.detach()
-    low, high = observers.weight_range(
-        weight, bits, observer=config.weight_observer, p=config.weight_norm, per_channel=config.per_channel, symmetric=config.weight_symmetric
-    )
-    q = choose_qparams(low, high, bits, symmetric=config.weight_symmetric, axis=0 if config.per_channel else None)
+    q = choose_weight_qparams(weight, bits, config)
     if layer.bias is not None and q_in is not None and config.placement == "fused":
         bias = layer.bias.detach().double()
         floor = bias.abs() / (BIAS_CODES * q_in.scale.double())  # a channel of tiny weights and a large bias
