@@ -48,8 +48,8 @@ seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 widths = "auto"  # weights/activations[/first and last layer], comma-separated, as in 4/4,2/2/8
 methods = "auto"  # comma-separated names of section 3, or auto: all
-iterations = 0  # of learning a unit; 0: 10 in a smoke run, 1,000 in a full one
-n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
+iterations = 0  # of learning a unit; 0: 5 in a smoke run, 1,000 in a full one
+n_calibration = 0  # 0: 128 in a smoke run, 1,024 in a full one
 n_seeds = 0  # calibration seeds in section 3; 0: one in a smoke run, three in a full one
 sections = "methods,rivals,fisher,sensitivity,pareto,conventions,tools"  # what is measured
 rivals = "auto"  # pt2e and onnxruntime, comma-separated; auto: onnxruntime in a smoke run, because compiling takes long, else both
@@ -60,8 +60,8 @@ convention_method = "auto"  # a method of section 3; auto: nearest in a smoke ru
 images = ql.load_data(data)
 smoke = images.smoke if preset == "auto" else preset == "smoke"
 limit = 1000 if smoke else None  # test images
-n_calibration = n_calibration or min(256 if smoke else 1024, len(images.train))
-n_seeds, iterations = n_seeds or (1 if smoke else 3), iterations or (10 if smoke else 1000)
+n_calibration = n_calibration or min(128 if smoke else 1024, len(images.train))
+n_seeds, iterations = n_seeds or (1 if smoke else 3), iterations or (5 if smoke else 1000)
 network, card = ql.load_trained(model, images, checkpoint)
 baseline = ql.evaluate(network, images.test, limit=limit)
 sections, seeds = sections.split(","), range(seed, seed + n_seeds)
@@ -119,7 +119,7 @@ assert torch.allclose(h_of(v), weight / scale - down, atol=1e-5), "V starts wher
 assert torch.allclose(weight_of((v >= 0).float()), ql.fake_quantize(weight, q)), "V >= 0 is nearest rounding, before anything is learned"
 
 # %%
-n_steps, paths, curve = 400 if smoke else 2000, [], []
+n_steps, paths, curve = 800 if smoke else 2000, [], []
 start, optimizer, generator = h_of(v).detach(), torch.optim.Adam([v], lr=1e-2), torch.Generator().manual_seed(seed)
 nearest = output_error(weight_of((v >= 0).float())).item()
 for i in tqdm(range(n_steps + 1)):
@@ -284,16 +284,16 @@ if len(frame):
     display(plots.save(figure, "06_methods_by_width", images, model))
 
 # %% [markdown]
-# What learning does to every unit: the squared error of its output, before and after, on the calibration images and behind the quantized network before it.
+# What learning does to every unit: the squared error of its output against nearest rounding of the same unit, on the calibration images,
+# behind the quantized network before it.
 
 # %%
 if len(frame) and set(methods) & set(LEARNED):
     narrow = frame[(frame.seed == seed) & (frame.width == frame.width.iloc[-1])]
     units = [{"method": row["name"], "order": i, **unit} for _, row in narrow.iterrows() for i, unit in enumerate(row["units"])]
-    units = pd.DataFrame(units).rename(columns={"nearest": "before", "learned": "after"})
     more = f"calibration images, {frame.width.iloc[-1]}, seed {seed}, {iterations:,} iterations".replace("\n", ", ")
     text = plots.row_caption(images, model, n_calibration, more)
-    display(plots.save(lowbit.unit_errors(units, text), "06_unit_errors", images, model))
+    display(plots.save(lowbit.unit_errors(pd.DataFrame(units), text), "06_unit_errors", images, model))
 
 # %% [markdown]
 # **Fisher against plain.** BRECQ's public code never uses its Fisher-weighted loss. The same network, seeds and iterations with and without it;

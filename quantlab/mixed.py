@@ -97,13 +97,14 @@ def _run_rounded(graph, node, kind, q, known):
 def layer_accuracy(model, stats, split, config, names=None, verbose=False, **options):
     """Accuracy with one layer quantized and all others float, and with one layer float and all others quantized, as `config` says.
 
-    A frame with layer, case ("only this quantized" or "only this float"), top1 in percent, and drop, drop_low, drop_high: points lost
-    against the float network on the same images, with the paired 95 % interval. names: of the layers, None for all. options: those of
+    A frame with layer, case ("only this quantized" or "only this float"), top1 in percent, drop, drop_low, drop_high: points lost
+    against the float network on the same images, with the paired 95 % interval, and all: those lost with all layers quantized. names: of the layers, None for all. options: those of
     `evaluate` (limit, batch_size). A lone quantized layer reads unrounded adds and image; a float layer among quantized ones reads them as stored.
     """
     graph, plan, _ = prepare(model, config.placement)
     weights, acts = dict.fromkeys(layers(graph, plan)), dict.fromkeys([*plan.reads, *plan.unread])
     baseline = evaluate(model, split, **options)
+    everything = paired_drop(baseline.correct, evaluate(quantize(model, stats, config), split, **options).correct)[0]
     rows = []
     for name in tqdm(names or list(weights), desc="layer by layer", leave=False, disable=not verbose):
         weight_bits, act_bits = config.layer_bits(plan, name)
@@ -116,7 +117,7 @@ def layer_accuracy(model, stats, split, config, names=None, verbose=False, **opt
         for case, one in (("only this quantized", alone), ("only this float", without)):
             result = evaluate(quantize(model, stats, one), split, **options)
             drop, low, high = paired_drop(baseline.correct, result.correct)
-            rows.append({"layer": name, "case": case, "top1": result.top1, "drop": drop, "drop_low": low, "drop_high": high})
+            rows.append({"layer": name, "case": case, "top1": result.top1, "drop": drop, "drop_low": low, "drop_high": high, "all": everything})
     return pd.DataFrame(rows)
 
 

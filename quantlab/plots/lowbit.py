@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from quantlab.plots.style import COLOURS, DATA_COLOUR, ERROR_COLOUR, MARKERS, caption
 
@@ -45,18 +45,18 @@ def learned_rounding(paths, curve, text):
 
 
 def unit_errors(frame, text):
-    """frame: method, order, unit, before, after (error of a unit's output): what learning brings, unit by unit."""
+    """frame: method, order, unit, nearest, learned (errors of a unit's output): the share of the error that learning leaves."""
     methods = list(dict.fromkeys(frame.method))
-    figure, axes = plt.subplots(1, len(methods), figsize=(3.4 * len(methods) + 1, 1.2 + 0.23 * frame.groupby("method").size().max()), squeeze=False)
+    figure, axes = plt.subplots(1, len(methods), figsize=(3.4 * len(methods) + 1, 1.4 + 0.22 * frame.groupby("method").size().max()), squeeze=False)
     for panel, method in zip(axes[0], methods):
         part = frame[frame.method == method]
-        panel.hlines(part.order, part.after, part.before, color=DATA_COLOUR, linewidth=1.5)
-        panel.plot(part.before, part.order, "o", color=COLOURS["nearest"], markersize=4, label="before")
-        panel.plot(part.after, part.order, "o", color=COLOURS.get(method, ERROR_COLOUR), markersize=4, label="learned")
-        panel.set(xscale="log", xlabel="error of the unit's output", title=method)
+        share, colour = 100 * part.learned / part.nearest, COLOURS.get(method, ERROR_COLOUR)
+        panel.hlines(part.order, share, 100, color=colour, linewidth=2, alpha=0.4)
+        panel.plot(share, part.order, "o", color=colour, markersize=5)
+        panel.axvline(100, color=COLOURS["nearest"], linestyle="--", linewidth=1)
+        panel.set(xlabel="error left, % of nearest rounding's", title=method, xlim=(0, 108))
         panel.set_yticks(part.order, part.unit, fontsize=7)
         panel.invert_yaxis()
-        panel.legend(fontsize=8)
     return caption(figure, text)
 
 
@@ -82,7 +82,7 @@ def methods_by_width(frame, rivals, text):
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.set_xticks(range(len(widths)), widths)
     axes.set(ylabel="points lost against float (log scale beyond 1)", title="Every method at every width")
-    axes.invert_yaxis()
+    axes.set_ylim(max(1.5, frame["drop"].max() * 1.6), min(-0.3, frame.drop_low.min() * 1.1))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return caption(figure, text)
 
@@ -100,7 +100,7 @@ def sensitivity_map(errors, text, chosen=None):
                     cbar_kws={"label": "log10 of the divergence, nats"}, **limits)  # fmt: skip
         for row in chosen.itertuples() if chosen is not None and column in chosen else []:
             x, y = list(table.columns).index(getattr(row, column)), layers.index(row.layer)
-            panel.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor="#1f9e5a", linewidth=2.2))
+            panel.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor="#1f9e5a", linewidth=2.2, clip_on=False))
         panel.set(xlabel="bits", ylabel="", title=f"{kind}s of this layer alone" if kind == "weight" else "what this layer reads, alone")
         panel.tick_params(axis="y", labelsize=8, rotation=0)
         panel.grid(False)
@@ -110,15 +110,15 @@ def sensitivity_map(errors, text, chosen=None):
 def layer_accuracy(frame, text):
     """frame of mixed.layer_accuracy: points lost with one layer quantized, and with all but one, in order of execution."""
     layers = list(dict.fromkeys(frame.layer))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 1.6 + 0.22 * len(layers)), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1.7 + 0.22 * len(layers)), sharey=True)
     for panel, (case, part) in zip(axes, frame.groupby("case", sort=False)):
         y = [layers.index(name) for name in part.layer]
         whiskers = np.abs([part["drop"] - part.drop_low, part.drop_high - part["drop"]])
         panel.errorbar(part["drop"], y, xerr=whiskers, fmt="o", markersize=4, color=COLOURS["float"], ecolor=DATA_COLOUR, elinewidth=1.2)
-        panel.axvline(part["drop"].median(), color=ERROR_COLOUR, linestyle="--", linewidth=1, label="median")
-        panel.set(xlabel="points lost against float", title=case)
+        reference, named = (part["all"].iloc[0], "all quantized") if case == "only this float" else (0, "all float")
+        panel.axvline(reference, color=ERROR_COLOUR, linestyle="--", linewidth=1.2)
+        panel.set(xlabel="points lost against float", title=f"{case} (dashed: {named})")
         panel.set_yticks(range(len(layers)), layers, fontsize=8)
-        panel.legend(fontsize=8)
     axes[0].invert_yaxis()
     return caption(figure, text)
 
@@ -137,7 +137,10 @@ def pareto(frame, text):
         panel.set(xlabel=label, ylabel="top-1 accuracy, %")
         if axis == "operations":
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.margins(x=0.08, y=0.1)
     panels[0].set_title("Size: activations at 8 bits")
     panels[1].set_title("Operations: weights and activations")
     panels[0].legend(loc="lower right")
