@@ -241,6 +241,7 @@ grid = [(width, method, s) for width in widths.split(",") for s in seeds for met
 rows = [measure(method, config_of(width), s) | {"width": name_of(width), "name": method} for width, method, s in tqdm(grid, desc="networks")]
 frame = pd.DataFrame(rows)
 
+
 # %% [markdown]
 # **Rivals** at 8 bits, on the same checkpoint, calibration images and test images: torchao's PT2E and ONNX Runtime's static quantization.
 
@@ -295,6 +296,7 @@ if len(frame) and set(methods) & set(LEARNED):
     text = plots.row_caption(images, model, n_calibration, more)
     display(plots.save(lowbit.unit_errors(pd.DataFrame(units), text), "06_unit_errors", images, model))
 
+
 # %% [markdown]
 # **Fisher against plain.** BRECQ's public code never uses its Fisher-weighted loss. The same network, seeds and iterations with and without it;
 # gain is in points of accuracy, positive where Fisher is better, with the paired interval:
@@ -341,6 +343,7 @@ if "sensitivity" in sections:
     text = plots.row_caption(images, model, n_heldout, more)
     display(plots.save(lowbit.layer_accuracy(one, text), "06_layer_accuracy", images, model))
 
+
 # %% [markdown]
 # **Mixed precision.** Choose one width for every layer such that the sensitivities add up to the least within a budget: bytes of the weights, or bit operations
 # (multiply-accumulates x weight bits x activation bits), where weights and activations get widths of their own. It is an integer linear program, which
@@ -376,6 +379,7 @@ if "pareto" in sections:
     more = f"test images, {note_of(pareto_method) or 'nearest rounding'}, {n_calibration:,} calibration images, seed {seed}"
     text = plots.row_caption(images, model, baseline.n, more)
     display(plots.save(lowbit.pareto(pd.DataFrame(points), text), "06_pareto", images, model))
+
 
 # %% [markdown]
 # ## 5. Why papers disagree
