@@ -92,7 +92,10 @@ def record(rows, path=None):
     return new
 
 
-ARITHMETIC = ("affine", "corrections", "data", "edgestats", "evaluate", "graph", "imageset", "models", "observers", "plan", "ptq", "reconstruct")
+ARITHMETIC = (
+    "affine", "corrections", "data", "edgestats", "evaluate", "graph", "imageset", "learned", "models", "observers", "plan", "ptq", "reconstruct",
+    "runtime", "tune", "units",
+)  # fmt: skip  # the modules that decide a number
 
 
 def once(settings, measure):
@@ -101,7 +104,7 @@ def once(settings, measure):
     settings: a dict of everything but the code that decides the number; the modules that compute and torch's version are added here. state:
     a path for what a long measurement keeps to resume after a kill; deleted when the row is recorded. Rows are kept in results/rows.
     """
-    code = hashlib.sha256(b"".join((PACKAGE / f"{name}.py").read_bytes() for name in ARITHMETIC if (PACKAGE / f"{name}.py").is_file()))
+    code = hashlib.sha256(b"".join((PACKAGE / f"{name}.py").read_bytes() for name in ARITHMETIC))
     key = hashlib.sha256(json.dumps([settings, code.hexdigest(), torch.__version__], sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = root() / "results" / "rows" / f"{key}.json"
     if file.is_file():

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from torch import nn
 
 import quantlab as ql
 from quantlab import mixed, ptq, results
+from quantlab.runtime import PACKAGE
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +202,16 @@ def test_a_finished_row_is_not_measured_again(workbook, digits):
     assert len(calls) == 1 and len(results.load()) == 1, "recorded again where results.csv was moved away"
     results.once({"bits": 3}, measure)
     assert len(calls) == 2 and calls[0] != calls[1]
+
+
+def test_rows_depend_on_every_module_that_computes():
+    found, todo = set(), ["reconstruct", "corrections", "tune", "evaluate"]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += re.findall(r"^from quantlab\.(\w+) import", (PACKAGE / f"{name}.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found <= set(results.ARITHMETIC) and all((PACKAGE / f"{name}.py").is_file() for name in results.ARITHMETIC)
 
 
 def test_a_killed_measurement_finds_its_state(workbook, digits):
