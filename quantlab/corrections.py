@@ -7,14 +7,16 @@ Each returns a network of its own and leaves its arguments alone. Codes stay int
 s_in * s_w, as `quantize` left them.
 """
 
+import dataclasses
 import math
 
 import torch
-from torch import fx, nn
+from torch import nn
 
+from quantlab.activations import Networks
 from quantlab.affine import quantize as to_codes
 from quantlab.graph import find_kinds, fold, readers_of, trace
-from quantlab.ptq import copy_quantized, find_node, input_qparams, layers, prepare, write_codes
+from quantlab.ptq import copy_quantized, find_node, input_qparams, prepare, write_codes
 from quantlab.runtime import UserError, device, exact_float
 
 # ---- Before quantization ----------------------------------------------------------------------------------------------------
@@ -98,13 +100,16 @@ def correct_bias(model, qmodel, batches):
     b_o <- b_o - (E[y_q] - E[y])_o, y a layer's output before its clamp, E over images and places; layer after layer in order of
     execution, each on inputs from the network corrected so far.
     """
-    batches = _checked(batches)
-    graph, corrected = prepare(model, qmodel.config.placement)[0], copy_quantized(qmodel)
-    names = [n for n in layers(corrected, corrected.plan) if _layer(corrected, n).bias is not None]
-    exact = _moments(graph, names, batches)
-    for name in names:
-        mean, _ = _moments(corrected, [name], batches)[name]
-        _shift_bias(corrected, name, mean - exact[name][0])
+    network = _walk(model, qmodel, batches)
+    corrected = network.graphs["quantized"]
+    for i, unit in enumerate(network.units):
+        name = unit.layers[0]
+        if _layer(corrected, name).bias is not None:
+            mean, exact = (_moments(network, kind, i)[0] for kind in ("quantized", "float"))
+            _shift_bias(corrected, name, mean - exact)
+        network.advance("float", i)
+        network.advance("quantized", i)
+        network.free(i)
     return corrected
 
 
@@ -216,23 +221,29 @@ def reestimate_batchnorm(model, qmodel, batches):
     which changes the weight's scale to a s_w and the bias; codes stay. Layer after layer, each behind those already done.
     A step of its own, never hidden in calibration. Raises UserError for a network without folded BatchNorm.
     """
-    batches = _checked(batches)
-    graph, corrected = prepare(model, qmodel.config.placement)[0], copy_quantized(qmodel)
-    names = [n for n in layers(corrected, corrected.plan) if getattr(_layer(graph, n), "folded_batchnorm", None) is not None]
-    if not names:
+    graph, network = prepare(model, qmodel.config.placement)[0], _walk(model, qmodel, batches)
+    corrected = network.graphs["quantized"]
+    if not any(hasattr(module, "folded_batchnorm") for module in graph.modules()):
         raise UserError("no layer of this network had a BatchNorm folded into it: there are no statistics to re-estimate")
-    for name in names:
-        bn, layer = _layer(graph, name).folded_batchnorm, _layer(corrected, name)
-        mean, variance = _moments(corrected, [name], batches)[name]
-        ratio = bn["gamma"].abs() / torch.sqrt(variance + bn["gamma"] ** 2 * bn["eps_share"]).clamp(min=1e-12)
-        ratio = torch.where(bn["gamma"] == 0, 1.0, ratio)
-        q = layer.weight_qparams
-        if q.axis is None:
-            raise UserError("re-estimating BatchNorm rescales channels: quantize with per_channel=True")
-        codes = to_codes(layer.weight.detach().cpu(), q)
-        scaled = type(q)((q.scale.double() * ratio).float(), q.zero_point, q.qmin, q.qmax, q.axis)
-        write_codes(layer, codes, scaled, (layer.bias.detach().cpu().double() - mean) * ratio + bn["mean"], _bias_input(corrected, name))
+    for i, unit in enumerate(network.units):
+        bn = getattr(_layer(graph, unit.layers[0]), "folded_batchnorm", None)
+        if bn is not None:
+            _rescale(corrected, unit.layers[0], bn, *_moments(network, "quantized", i))
+        network.advance("quantized", i)
+        network.free(i)
     return corrected
+
+
+def _rescale(corrected, name, bn, mean, variance):
+    layer, gamma = _layer(corrected, name), bn["gamma"]
+    q = layer.weight_qparams
+    if q.axis is None:
+        raise UserError("re-estimating BatchNorm rescales channels one by one; quantize with per_channel=True")
+    ratio = gamma.abs() / torch.sqrt(variance + gamma**2 * bn["eps_share"]).clamp(min=1e-12)
+    ratio = torch.where(gamma == 0, 1.0, ratio)
+    codes = to_codes(layer.weight.detach().cpu(), q)
+    bias = (layer.bias.detach().cpu().double() - mean) * ratio + bn["mean"]
+    write_codes(layer, codes, dataclasses.replace(q, scale=(q.scale.double() * ratio).float()), bias, _bias_input(corrected, name))
 
 
 # ---- Shared -----------------------------------------------------------------------------------------------------------------
@@ -246,49 +257,20 @@ def _bias_input(qmodel, name):
     return input_qparams(qmodel, name) if qmodel.config.placement == "fused" else None
 
 
-def _checked(batches):
+def _walk(model, qmodel, batches):
+    """The float network and a copy of the quantized one, to be walked layer by layer."""
     batches = [batches] if isinstance(batches, torch.Tensor) else list(batches)
     if not sum(len(b) for b in batches):
         raise UserError("there are no images to measure the correction on: give at least one batch")
-    return batches
+    return Networks(prepare(model, qmodel.config.placement)[0], copy_quantized(qmodel).to(device()), torch.cat(batches), "layer")
 
 
-class _Sums(fx.Interpreter):
-    """Runs a graph up to the last of the named nodes and adds up their values per channel."""
-
-    def __init__(self, graph, names):
-        super().__init__(graph)
-        self.sums, self.left = {name: 0.0 for name in names}, len(names)
-
-    def run_node(self, node):
-        value = super().run_node(node)
-        if node.name in self.sums:
-            flat = value.double().transpose(0, 1).flatten(1)
-            self.sums[node.name] = self.sums[node.name] + torch.stack([torch.full_like(flat[:, 0], flat.shape[1]), flat.sum(1), flat.square().sum(1)])
-            self.left -= 1
-            if not self.left:
-                raise _Done
-        return value
-
-
-class _Done(Exception):
-    """The last value asked for is there."""
-
-
-@torch.no_grad()
-def _moments(graph, names, batches):
-    """layer -> (mean, variance) of its output per channel over all images and places, float64 [C] on the CPU."""
-    graph.to(device())
-    counter = _Sums(graph, names)
+def _moments(network, kind, i):
+    """(mean, variance) per channel of a layer's output over all images and places, float64 [C] on the CPU."""
+    sums = 0.0
     with exact_float():
-        for batch in batches:
-            counter.left = len(names)
-            try:
-                counter.run(batch.to(device()))
-            except _Done:
-                counter.env.clear()
-    found = {}
-    for name, sums in counter.sums.items():
-        count, total, squares = sums.cpu()
-        found[name] = total / count, (squares / count - (total / count) ** 2).clamp(min=0)
-    return found
+        for _, (value,) in network.run(kind, i, outputs=[network.units[i].layers[0]]):
+            flat = value.double().transpose(0, 1).flatten(1)
+            sums = sums + torch.stack([torch.full_like(flat[:, 0], flat.shape[1]), flat.sum(1), flat.square().sum(1)]).cpu()
+    count, total, squares = sums
+    return total / count, (squares / count - (total / count) ** 2).clamp(min=0)

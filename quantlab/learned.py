@@ -9,6 +9,8 @@ import math
 import torch
 from torch import nn
 
+from quantlab.units import is_quantizer
+
 ZETA, GAMMA = 1.1, -0.1  # AdaRound's stretch of the sigmoid, so that h reaches 0 and 1
 
 
@@ -121,3 +123,21 @@ class LearnedRounding(nn.Module):
     def forward(self, x):
         weight = self.scale * ((self.floor + self.h).clamp(self.q.qmin, self.q.qmax) - self.zero_point)
         return torch.func.functional_call(self.layer[0], {"weight": weight} | ({} if self.bias is None else {"bias": self.bias}), x)
+
+
+def learnable(part, graph, masks=None, learn_steps=True, learn_bias=True):
+    """Swap the layers and Quantizers of `part` for their stand-ins; (layer -> LearnedRounding, quantizer -> LearnedStep) by node name.
+
+    graph: the float graph, whose weights and biases are the start.
+    """
+    roundings, steps, named = {}, {}, {n.name: n for n in graph.graph.nodes}
+    for node in [n for n in part.graph.nodes if n.op == "call_module"]:
+        module = part.get_submodule(node.target)
+        if is_quantizer(node, part):
+            steps[node.name] = LearnedStep(module, masks, learn_steps)
+            part.set_submodule(node.target, steps[node.name])
+        elif hasattr(module, "weight_qparams"):
+            exact = graph.get_submodule(named[node.name].target)
+            roundings[node.name] = LearnedRounding(module, exact.weight, exact.bias, module.weight_qparams, learn_bias)
+            part.set_submodule(node.target, roundings[node.name])
+    return roundings, steps

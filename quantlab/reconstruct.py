@@ -24,14 +24,14 @@ import torch
 from torch import fx
 from tqdm.auto import tqdm
 
-from quantlab.learned import LearnedRounding, LearnedStep, Masks
+from quantlab.activations import BATCH, Networks
+from quantlab.learned import Masks, learnable
 from quantlab.observers import observer_name
 from quantlab.ptq import QuantConfig, find_node, input_qparams, prepare, quantize, write_codes
 from quantlab.runtime import UserError, device, exact_float, save_tensors
-from quantlab.units import Cache, extract, find_units, is_quantizer, origin
+from quantlab.units import is_quantizer
 
 CHOICES = {"unit": ("layer", "block"), "input": ("quantized", "float", "mixed"), "loss": ("mse", "fisher")}
-EVALUATION_BATCH = 128  # images at once where nothing is learned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +104,15 @@ def reconstruct(model, stats, images, config=QuantConfig(), how=ReconstructConfi
     if len(images) < how.batch_size:
         raise UserError(f"{len(images)} calibration images do not fill a batch of {how.batch_size}; give more, or a smaller batch_size")
     qmodel = quantize(model, stats, config).to(device())
-    network = _Networks(prepare(model, config.placement)[0].to(device()), qmodel, images, how)
+    network = _Task(prepare(model, config.placement)[0], qmodel, images, how)
     finished = _State(state, images, config, how, stats.graph_hash)
     rows = []
     with exact_float(), tqdm(network.units, desc="reconstruct", unit=" units", disable=not verbose) as progress:
         for i, unit in enumerate(progress):
-            network.load_targets(i)
+            network.load_target(i)
             if i < len(finished.rows):
                 finished.restore(qmodel, unit)
-                network.run_quantized(i)
+                network.quantized_loss(i)
                 rows.append(finished.rows[i])
             else:
                 rows.append(_reconstruct_unit(network, i, trace, progress))
@@ -126,10 +126,10 @@ def reconstruct(model, stats, images, config=QuantConfig(), how=ReconstructConfi
 
 def _reconstruct_unit(network, i, trace, progress):
     """Learn one unit, write what was learned into the quantized network, or leave the nearest rounding where that is better."""
-    unit, qmodel, how, started = network.units[i], network.qmodel, network.how, time.perf_counter()
-    nearest = network.run_quantized(i)
+    unit, qmodel, how, started = network.units[i], network.graphs["quantized"], network.how, time.perf_counter()
+    nearest = network.quantized_loss(i)
     row = {"unit": unit.name, "layers": len(unit.layers), "nearest": nearest, "learned": nearest, "seconds": 0.0, "note": ""}
-    if network.is_constant(unit.target):
+    if network.is_constant(i):
         return row | {"note": "constant output: nothing to learn, nearest rounding kept"}
     before, learner = {k: v.clone() for k, v in _tensors(qmodel, unit).items()}, UnitLearner(network, i)
     for iteration in range(how.iterations):
@@ -139,101 +139,57 @@ def _reconstruct_unit(network, i, trace, progress):
             trace({"unit": unit.name, "iteration": iteration, "loss": loss.item(), "h": h, "steps": steps})
     with torch.no_grad():
         learner.write()
-    learned = network.run_quantized(i)
+    learned = network.quantized_loss(i)
     if not learned <= nearest:
         _load(qmodel, unit, before)
         row["note"] = f"learning ended at {learned:.4g}: nearest rounding kept"
-        learned = network.run_quantized(i)
+        learned = network.quantized_loss(i)
     progress.set_postfix(unit=unit.name, nearest=f"{nearest:.3g}", learned=f"{learned:.3g}")
     return row | {"learned": learned, "seconds": time.perf_counter() - started}
 
 
-class _Networks:
-    """The float and the quantized network side by side, cut into units, with the activations between them cached for all images."""
+class _Task(Networks):
+    """The networks and what a unit's output is compared with."""
 
     def __init__(self, graph, qmodel, images, how):
-        self.graph, self.qmodel, self.images, self.how = graph, qmodel, images, how
-        self.units, self.device = find_units(qmodel, how.unit), next(graph.parameters()).device
-        self.cache = Cache(how.max_cache_bytes)
-        nodes = {n.name: n for n in qmodel.graph.nodes}
-        self.origins = {name: origin(node, qmodel).name for name, node in nodes.items()}
-        self.quantizers = {n.name for n in nodes.values() if is_quantizer(n, qmodel)}
-        for name in [n.name for n in nodes.values() if n.op == "placeholder"]:
-            for key in (("q", name), ("f", name)):
-                self.cache.values[key] = images
+        super().__init__(graph, qmodel, images, how.unit, how.max_cache_bytes)
+        self.how = how
 
-    def quantized_part(self, i):
-        unit = self.units[i]
-        return extract(self.qmodel, unit.nodes, unit.inputs, unit.outputs)
-
-    def float_part(self, i):
-        unit = self.units[i]
-        nodes = [n for n in unit.nodes if n not in self.quantizers]
-        inputs, outputs = ([*dict.fromkeys(self.origins[n] for n in names)] for names in (unit.inputs, unit.outputs))
-        return extract(self.graph, nodes, inputs, [n for n in outputs if n in nodes]), inputs, [n for n in outputs if n in nodes]
-
-    @torch.no_grad()
-    def load_targets(self, i):
+    def load_target(self, i):
         """Advance the float network through unit i."""
-        part, inputs, outputs = self.float_part(i)
-        self._advance(part, [("f", n) for n in inputs], [("f", n) for n in outputs])
+        self.advance("float", i)
         if self.how.loss == "fisher":
-            self._store_fisher(self.units[i].target)
+            self._load_fisher(self.units[i].target)
 
-    @torch.no_grad()
-    def run_quantized(self, i):
-        """Advance the quantized network through unit i; the loss at its output over all images."""
-        unit = self.units[i]
-        for name in unit.outputs:
-            self.cache.free(("q", name))
-        self._advance(self.quantized_part(i), [("q", n) for n in unit.inputs], [("q", n) for n in unit.outputs])
-        losses = []
-        for index in torch.arange(len(self.images)).split(EVALUATION_BATCH):
-            value = self.cache.rows(("q", unit.output), index, self.device)
-            losses.append(self.loss(value, i, index).item() * len(index))
-        return sum(losses) / len(self.images)
-
-    def _advance(self, part, inputs, outputs):
-        for index in torch.arange(len(self.images)).split(EVALUATION_BATCH):
-            values = part(*[self.cache.rows(key, index, self.device) for key in inputs])
-            for key, value in zip(outputs, values, strict=True):
-                if key not in self.cache.values:
-                    self.cache.allocate(key, (len(self.images), *value.shape[1:]))
-                self.cache.values[key][index[0] : index[0] + len(index)] = value.cpu()
+    def quantized_loss(self, i):
+        """Advance the quantized network through unit i as it is now; the loss over all images."""
+        self.advance("quantized", i)
+        total = 0.0
+        for index in torch.arange(len(self.images)).split(BATCH):
+            total += self.loss(self.cache.rows(("quantized", self.units[i].output), index), i, index).item() * len(index)
+        return total / len(self.images)
 
     def loss(self, value, i, index):
         """Squared error at unit i's output, summed over channels, mean over images and places."""
-        error = (value - self.cache.rows(("f", self.units[i].target), index, self.device)).square()
+        error = (value - self.cache.rows(("float", self.units[i].target), index)).square()
         if self.how.loss == "fisher":
-            error = error * self.cache.rows(("w", self.units[i].target), index, self.device)
+            error = error * self.cache.rows(("fisher", self.units[i].target), index)
         return error.sum(1).mean()
 
-    def _store_fisher(self, name):
+    def _load_fisher(self, name):
         """Squared gradient of log p(y | x) at a node, y drawn from the float network's own softmax; scaled to mean 1."""
-        generator, keep = torch.Generator().manual_seed(self.how.seed), _Keep(self.graph, name)
-        stored = self.cache.allocate(("w", name), self.cache.values["f", name].shape)
-        for index in torch.arange(len(self.images)).split(EVALUATION_BATCH):
-            with torch.enable_grad():
-                logits = keep.run(self.images[index].to(self.device))
-                label = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator).to(self.device)
-                (gradient,) = torch.autograd.grad(logits.log_softmax(1).gather(1, label).sum(), keep.value)
-            stored[index[0] : index[0] + len(index)] = gradient.square().cpu()
-        stored /= stored.mean().clamp(min=1e-30)
+        generator, keep = torch.Generator().manual_seed(self.how.seed), _Keep(self.graphs["float"], name)
+        for index in torch.arange(len(self.images)).split(BATCH):
+            logits = keep.run(self.images[index].to(self.device))
+            label = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator).to(self.device)
+            (gradient,) = torch.autograd.grad(logits.log_softmax(1).gather(1, label).sum(), keep.value)
+            self.fill(("fisher", name), index, gradient.square())
+        fisher = self.cache.values["fisher", name]
+        fisher /= fisher.mean().clamp(min=1e-30)
 
-    def is_first(self, name):
-        """True for the network's own input."""
-        return self.cache.values.get(("q", name)) is self.images
-
-    def is_constant(self, name):
-        value = self.cache.values["f", name]
-        return bool((value == value[:1]).all()) and len(value) > 1
-
-    def free(self, i):
-        """Forget what no later unit reads."""
-        later = {n for unit in self.units[i + 1 :] for n in unit.inputs}
-        needed = {("q", n) for n in later} | {("f", self.origins[n]) for n in later}
-        for key in [k for k in self.cache.values if k not in needed]:
-            self.cache.free(key)
+    def is_constant(self, i):
+        target = self.cache.values["float", self.units[i].target]
+        return all(bool((rows == target[:1]).all()) for rows in target.split(BATCH))
 
 
 class _Keep(fx.Interpreter):
@@ -261,8 +217,8 @@ class UnitLearner:
         self.generator = torch.Generator().manual_seed(how.seed * 1009 + i)
         masks = Masks(how.drop, self.generator)
         self.mixing = masks if how.input == "mixed" else None
-        self.part = network.quantized_part(i)
-        self.roundings, self.steps = learnable(self.part, network.graph, network.qmodel, masks, how)
+        self.part, self.inputs, _ = network.part("quantized", i)
+        self.roundings, self.steps = learnable(self.part, network.graphs["float"], masks, how.learn_activation_steps, how.learn_bias)
         groups = [
             ([r.v for r in self.roundings.values()], how.lr),
             ([s.log_step for s in self.steps.values() if how.learn_activation_steps], how.lr_steps),
@@ -275,7 +231,7 @@ class UnitLearner:
         """One iteration on a random batch; the loss without regulariser, float32 []."""
         how, network = self.network.how, self.network
         index = torch.randint(len(network.images), (how.batch_size,), generator=self.generator)
-        inputs = [self._input(name, index) for name in self.unit.inputs]
+        inputs = [self._input(name, index) for _, name in self.inputs]
         loss = total = network.loss(self.part(*inputs)[self.unit.outputs.index(self.unit.output)], self.i, index)
         share = (iteration / how.iterations - how.warmup) / (1 - how.warmup)
         if share >= 0:
@@ -288,41 +244,23 @@ class UnitLearner:
         return loss.detach()
 
     def _input(self, name, index):
-        network = self.network
-        exact = ("f", network.origins[name])
-        if network.how.input == "float":
-            return network.cache.rows(exact, index, network.device)
-        value = network.cache.rows(("q", name), index, network.device)
-        if self.mixing is None or name == network.origins[name] and network.is_first(name):
+        cache, exact = self.network.cache, ("float", self.network.origins[name])
+        if self.network.how.input == "float":
+            return cache.rows(exact, index)
+        value = cache.rows(("quantized", name), index)
+        if self.mixing is None or not self.network.how.drop or name in self.network.first:
             return value
-        mask = self.mixing.like(value)
-        return value if mask is None else torch.lerp(network.cache.rows(exact, index, network.device), value, mask)
+        return torch.lerp(cache.rows(exact, index), value, self.mixing.like(value))
 
     def write(self):
         """Round for good: codes, biases and steps into the quantized network."""
-        qmodel = self.network.qmodel
+        qmodel = self.network.graphs["quantized"]
         for name, step in self.steps.items():
             qmodel.get_submodule(find_node(qmodel, name).target).scale.copy_(step.scale.detach())
         for name, rounding in self.roundings.items():
             layer = qmodel.get_submodule(find_node(qmodel, name).target)
             q_in = input_qparams(qmodel, name) if qmodel.config.placement == "fused" else None
             write_codes(layer, rounding.codes, rounding.q, rounding.bias, q_in)
-
-
-def learnable(part, graph, qmodel, masks, how):
-    """Swap the layers and Quantizers of `part` for their learning stand-ins; (layer -> LearnedRounding, quantizer -> LearnedStep)."""
-    roundings, steps = {}, {}
-    named = {n.name: n for n in graph.graph.nodes}
-    for node in list(part.graph.nodes):
-        module = part.get_submodule(node.target) if node.op == "call_module" else None
-        if is_quantizer(node, part):
-            steps[node.name] = LearnedStep(module, masks, how.learn_activation_steps)
-            part.set_submodule(node.target, steps[node.name])
-        elif hasattr(module, "weight_qparams"):
-            exact = graph.get_submodule(named[node.name].target)
-            roundings[node.name] = LearnedRounding(module, exact.weight, exact.bias, module.weight_qparams, how.learn_bias)
-            part.set_submodule(node.target, roundings[node.name])
-    return roundings, steps
 
 
 def _cosine(iterations):
@@ -334,11 +272,11 @@ def iteration_cost(model, stats, images, config=QuantConfig(), how=ReconstructCo
     size: a frame of unit, learning, plain, ratio. They take turns, so that a machine that slows down slows both."""
     images = images if isinstance(images, torch.Tensor) else torch.cat(list(images))
     qmodel = quantize(model, stats, config).to(device())
-    network, rows = _Networks(prepare(model, config.placement)[0].to(device()), qmodel, images, how), []
+    network, rows = _Task(prepare(model, config.placement)[0], qmodel, images, how), []
     with exact_float():
         for i, unit in enumerate(network.units):
-            network.load_targets(i)
-            network.run_quantized(i)
+            network.load_target(i)
+            network.quantized_loss(i)
             learner, times = UnitLearner(network, i), {"learning": [], "plain": []}
             for repeat in range(repeats + 3):
                 for name, function in (("learning", lambda: learner.step(how.iterations // 2)), ("plain", _plain_pass(network, i))):
@@ -356,15 +294,14 @@ def iteration_cost(model, stats, images, config=QuantConfig(), how=ReconstructCo
 
 def _plain_pass(network, i):
     """A function that runs the float unit forward and backward on one fixed batch."""
-    part, inputs, outputs = network.float_part(i)
+    part, inputs, outputs = network.part("float", i)
     part.requires_grad_(True)
-    index = torch.arange(network.how.batch_size)
-    values = [network.cache.rows(("f", name), index, network.device) for name in inputs]
-    target = network.cache.rows(("f", network.units[i].target), index, network.device)
+    index, target = torch.arange(network.how.batch_size), network.units[i].target
+    values, goal = [network.cache.rows(key, index) for key in inputs], network.cache.rows(("float", target), index) + 1
 
     def run():
         part.zero_grad()
-        (part(*values)[outputs.index(network.units[i].target)] - target - 1).square().sum(1).mean().backward()
+        (part(*values)[outputs.index(target)] - goal).square().sum(1).mean().backward()
 
     return run
 

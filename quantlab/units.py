@@ -1,20 +1,15 @@
-"""The units that reconstruction takes one after the other, found from the quantized graph alone, and their cached activations.
+"""The units that reconstruction takes one after the other, found from the quantized graph alone.
 
     for unit in find_units(qmodel, "block"):
         part = extract(qmodel, unit.nodes, unit.inputs, unit.outputs)       # a GraphModule of this unit, sharing qmodel's layers
 """
 
 import dataclasses
-import pathlib
-import tempfile
 
-import torch
 from torch import fx
 
 from quantlab.graph import find_kinds, readers_of
 from quantlab.ptq import Quantizer
-
-# ---- Finding ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,54 +126,3 @@ def extract(graph, nodes, inputs, outputs):
         made[named[name]] = part.node_copy(named[name], made.__getitem__)
     part.output([made[named[name]] for name in outputs])
     return fx.GraphModule(graph, part).eval()
-
-
-# ---- Cached activations -----------------------------------------------------------------------------------------------------
-
-
-class Cache:
-    """Activations of all calibration images, node name -> float32 [N, ...], at most `max_bytes` of them in memory.
-
-    What does not fit lies in files that are mapped into memory, in a temporary folder that goes with the cache; the values are the same.
-    Four-dimensional values are stored channels last, which CPU convolutions prefer.
-    """
-
-    def __init__(self, max_bytes):
-        self.max_bytes, self.values, self.spilled = max_bytes, {}, set()
-        self.folder = tempfile.TemporaryDirectory(prefix="quantlab-")
-
-    @property
-    def bytes(self):
-        """Bytes in memory now."""
-        return sum(v.numel() * v.element_size() for k, v in self.values.items() if k not in self.spilled)
-
-    def allocate(self, key, shape):
-        """An uninitialised float32 tensor of that shape, remembered as `key`."""
-        count = torch.Size(shape).numel()
-        if self.bytes + 4 * count > self.max_bytes:
-            flat = torch.from_file(str(self._path(key)), shared=True, size=count, dtype=torch.float32)
-            self.spilled.add(key)
-        else:
-            flat = torch.empty(count)
-        if len(shape) == 4:
-            n, c, h, w = shape
-            self.values[key] = flat.view(n, h, w, c).permute(0, 3, 1, 2)
-        else:
-            self.values[key] = flat.view(shape)
-        return self.values[key]
-
-    def free(self, key):
-        self.values.pop(key, None)
-        if key in self.spilled:
-            self.spilled.discard(key)
-            self._path(key).unlink(missing_ok=True)
-
-    def _path(self, key):
-        return pathlib.Path(self.folder.name) / "-".join(key)
-
-    def rows(self, key, index, where):
-        """The values of those images, on device `where`."""
-        value = self.values[key]
-        if value.dim() == 4:
-            return value.permute(0, 2, 3, 1).index_select(0, index).to(where).permute(0, 3, 1, 2)
-        return value.index_select(0, index).to(where)
