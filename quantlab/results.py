@@ -93,7 +93,7 @@ def record(rows, path=None):
 
 
 ARITHMETIC = (
-    "affine", "corrections", "data", "edgestats", "evaluate", "graph", "imageset", "learned", "models", "observers", "plan", "ptq", "reconstruct",
+    "activations", "affine", "corrections", "data", "edgestats", "evaluate", "graph", "imageset", "learned", "models", "observers", "plan", "ptq", "reconstruct",
     "runtime", "tune", "units",
 )  # fmt: skip  # the modules that decide a number
 
