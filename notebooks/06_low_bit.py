@@ -495,8 +495,8 @@ if len(frame):
     means = frame.groupby(["width", "name"], sort=False)["drop"].mean()
     for width in frame.width.unique():
         best, lost = means[width].idxmin(), means[width].min()
-        start = f" instead of {means[width, 'nearest']:+.2f} with nearest rounding" if "nearest" in methods else ""
-        print(f"- {width}: {lost:+.2f} points lost with {best}{start}.".replace("\n", ", "))
+        start = f"; with nearest rounding {means[width, 'nearest']:+.2f}" if "nearest" in methods else ""
+        print(f"- {width}: {lost:+.2f} points lost with {best}, the least of {len(means[width])} methods{start}.".replace("\n", ", "))
 for width, part in fisher.groupby("width", sort=False) if len(fisher) else []:
     clear = "clear" if part.gain_low.mean() > 0 or part.gain_high.mean() < 0 else "within the noise"
     print(f"- {width}: the Fisher loss changes the accuracy by {part.gain.mean():+.2f} points, {clear}.")
@@ -510,11 +510,10 @@ if "conventions" in sections:
 if points:
     table = pd.DataFrame(points)
     for axis, part in table.groupby("axis", sort=False):
-        line = part[part.kind == "uniform"].sort_values("cost")
-        part = part[part.kind == "mixed"]
-        gain = part.top1 - np.interp(part.cost, line.cost, line.top1)
-        span = f"{gain.min():+.2f} to {gain.max():+.2f} points"
-        print(f"- Mixed precision by {axis}: {span} against uniform widths of the same cost (interpolated).")
+        uniform, part = part[part.kind == "uniform"], part[part.kind == "mixed"]
+        gain = [row.top1 - uniform[uniform.cost <= 1.001 * row.cost].top1.max() for row in part.itertuples()]
+        span = f"{np.nanmin(gain):+.2f} to {np.nanmax(gain):+.2f} points"
+        print(f"- Mixed precision by {axis}: {span} against the best uniform width that costs no more.")
 
 # %% [markdown]
 # Next: [07_integer_only](07_integer_only.ipynb), the same network in integers alone.
