@@ -282,11 +282,15 @@ def rival(name):
         backend = next(b for b in builtin.backends() if b.name == "pt2e")
         if not backend.available:
             raise ql.UserError(backend.note)
-        return "PT2E int8", builtin.pt2e_int8(network.cpu(), batches, batch_size=100)
+        converted = builtin.pt2e_int8(network.cpu(), batches, batch_size=100)
+        return "PT2E int8", converted, builtin.bytes_on_disk(converted)
     from quantlab.onnx_runtime import onnxruntime_int8
 
-    return "ONNX Runtime int8", onnxruntime_int8(network.cpu(), batches)
+    converted = onnxruntime_int8(network.cpu(), batches)
+    return "ONNX Runtime int8", converted, converted.bytes
 
+
+# %%
 wanted = ("onnxruntime" if smoke else "pt2e,onnxruntime") if rivals == "auto" else rivals
 skipped = {"pt2e", "onnxruntime"} - set(wanted.split(","))
 print(f"not measured here: {', '.join(sorted(skipped))} (parameter rivals)" if skipped else "both are measured")
@@ -295,13 +299,13 @@ print(f"not measured here: {', '.join(sorted(skipped))} (parameter rivals)" if s
 rival_rows = []
 for which in wanted.split(",") if "rivals" in sections else []:
     try:
-        method, callable_ = rival(which)
+        method, converted, size = rival(which)
     except (ImportError, ql.UserError) as error:
         print(f"{which} is skipped: {str(error).removesuffix('; skipped')}")
         continue
-    result = ql.evaluate(callable_, images.test, limit=limit, on="cpu")
+    result = ql.evaluate(converted, images.test, limit=limit, on="cpu")
     rival_rows.append(results.make_row(data=images, model=model, card=card, baseline=baseline, result=result, method=method, weight_bits=8,
-                                       act_bits=8, n_calibration=n_calibration, seed=seed, notebook="06_low_bit"))
+                                       act_bits=8, n_calibration=n_calibration, seed=seed, bytes=size, notebook="06_low_bit"))
 rival_frame = results.record(rival_rows) if rival_rows else pd.DataFrame(columns=results.COLUMNS)
 rival_frame[["method", "top1", "drop", "drop_low", "drop_high"]].round(2)
 
@@ -309,7 +313,8 @@ rival_frame[["method", "top1", "drop", "drop_low", "drop_high"]].round(2)
 if len(frame):
     table = frame.groupby(["name", "width"], sort=False)["drop"].mean().unstack("width").rename_axis("points lost", axis=0)
     display(table.rename(columns=lambda w: w.replace("\n", ", ")).round(2))
-    more = f"test images, {n_calibration:,} calibration images, {n_seeds} seed(s), {iterations:,} iterations a unit; paired 95 % intervals"
+    learning = f", {iterations:,} iterations a unit" if any(m.split(" + ")[0] in LEARNED for m in methods) else ""
+    more = f"test images, {n_calibration:,} calibration images, {n_seeds} seed(s){learning}; paired 95 % intervals"
     text = plots.row_caption(images, model, baseline.n, more)
     figure = lowbit.methods_by_width(frame.assign(method=frame.name), rival_frame, text)
     display(plots.save(figure, "06_methods_by_width", images, model))
@@ -401,7 +406,7 @@ def uniform_size(bits):
 # %%
 points = []
 if "pareto" in sections:
-    uniform, budgets = ((2, 4, 8), (2.5, 3)) if smoke else (range(2, 9), (2.25, 2.5, 3, 3.5, 4, 5, 6))
+    uniform, budgets = ((2, 3, 4, 8), (2.5, 3)) if smoke else (range(2, 9), (2.25, 2.5, 3, 3.5, 4, 5, 6))
     for b in tqdm(uniform, desc="uniform"):
         points.append(point("size", "uniform", ql.QuantConfig(b, 8), 0, f"W{b}"))
         points.append(point("operations", "uniform", ql.QuantConfig(b, b), uniform_operations(b, b), f"W{b}A{b}"))
