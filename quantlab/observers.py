@@ -169,6 +169,7 @@ def _model_range(stats, bits, factor, absolute):
         mean, total, bits = 0.0, float(counts.sum()), bits + 1  # the other half, mirrored, has the same moments
     else:
         mean, total = float(centers @ counts.double()) / stats.count, stats.count
+        mean = min(max(mean, stats.minimum), stats.maximum)  # the middle of the last bin may lie beyond
     deviation = (centers - mean).abs() if absolute else (centers - mean).square()
     moment = float(deviation @ counts.double()) + (0.0 if stats.minimum >= 0 else stats.zeros * (abs(mean) if absolute else mean**2))
     half = factor(bits) * (moment / total if absolute else math.sqrt(moment / total))
