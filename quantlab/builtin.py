@@ -138,6 +138,30 @@ def eager_int8(model, batches, engine=None):
         return convert(wrapped)
 
 
+# ---- For comparison of speed --------------------------------------------------------------------------------------------------
+
+
+def observed(model, example):
+    """The network with torch.ao's HistogramObserver on every edge, ready for a calibration pass."""
+    from torch.ao.quantization import QConfigMapping, get_default_qconfig
+    from torch.ao.quantization.quantize_fx import prepare_fx
+
+    with _quiet():
+        return prepare_fx(copy.deepcopy(model).cpu().eval(), QConfigMapping().set_global(get_default_qconfig(choose_engine())), (example,))
+
+
+@torch.no_grad()
+def fake_quantized(model, batch):
+    """The network with torch.ao's fake-quantize modules, calibrated on one batch, observers off: as its FX path evaluates it."""
+    from torch.ao.quantization import QConfigMapping, disable_observer, enable_fake_quant, get_default_qat_qconfig
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    with _quiet():
+        graph = prepare_qat_fx(copy.deepcopy(model).cpu().train(), QConfigMapping().set_global(get_default_qat_qconfig(choose_engine())), (batch[:1],)).eval()
+        graph(batch)
+        return graph.apply(disable_observer).apply(enable_fake_quant)
+
+
 # ---- PT2E -------------------------------------------------------------------------------------------------------------------
 
 

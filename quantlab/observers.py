@@ -137,7 +137,7 @@ def entropy(stats, bits, symmetric=False, bins=2048):
         if divergence < best:
             best, threshold = divergence, i
     t = top * threshold / bins
-    return max(-t, stats.minimum), min(t, stats.maximum)
+    return max(-t, min(stats.minimum, 0.0)), min(t, max(stats.maximum, 0.0))
 
 
 def aciq_laplace(stats, bits, symmetric=False):
