@@ -130,7 +130,8 @@ activations.nlargest(6, "gain_db").drop(columns="order").round(2)
 
 # %%
 std = pd.Series({key: distributions.outliers(e)["std"] for key, e in edges.items()})
-z = density.assign(z=density.x / std.loc[pd.MultiIndex.from_frame(density[["layer", "point"]])].to_numpy())
+coarse = distributions.densities(edges, bins=80)
+z = coarse.assign(z=coarse.x / std.loc[pd.MultiIndex.from_frame(coarse[["layer", "point"]])].to_numpy())
 both = z[z.layer.isin(channels[channels.point == "weight"].layer)]
 text = plots.row_caption(images, model, n_calibration, "calibration images; weights with BatchNorm folded; heights: square root")
 plots.save(plots.weights_beside_activations(both, text), "05_weights_activations", images, model)

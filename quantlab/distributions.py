@@ -210,11 +210,10 @@ def densities(edges, bins=160):
         centers, counts = stats.histogram()
         if not len(counts):
             continue
-        group = (torch.arange(len(counts)) + stats.first) // max(1, len(counts) // bins)  # an edge of a group lies at zero
-        group -= group[0].item()
-        total = torch.zeros(int(group[-1]) + 1, dtype=torch.float64)
-        size = total.index_add(0, group, torch.ones(len(counts), dtype=torch.float64)) * stats.width
-        x = total.index_add(0, group, centers) * stats.width / size
-        density = total.index_add(0, group, counts.double()) / size / stats.count
+        size = max(1, len(counts) // bins)
+        group = torch.div(stats.first + torch.arange(len(counts)), size, rounding_mode="floor")  # aligned, so that zero is an edge
+        total = torch.zeros(int(group[-1] - group[0]) + 1, dtype=torch.float64).index_add_(0, group - group[0], counts.double())
+        x = (group[0] + torch.arange(len(total)) + 0.5) * size * stats.width
+        density = total / (size * stats.width * stats.count)
         frames.append(pd.DataFrame({"order": order[layer], "layer": layer, "point": point, "x": x, "density": density, "zeros": stats.zeros / stats.count}))
     return pd.concat(frames, ignore_index=True)

@@ -22,7 +22,8 @@ def ridges(density, text, ranges=None, title="Every layer before and after its R
     rows = -(-len(layers) // columns)
     figure, axes = plt.subplots(1, columns, figsize=(9.5 if columns == 1 else 7 * columns, 0.27 * rows + 1.2), sharex=True, squeeze=False)
     colours = sns.color_palette("crest", len(layers))
-    limits = np.quantile([_extent(part) for _, part in density[density.point != "weight"].groupby("layer")], 0.97, axis=0)
+    extents = density[density.point == "before"].groupby("layer").x.agg(["min", "max"])
+    limits = extents["min"].quantile(0.05), extents["max"].quantile(0.95) * 1.12
     for i, layer in enumerate(layers):
         panel, base = axes[0][i // rows], -(i % rows)
         _ridge(panel, density[density.layer == layer], base, colours[i], limits)
@@ -39,22 +40,18 @@ def ridges(density, text, ranges=None, title="Every layer before and after its R
         panel.axvline(0, color=COLOURS["float"], linewidth=0.6, alpha=0.5)
     if ranges is not None:
         axes[0][-1].plot([], [], color=ERROR_COLOUR, linewidth=2, label="clip range")
-        axes[0][-1].legend(loc="lower right", fontsize=8)
+        figure.legend(loc="outside upper right", fontsize=8)
     figure.suptitle(title, fontsize=11)
     return caption(figure, text)
-
-
-def _extent(part):
-    return part.x.min(), part.x.max()
 
 
 def _ridge(panel, part, base, colour, limits):
     before, after = (part[part.point == point] for point in ("before", "after"))
     peak = np.sqrt(before.density.max())
-    for points, face, edge in ((before, PALE if len(after) else colour, "#8a919c" if len(after) else colour), (after, colour, colour)):
+    for points, face in ((before, PALE if len(after) else colour), (after, colour)):
         height = base + 1.7 * np.sqrt(points.density) / peak
-        panel.fill_between(points.x, base, height.clip(upper=base + 1.7), color=face, alpha=0.85, linewidth=0, zorder=10 - base)
-        panel.plot(points.x, height.clip(upper=base + 1.7), color=edge, linewidth=0.7, zorder=10 - base)
+        panel.fill_between(points.x, base, height.clip(upper=base + 1.7), color=face, linewidth=0, zorder=10 - base)
+        panel.plot(points.x, height.clip(upper=base + 1.7), color="white", linewidth=0.8, zorder=10 - base)
     zeros, top = (after if len(after) else before).zeros.iloc[0], before.x.max()
     note = f"{zeros:.0%} zeros, max {top:.1f}" if len(after) else f"max {top:.1f}, no ReLU"
     panel.text(limits[1], base + 0.08, note, ha="right", va="bottom", fontsize=6.5, color="#666666", zorder=2000)
@@ -101,12 +98,12 @@ def tails(table, text, expected):
         left.plot(table.order, share, marker=markers[k], color=colours[k], linewidth=1, markersize=4, label=f"beyond {k} σ")
         if normal > 1e-7:
             left.axhline(normal, color=colours[k], linestyle="--", linewidth=1, label=f"normal distribution, {k} σ")
-    left.set(yscale="log", xlabel="layer, in order of execution", ylabel="share of all values (log scale)", title="Far from the mean")
+    left.set(yscale="log", xlabel="layer, in order of execution", ylabel="share of all values (log scale)", title="Before the ReLU: far from the mean")
     left.legend(fontsize=7.5)
     right.bar(table.order, table.max_over_p - 1, bottom=1, color=DATA_COLOUR, width=0.8)
-    for row in table.nlargest(3, "max_over_p").sort_values("order").itertuples():
-        right.annotate(row.layer, (row.order, row.max_over_p), xytext=(0, 3), textcoords="offset points", rotation=35, fontsize=7, color=ERROR_COLOUR)
-    right.set(xlabel="layer, in order of execution", ylabel="largest / 99.99 % quantile", title="The largest value against all but one in 10,000")
+    row = table.loc[table.max_over_p.idxmax()]
+    right.annotate(row.layer, (row.order, row.max_over_p), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8, color=ERROR_COLOUR)
+    right.set(xlabel="layer, in order of execution", ylabel="largest / 99.99 % quantile", title="As stored: the largest value against nearly all")
     right.set_ylim(1, 1 + (table.max_over_p.max() - 1) * 1.3)
     return caption(figure, text)
 
@@ -149,8 +146,8 @@ def weights_beside_activations(density, text, sigmas=8):
         for i, layer in enumerate(layers):
             part = density[(density.layer == layer) & (density.point == point)]
             height = 1.7 * np.sqrt(part.density / part.density.max()) - i
-            panel.fill_between(part.z, -i, height, color=POINT_COLOURS["weight" if point == "weight" else "after"], alpha=0.85, linewidth=0, zorder=10 + i)
-            panel.plot(part.z, height, color=COLOURS["float"], linewidth=0.5, zorder=10 + i)
+            panel.fill_between(part.z, -i, height, color=POINT_COLOURS["weight" if point == "weight" else "after"], linewidth=0, zorder=10 + i)
+            panel.plot(part.z, height, color="white", linewidth=0.8, zorder=10 + i)
             ends = np.clip([part.z.min(), part.z.max()], -sigmas, sigmas)
             panel.plot(ends, [-i, -i], "|", color=ERROR_COLOUR, markersize=6, zorder=1000)
             if part.z.abs().max() > sigmas:
