@@ -111,7 +111,7 @@ plots.save(plots.tails(tail, text, normal), "05_tails", images, model)
 # %%
 live = channels[channels.point.eq("after") | channels.point.eq("before") & ~channels.layer.isin(relus.index)]
 size = live[["minimum", "maximum"]].abs().max(axis=1)
-share = size / size.groupby(live.layer).transform("max")
+share = (size / size.groupby(live.layer).transform("max")).fillna(0)
 costs = distributions.range_costs(network, images.calibration(n_costs, seed), channels, bits, verbose=True)
 activations = costs[costs.point != "weight"]
 assert (costs.gain_db > -0.01).all(), "more ranges never cost"

@@ -208,7 +208,8 @@ def densities(edges, bins=160):
     frames = []
     for (layer, point), stats in edges.items():
         centers, counts = stats.histogram()
-        if not len(counts):
+        if not len(counts):  # nothing but zeros
+            frames.append(pd.DataFrame({"order": order[layer], "layer": layer, "point": point, "x": [0.0], "density": 0.0, "zeros": 1.0}))
             continue
         size = max(1, len(counts) // bins)
         group = torch.div(stats.first + torch.arange(len(counts)), size, rounding_mode="floor")  # aligned, so that zero is an edge

@@ -9,6 +9,7 @@ from quantlab.plots.style import COLOURS, DATA_COLOUR, ERROR_COLOUR, caption
 PALE = "#c9ced6"  # what a ReLU takes away
 POINT_COLOURS = {"weight": "#8c6bb1", "before": PALE, "after": DATA_COLOUR}
 ROWS = 36  # layers a column of ridges
+OUTLINED = 0.08  # height from which a ridge has a white outline, which would hide its tail
 
 
 def ridges(density, text, ranges=None, title="Every layer before and after its ReLU"):
@@ -47,14 +48,14 @@ def ridges(density, text, ranges=None, title="Every layer before and after its R
 
 def _ridge(panel, part, base, colour, limits):
     before, after = (part[part.point == point] for point in ("before", "after"))
-    peak = np.sqrt(before.density.max())
+    peak = np.sqrt(max(before.density.max(), 1e-300))
     for points, face in ((before, PALE if len(after) else colour), (after, colour)):
-        height = base + 1.7 * np.sqrt(points.density) / peak
-        panel.fill_between(points.x, base, height.clip(upper=base + 1.7), color=face, linewidth=0, zorder=10 - base)
-        panel.plot(points.x, height.clip(upper=base + 1.7), color="white", linewidth=0.8, zorder=10 - base)
+        height = (1.7 * np.sqrt(points.density) / peak).clip(upper=1.7)
+        panel.fill_between(points.x, base, base + height, color=face, linewidth=0, zorder=10 - base)
+        panel.plot(points.x, (base + height).where(height > OUTLINED), color="white", linewidth=0.8, zorder=10 - base)
     zeros, top = (after if len(after) else before).zeros.iloc[0], before.x.max()
     note = f"{zeros:.0%} zeros, max {top:.1f}" if len(after) else f"max {top:.1f}, no ReLU"
-    panel.text(limits[1], base + 0.08, note, ha="right", va="bottom", fontsize=6.5, color="#666666", zorder=2000)
+    panel.annotate(note, (limits[1], base), xytext=(4, 1), textcoords="offset points", fontsize=6.5, color="#666666", annotation_clip=False)
 
 
 def layer_histograms(density, ranges, text, columns=5, unit="value"):
@@ -66,7 +67,10 @@ def layer_histograms(density, ranges, text, columns=5, unit="value"):
     rows = -(-len(layers) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 1.55 * rows + 0.6), squeeze=False)
     for panel, row in zip(axes.flat, ranges.itertuples()):
-        part = density[(density.layer == row.layer) & (density.density > 0)]
+        part = density[(density.layer == row.layer) & (density.density > 0) & (density.point != "weight")]
+        panel.set_title(row.layer if len(part) else f"{row.layer}: only zeros", fontsize=8)
+        if not len(part):
+            continue
         floor = part.density.min() / 2
         for point in ("before", "after"):
             points = part[part.point == point]
@@ -74,7 +78,6 @@ def layer_histograms(density, ranges, text, columns=5, unit="value"):
         for end in {row.low, row.high}:
             panel.axvline(end, color=ERROR_COLOUR, linestyle="--", linewidth=1.1, label="clip range" if end == row.high else None)
         panel.set(yscale="log", ylim=(floor, part.density.max() * 2))
-        panel.set_title(row.layer, fontsize=8)
         panel.tick_params(labelsize=7)
         panel.minorticks_off()
     for panel in axes.flat[len(layers) :]:
@@ -145,9 +148,9 @@ def weights_beside_activations(density, text, sigmas=8):
     for panel, point, title in zip(axes, ("weight", "before"), ("weights", "what the layer makes of them")):
         for i, layer in enumerate(layers):
             part = density[(density.layer == layer) & (density.point == point)]
-            height = 1.7 * np.sqrt(part.density / part.density.max()) - i
-            panel.fill_between(part.z, -i, height, color=POINT_COLOURS["weight" if point == "weight" else "after"], linewidth=0, zorder=10 + i)
-            panel.plot(part.z, height, color="white", linewidth=0.8, zorder=10 + i)
+            height = 1.7 * np.sqrt(part.density / max(part.density.max(), 1e-300))
+            panel.fill_between(part.z, -i, height - i, color=POINT_COLOURS["weight" if point == "weight" else "after"], linewidth=0, zorder=10 + i)
+            panel.plot(part.z, (height - i).where(height > OUTLINED), color="white", linewidth=0.8, zorder=10 + i)
             ends = np.clip([part.z.min(), part.z.max()], -sigmas, sigmas)
             panel.plot(ends, [-i, -i], "|", color=ERROR_COLOUR, markersize=6, zorder=1000)
             if part.z.abs().max() > sigmas:

@@ -35,17 +35,21 @@ def range_figure(stats, name, bits, observer, chosen, share, text):
 
 def _histogram(axes, stats, levels):
     centers, counts = (v.numpy() for v in stats.histogram())
+    if not len(counts):
+        axes.text(0.5, 0.5, "only zeros", ha="center", transform=axes.transAxes)
+        return
     starts = np.arange(0, len(centers), max(1, len(centers) // 200))
     density = np.add.reduceat(counts, starts) / (stats.count * stats.width * max(1, len(centers) // 200))
     x = np.add.reduceat(centers, starts) / np.diff(np.append(starts, len(centers)))
     floor, top = density[density > 0].min() / 2, density.max() * 3
     inside = (x >= levels[0]) & (x <= levels[-1])
-    for part, colour in ((inside, DATA_COLOUR), (~inside, ERROR_COLOUR)):
-        axes.fill_between(x, floor, np.where(part, density, floor).clip(floor), step="mid", color=colour, alpha=0.65, linewidth=0)
-    axes.vlines(levels, floor, top if len(levels) <= 32 else floor * 4, color=COLOURS["float"], linewidth=0.6, alpha=0.6)
-    for end in {levels[0], levels[-1]}:
-        axes.axvline(end, color=COLOURS["float"], linestyle="--", linewidth=1.4)
+    for part, colour, label in ((inside, DATA_COLOUR, "values with a code near them"), (~inside, ERROR_COLOUR, "clipped")):
+        axes.fill_between(x, floor, np.where(part, density, floor).clip(floor), step="mid", color=colour, alpha=0.65, linewidth=0, label=label)
+    axes.vlines(levels, floor, top if len(levels) <= 32 else floor * 4, color=COLOURS["float"], linewidth=0.6, alpha=0.6, label="codes")
+    axes.vlines(levels[[0, -1]], floor, top, color=COLOURS["float"], linestyle="--", linewidth=1.4, label="clip range")
     axes.set(yscale="log", ylim=(floor, top), xlabel="value", ylabel="density (log scale)")
+    axes.minorticks_off()  # most of the time of a redraw
+    axes.legend(fontsize=7.5, loc="upper right")
 
 
 def _error_curve(axes, stats, bits, low, high, share, colour, marker):
@@ -64,6 +68,7 @@ def _error_curve(axes, stats, bits, low, high, share, colour, marker):
     axes.set(xlabel="share of the observer's range", ylabel="mean squared error")
     if total.max() > 0:
         axes.set(yscale="log", ylim=(total[total > 0].min() / 30, total.max() * 3))
+    axes.minorticks_off()
     axes.legend(fontsize=7.5)
 
 

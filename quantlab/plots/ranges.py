@@ -88,7 +88,8 @@ def edge_report(frame, text, named=4):
     for i, row in enumerate(worst.sort_values("order").itertuples()):
         axes.annotate(f"{row.edge}\n+{row.added_db:.1f} dB", (row.order, row.sqnr), xytext=(6, -20 - 26 * (i % 2)), textcoords="offset points",
                       fontsize=7.5, ha="left", va="top", color=ERROR_COLOUR)  # fmt: skip
-    low, high = axes.get_ylim()
-    axes.set(xlabel="rounded values, in order of execution", ylabel="signal to quantization noise, dB", title="Which layer broke?", ylim=(low - 14, high))
+    high = axes.get_ylim()[1]
+    low = min(axes.get_ylim()[0], (worst.sqnr.min() - 0.34 * high) / 0.66)  # the labels take the lower third
+    axes.set(xlabel="rounded values, in order of execution", ylabel="signal to quantization noise, dB", title="Which layer broke?", ylim=(low, high))
     axes.legend(loc="upper right")
     return caption(figure, text)
