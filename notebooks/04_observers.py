@@ -32,7 +32,8 @@ import torch
 from tqdm.auto import tqdm
 
 import quantlab as ql
-from quantlab import observers, plots, results, sensitivity
+from quantlab import builtin, distributions, edgestats, observers, plots, results, sensitivity
+from quantlab.plots import panel
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive
@@ -41,7 +42,9 @@ checkpoint = "auto"  # auto, or the path of a .safetensors file
 seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 bits = 4  # 2 to 8, of the activations in sections 1, 3 and 5 and of everything in section 6
-edge = "auto"  # name of the edge in sections 1 to 3; auto: the one with the longest tail
+edge = "auto"  # name of the edge in sections 1 to 3, 7 and 8; auto: the one with the longest tail
+observer = "histogram"  # of the figure in section 8
+clip_share = 1.0  # of that observer's range, in section 8; 0.1 to 1.5
 n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
 n_seeds = 0  # calibration seeds in sections 4 and 5; 0: one in a smoke run, three in a full one
 
@@ -82,21 +85,19 @@ errors = pd.DataFrame({f"{b} bits": {o: error(o, b) for o in observers.OBSERVERS
 assert (errors.loc["histogram"] <= errors.min() * 1.01).all(), "nobody beats the search on its own criterion"
 errors.style.format("{:.2e}").highlight_min(color="#d7e7d0")
 
-
 # %% [markdown]
 # ## 2. Clipping against rounding
 # A wide range rounds coarsely, a narrow one clips. The sum has one minimum, and the fewer the bits, the further in it lies.
 
 # %%
-def split(width, share):
-    low, high = share * min(chosen.minimum, 0), share * chosen.maximum
-    centers, counts = chosen.histogram()
-    beyond = (centers - high).clamp(min=0) + (low - centers).clamp(min=0)
-    clipping = float(beyond.square() @ counts.double()) / chosen.count
-    return {"bits": width, "share": share, "clipping": clipping,
-            "rounding": observers.quantization_error(chosen, [low], [high], width).item() - clipping}
+shares = torch.linspace(0.03, 1, 98, dtype=torch.float64)
 
-curve = pd.DataFrame(split(b, s) for b in (8, 4, 3, 2) for s in torch.linspace(0.03, 1, 98).tolist())
+def split(width):
+    low, high = shares * min(chosen.minimum, 0), shares * chosen.maximum
+    clipping, rounding = distributions.split_error(chosen, low, high, width)
+    return pd.DataFrame({"bits": width, "share": shares, "clipping": clipping, "rounding": rounding})
+
+curve = pd.concat([split(b) for b in (8, 4, 3, 2)], ignore_index=True)
 text = plots.row_caption(images, model, chosen.count, f"values on edge {edge}")
 plots.save(plots.range_tradeoff(curve, text), "04_clipping_rounding", images, model)
 
@@ -171,6 +172,78 @@ text = plots.row_caption(images, model, 64 if smoke else 256, f"training images 
 plots.save(plots.edge_report(report, text), "04_edge_report", images, model)
 
 # %% [markdown]
+# ## 7. Levels and order: PyTorch's observers
+# PyTorch's `HistogramObserver` searches for the range with the least squared error, as *histogram* does. Two things differ, and both are
+# measured here on this edge's raw values: its search counts 256 levels whatever the width, and its histogram depends on the order of the
+# batches, because old bins are spread over new ones whenever the range grows.
+
+# %%
+values = distributions.edge_values(network, edge, images.calibration(min(256, n_calibration), seed, batch_size=8))
+seen = edgestats.EdgeStats()
+for batch in values:
+    seen.update(batch)
+eager = builtin.backends()[0]
+print(f"{len(values)} batches of 8 images, {seen.count:,} values; PyTorch's side: {eager.note}")
+
+
+# %%
+def chosen_range(setter, width):
+    return builtin.torch_histogram_range(values, width) if setter == "PyTorch" else observers.histogram(seen, width)
+
+def measured(setter, width):
+    q = ql.choose_qparams(*chosen_range(setter, width), width)
+    errors = [(ql.fake_quantize(x, q) - x).square().sum().item() for x in values]
+    return {"bits": width, "by": setter, "upper end": chosen_range(setter, width)[1], "mean squared error": sum(errors) / seen.count}
+
+setters = ("ours", "PyTorch") if eager.available else ("ours",)
+levels = pd.DataFrame(measured(s, b) for b in (8, 4, 3, 2) for s in setters).pivot(index="bits", columns="by")
+levels.sort_index(ascending=False).style.format("{:.3g}")
+
+
+# %% [markdown]
+# A moving average of each batch's extremes is the one setter that cannot work from mergeable statistics: it is sequential by its definition.
+# With PyTorch's c = 0.01 the first batch alone decides most of it. The same batches in four orders, and a second case for whoever expects order
+# not to matter: 16 batches of a heavy-tailed tensor whose spread grows.
+
+# %%
+def moving_average(batches, c=0.01):  # as torch.ao's MovingAverageMinMaxObserver
+    low, high = batches[0].aminmax()
+    for x in batches[1:]:
+        low, high = low + c * (x.min() - low), high + c * (x.max() - high)
+    return low.item(), high.item()
+
+def upper_ends(batches):
+    together = edgestats.EdgeStats()
+    for x in batches:
+        together.update(x)
+    theirs = {"PyTorch": builtin.torch_histogram_range(batches, 8)[1]} if eager.available else {}
+    return {"ours": observers.histogram(together, 8)[1], **theirs, "moving average": moving_average(batches)[1]}
+
+
+# %%
+generator = torch.Generator().manual_seed(0)
+cases = {edge: values, "heavy tail": [torch.randn(2000, generator=generator) ** 3 * 2 ** (i / 4) for i in range(16)]}
+orders = {"as drawn": lambda b: b, "reversed": lambda b: b[::-1], "largest batch first": lambda b: sorted(b, key=lambda x: -x.max()),
+          "largest batch last": lambda b: sorted(b, key=lambda x: x.max())}
+upper = {(case, name): upper_ends(order(batches)) for case, batches in cases.items() for name, order in orders.items()}
+order_table = pd.DataFrame(upper).T.rename_axis(["upper end of the range at 8 bits", "order"])
+assert (order_table.ours.groupby(level=0).nunique() == 1).all(), "ours: the same range in every order"
+order_table.style.format("{:.4g}")
+
+# %% [markdown]
+# ## 8. Turn the knobs
+# First the figure for the parameters at the top, then the same figure under four controls: any edge, width and observer, and a slider that
+# scales the observer's range. The controls need a running kernel (JupyterLab or Colab). Try 3 bits and a range below 1, then 8 bits.
+
+# %%
+text = plots.row_caption(images, model, n_calibration, "calibration images")
+decided = observers.find_observer(observer)(chosen, bits)
+plots.save(panel.range_figure(chosen, edge, bits, observer, decided, clip_share, text), "04_panel", images, model)
+
+# %%
+panel.range_panel(stats.edges, text, edge=edge, bits=bits, observer=observer, share=clip_share)
+
+# %% [markdown]
 # ## What we learned
 
 # %%
@@ -182,6 +255,15 @@ last = enough[enough.observer == "histogram"].groupby("n").top1.mean()
 print(f"- With histogram, {last.index[0]} images give {last.iloc[0]:.2f} % on held-out images, {last.index[-1]:,} give {last.iloc[-1]:.2f} %.")
 low = report.loc[report.sqnr.idxmin()]
 print(f"- At W{bits}A{bits} the noisiest edge is {low.edge} ({low.role}, {low.bits} bits): {low.sqnr:.1f} dB, {low.own_sqnr:.1f} dB of its own.")
+if eager.available:
+    ratio = levels["mean squared error"].PyTorch / levels["mean squared error"].ours
+    print(f"- On {edge}, PyTorch's observer leaves {ratio[8]:.2f} times our squared error at 8 bits, "
+          f"{ratio[4]:.1f} times at 4 and {ratio[3]:.1f} times at 3, where it still counts 256 levels.")
+apart = (order_table.groupby(level=0).max() / order_table.groupby(level=0).min() - 1).drop(columns="ours")
+for case, row in apart.iterrows():
+    by = ", ".join(f"{share:.1%} ({name})" for name, share in row.items())
+    print(f"- {case}: the order of the batches moves the upper end by {by}; ours does not move.")
+print(f"- After {len(values)} batches the first one holds {0.99 ** (len(values) - 1):.0%} of a moving average with c = 0.01.")
 
 # %% [markdown]
-# Next: [11_report](11_report.ipynb), everything measured so far on one page.
+# Next: [05_activation_histograms](05_activation_histograms.ipynb), every layer's distribution and what its shape costs.

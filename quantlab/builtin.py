@@ -79,6 +79,18 @@ def eager_act_bits():
         return 7 if getattr(get_default_qconfig(choose_engine()).activation(), "reduce_range", False) else 8
 
 
+def torch_histogram_range(batches, bits):
+    """(low, high) that torch.ao's HistogramObserver chooses for codes 0..2^bits-1 after these batches (float tensors, in this order)."""
+    from torch.ao.quantization import HistogramObserver
+
+    with _quiet():
+        observer = HistogramObserver(dtype=torch.quint8, quant_min=0, quant_max=2**bits - 1)
+        for batch in batches:
+            observer(batch)
+        scale, zero_point = observer.calculate_qparams()
+    return -scale.item() * zero_point.item(), scale.item() * (2**bits - 1 - zero_point.item())
+
+
 # ---- Eager static -----------------------------------------------------------------------------------------------------------
 
 

@@ -87,10 +87,11 @@ def edge_report(frame, text, named=4):
     worst = frame.nlargest(named, "added_db")
     axes.plot(worst.order, worst.sqnr, "D", color=ERROR_COLOUR, markersize=7, label="adds most noise")
     for i, row in enumerate(worst.sort_values("order").itertuples()):
-        axes.annotate(f"{row.edge}\n+{row.added_db:.1f} dB", (row.order, row.sqnr), xytext=(6, -14 - 26 * (i % 2)), textcoords="offset points",
+        axes.annotate(f"{row.edge}\n+{row.added_db:.1f} dB", (row.order, row.sqnr), xytext=(6, -20 - 26 * (i % 2)), textcoords="offset points",
                       fontsize=7.5, ha="left", va="top", color=ERROR_COLOUR)  # fmt: skip
-    low, high = axes.get_ylim()
-    axes.set(xlabel="rounded values, in order of execution", ylabel="signal to quantization noise, dB", title="Which layer broke?", ylim=(low - 14, high))
+    high = axes.get_ylim()[1]
+    low = min(axes.get_ylim()[0], (worst.sqnr.min() - 0.34 * high) / 0.66)  # the labels take the lower third
+    axes.set(xlabel="rounded values, in order of execution", ylabel="signal to quantization noise, dB", title="Which layer broke?", ylim=(low, high))
     axes.legend(loc="upper right")
     return caption(figure, text)
 
