@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from quantlab.affine import quantize
-from quantlab.export import export_onnx, import_onnx
+from quantlab.export import export_onnx
+from quantlab.onnx_graph import import_onnx
 from quantlab.ptq import Quantizer, prepare
 from quantlab.runtime import UserError, exact_float
 
@@ -139,7 +140,7 @@ def onnxruntime_int8(model, batches, method="minmax"):
     import_onnx(), import_onnxruntime()
     from onnxruntime import quantization as ort
 
-    methods = {"minmax": ort.CalibrationMethod.MinMax, "entropy": ort.CalibrationMethod.Entropy, "percentile": ort.CalibrationMethod.Percentile}
+    methods = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
     if method not in methods:
         raise UserError(f"method {method!r} is unknown; use one of: {', '.join(methods)}")
     batches = [batch.cpu() for batch in batches]
@@ -147,8 +148,8 @@ def onnxruntime_int8(model, batches, method="minmax"):
         source, target = f"{folder}/float.onnx", f"{folder}/int8.onnx"
         export_onnx(prepare(model)[0], source, tuple(batches[0].shape[1:]))
         ort.quantize_static(
-            source, target, _Reader(batches), quant_format=ort.QuantFormat.QDQ, per_channel=True, calibrate_method=methods[method],
-            activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
+            source, target, _Reader(batches, OnnxModel(source)), quant_format=ort.QuantFormat.QDQ, per_channel=True,
+            calibrate_method=ort.CalibrationMethod[methods[method]], activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
         )  # fmt: skip
         return OnnxModel(target)
 
@@ -156,8 +157,8 @@ def onnxruntime_int8(model, batches, method="minmax"):
 class _Reader:
     """Calibration batches in the form that onnxruntime asks for."""
 
-    def __init__(self, batches):
-        self.batches = batches
+    def __init__(self, batches, model):
+        self.batches, self.name = batches, model.session.get_inputs()[0].name
         self.left = iter(batches)
 
     def __len__(self):
@@ -165,7 +166,7 @@ class _Reader:
 
     def get_next(self):
         batch = next(self.left, None)
-        return None if batch is None else {"x": batch.numpy()}
+        return None if batch is None else {self.name: batch.contiguous().numpy()}
 
 
 @contextlib.contextmanager

@@ -91,6 +91,8 @@ def save_quantized(qmodel, path):
 
     Raises UserError when a weight is not the value of one of its codes, so that what is loaded is always exactly what was saved.
     """
+    if not hasattr(qmodel, "plan"):
+        raise UserError(f"{type(qmodel).__name__} is not a quantized network; make one with quantize(model, stats, config)")
     tensors = {k: v for k, v in qmodel.state_dict().items() if not k.startswith("quantizers.")}
     packed_layers = {}
     for name in layers(qmodel, qmodel.plan):
@@ -121,7 +123,7 @@ def _quantizers(qmodel):
 
 
 def graph_hash(graph):
-    """sha256 of what a network is, without the values of its tensors: nodes, arguments, settings of modules, shapes. Quantizers are left out."""
+    """sha256 of what a network is without its quantizers and the values of its tensors: nodes, arguments, settings of modules, shapes."""
     names, digest = {}, hashlib.sha256()
     for node in graph.graph.nodes:
         module = graph.get_submodule(node.target) if node.op == "call_module" else None
@@ -190,14 +192,14 @@ def _read(path):
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({str(error)[:100]}); save it again") from None
     if text is None:
-        raise UserError(f"{path} is not a packed quantized network; write one with save_quantized(qmodel, path), or load a float one with load_model")
+        raise UserError(f"{path} is not a packed quantized network; write one with save_quantized(qmodel, path), a float one is for load_model")
     try:
         about = json.loads(text)
         version, checksum = about["version"], about.pop("sha256")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: its description cannot be read; save it again") from None
     if version != VERSION:
-        raise UserError(f"{path} has format version {version}, this quantlab reads version {VERSION}; update quantlab or save the file again")
+        raise UserError(f"{path} has format version {version}, this quantlab reads {VERSION}; update quantlab or save the file again")
     if _checksum(tensors, about) != checksum:
         raise UserError(f"{path} is damaged: its content does not match its checksum; save it again")
     return tensors, about
@@ -241,13 +243,17 @@ def _unknown_observer(name):
 # ---- How large --------------------------------------------------------------------------------------------------------------
 
 
-def file_sizes(qmodels, folder):
-    """Write every network (name -> quantized network) into `folder` and weigh it: a frame of name, file_bytes, weight_bytes, overhead_bytes.
+def file_sizes(networks, folder):
+    """Write every network (name -> quantized or float network) into `folder` and weigh it: a frame of name, file_bytes, weight_bytes.
 
-    weight_bytes is what `weight_bytes` counts; the overhead is names, the graph's description and alignment.
+    A float network is written as its float32 state dict. What a file has beyond weight_bytes is names, alignment and the description.
     """
     rows = []
-    for name, qmodel in qmodels.items():
-        size = save_quantized(qmodel, pathlib.Path(folder) / f"{name}.safetensors")
-        rows.append({"name": name, "file_bytes": size, "weight_bytes": weight_bytes(qmodel), "overhead_bytes": size - weight_bytes(qmodel)})
+    for name, network in networks.items():
+        path = pathlib.Path(folder) / f"{name}.safetensors"
+        if hasattr(network, "plan"):
+            save_quantized(network, path)
+        else:
+            save_tensors(path, network.state_dict(), {})
+        rows.append({"name": name, "file_bytes": path.stat().st_size, "weight_bytes": weight_bytes(network)})
     return pd.DataFrame(rows)
