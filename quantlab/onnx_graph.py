@@ -30,9 +30,9 @@ class _Shapes(fx.Interpreter):
     def __init__(self, graph, image_shape, batch):
         super().__init__(graph)
         self.found = {}
-        first = next(iter(graph.parameters()))
+        where = next(graph.parameters(), torch.empty(0)).device
         with torch.no_grad():
-            self.run(torch.zeros(batch, *image_shape, device=first.device))
+            self.run(torch.zeros(batch, *image_shape, device=where))
 
     def run_node(self, node):
         value = super().run_node(node)

@@ -45,7 +45,9 @@ def pack(codes, bits):
 
 
 def unpack(packed, bits, n):
-    """The first n codes of a stream as int32 [n]: the inverse of `pack`."""
+    """The n codes of a stream as int32 [n]: the inverse of `pack`; UserError where its length is not theirs."""
+    if len(packed) != -(-n * bits // 8):
+        raise UserError(f"{len(packed)} bytes do not hold {n} codes of {bits} bits, which take {-(-n * bits // 8)}")
     stream = np.unpackbits(packed.numpy(), count=n * bits, bitorder="little").reshape(n, bits)
     return torch.from_numpy(np.packbits(stream, axis=1, bitorder="little")[:, 0].astype(np.int32))
 
@@ -177,7 +179,10 @@ def load_quantized(path, model):
     graph.load_state_dict(tensors | {k: v for k, v in graph.state_dict().items() if k.startswith("quantizers.")})
     graph.recompile()
     observer = config["observer"] if config["observer"] in OBSERVERS else _unknown_observer(config["observer"])
-    graph.plan, graph.config = plan, QuantConfig(**config | {"observer": observer})
+    try:
+        graph.plan, graph.config = plan, QuantConfig(**config | {"observer": observer})
+    except TypeError as error:
+        raise UserError(f"{path} was saved with a setting that this quantlab does not know ({error}); update quantlab") from None
     return graph.eval().to(where)
 
 
@@ -192,7 +197,7 @@ def _read(path):
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({str(error)[:100]}); save it again") from None
     if text is None:
-        raise UserError(f"{path} is not a packed quantized network; write one with save_quantized(qmodel, path), a float one is for load_model")
+        raise UserError(f"{path} is not a packed quantized network; write one with save_quantized(qmodel, path); float ones are for load_model")
     try:
         about = json.loads(text)
         version, checksum = about["version"], about.pop("sha256")
