@@ -118,7 +118,7 @@ def save_quantized(qmodel, path):
 def _quantizers(qmodel):
     """Every quantizer in order: its node, the node before it in the graph, what it reads, who reads it, and its parameters."""
     return [
-        {"target": n.target, "name": n.name, "behind": n.prev.name, "reads": n.args[0].name, "readers": [u.name for u in n.users],
+        {"target": n.target, "name": n.name, "behind": n.prev.name, "reads": n.args[0].name, "readers": sorted(u.name for u in n.users),
          "scale": q.scale.item(), "zero_point": q.zero_point.item(), "qmin": q.qmin, "qmax": q.qmax}
         for n in qmodel.graph.nodes if n.op == "call_module" and isinstance(q := qmodel.get_submodule(n.target), Quantizer)
     ]  # fmt: skip

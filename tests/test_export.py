@@ -225,7 +225,7 @@ class Channelwise(nn.Module):
         first, second = torch.chunk(x * self.gain, 2, dim=1)
         x = torch.cat([second - 1.5, first / height, x[:, 1:3]], dim=1)
         y = x[:, 0].unsqueeze(1) + x[..., :1]
-        return self.fc((x.permute(0, 2, 3, 1) + y.mean((2, 3), keepdim=True))[:, -1]).softmax(-1).flatten(1)
+        return self.fc((x.permute(0, 2, 3, 1) + y.mean((2, 3)).view(batch, 1, 1, -1))[:, -1]).softmax(-1).flatten(1)
 
 
 OPERATIONS = {
@@ -267,12 +267,12 @@ def test_shape_arithmetic(file):
 
 @needs_onnx
 @pytest.mark.parametrize("layer", [
-    nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2), nn.Conv2d(4, 4, 4, padding="same"), nn.Conv2d(4, 2, 3, padding="valid"),
+    nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2), nn.Conv2d(4, 4, 3, padding="same", dilation=2), nn.Conv2d(4, 2, 3, padding="valid"),
     nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect", bias=False), nn.BatchNorm2d(4, affine=False), nn.Linear(9, 3), nn.Linear(9, 3, bias=False),
     nn.Sequential(nn.Flatten(), nn.Linear(360, 6), nn.Unflatten(1, (2, 3))), nn.ChannelShuffle(2), nn.ReLU6(), nn.Hardtanh(-2, 0.5),
 ], ids=str)  # fmt: skip
 def test_a_layer_has_torchs_meaning(layer, file):
-    assert_same_floats(layer.eval(), torch.randn(3, 4, 10, 9), file)
+    assert_same_floats(nn.Sequential(layer).eval(), torch.randn(3, 4, 10, 9), file)
 
 
 @needs_onnx
@@ -304,9 +304,9 @@ def test_onnx_runtime_computes_our_codes(resnet20, stats, digits, config, file):
     assert len(frame) == len(list(qmodel.quantizers.children())) and frame.edge.is_unique
     assert frame.local_max_difference.max() <= 1 and frame.local_differing.sum() <= 1e-5 * frame.n.sum()
     logits = qmodel(x).detach()
-    for optimize in (False, True):
+    for optimize in (False, True):  # codes at a tie may fall to the other side early and be carried on; nothing else may differ
         theirs = onnx_runtime.OnnxModel(file, optimize)(x)
-        assert (theirs - logits).abs().max() < 0.1 * logits.std() and torch.equal(theirs.argmax(1), logits.argmax(1))
+        assert (theirs - logits).abs().mean() < 0.05 * logits.std() and torch.equal(theirs.argmax(1), logits.argmax(1))
 
 
 @needs_onnx
@@ -358,18 +358,21 @@ def test_values_far_beyond_the_range_saturate_at_the_codes_of_the_width(bits, si
 @needs_onnx
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "mobilenet_v2", "densenet121", "googlenet"])
 def test_torchvision_networks(name, file):
-    """Untrained, with re-estimated BatchNorm: every edge, fed our codes, gives our codes, but for ties."""
+    """Untrained, with re-estimated BatchNorm: every edge, fed our codes, gives our codes, but for ties, which averages of few codes have."""
     import torchvision
 
     torch.manual_seed(0)
-    model = getattr(torchvision.models, name)(num_classes=10, **({"init_weights": False} if name == "googlenet" else {}))
+    model = getattr(torchvision.models, name)(num_classes=10, **({"init_weights": False} if name in ("googlenet", "vgg11_bn") else {}))
+    if name == "vgg11_bn":
+        model.classifier = nn.Sequential(nn.Linear(25088, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 10))  # instead of 400 MB
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         model.train()(x)
         qmodel = make_quantized(model.eval(), x)
         ql.export_onnx(qmodel, file, (3, 64, 64))
         frame = onnx_runtime.compare_codes(qmodel, file, x)
-    assert frame.local_max_difference.max() <= 1 and frame.local_differing.sum() <= 1e-4 * frame.n.sum()
+    others = frame[~frame.edge.str.contains("pool")]
+    assert frame.local_max_difference.max() <= 1 and others.local_differing.sum() <= 1e-5 * others.n.sum()
     assert torch.isfinite(onnx_runtime.OnnxModel(file)(x)).all()
 
 
