@@ -10,6 +10,8 @@ from torch import fx
 
 from quantlab.onnx_graph import GraphWriter
 
+PAD_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}  # torch's name -> ONNX's
+
 
 class OperatorWriter(GraphWriter):
     """The operators."""
@@ -31,9 +33,9 @@ class OperatorWriter(GraphWriter):
         layer, x = self.graph.get_submodule(node.target), self.read(node)
         before, after = _padding(layer)
         if layer.padding_mode != "zeros":
-            if layer.padding_mode == "circular":
-                self.refuse(node, "with circular padding has no ONNX export")
-            x = self.pad(x, before, after, node, {"reflect": "reflect", "replicate": "edge"}[layer.padding_mode])
+            if layer.padding_mode not in PAD_MODES:
+                self.refuse(node, f"with {layer.padding_mode} padding has no ONNX export")
+            x = self.pad(x, [0, 0, *before], [0, 0, *after], f"{node.name}_padded", PAD_MODES[layer.padding_mode])
             before = after = [0] * len(before)
         inputs = [x, *filter(None, self.weights(node))]
         settings = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups, "kernel_shape": layer.kernel_size}
@@ -119,10 +121,6 @@ class OperatorWriter(GraphWriter):
 
     # ---- Pooling -------------------------------------------------------------------------------------------------------
 
-    def pad(self, x, before, after, node, mode="constant"):
-        name = f"{node.name}_padded"
-        return self.emit("Pad", [x, self.constant([0, 0, *before, 0, 0, *after], f"{name}_sizes")], name, mode=mode)
-
     def window(self, node):
         """kernel, stride, padding in front, padding behind; a window that ceil_mode adds is written as padding behind."""
         kernel, padding = self.dims(node, "kernel_size", 1), self.dims(node, "padding", 3, 0)
@@ -143,7 +141,7 @@ class OperatorWriter(GraphWriter):
         kernel, stride, before, after = self.window(node)
         x = self.read(node)
         if self.setting(node, "count_include_pad", 5, True) and any(before):
-            x = self.pad(x, before, before, node)  # its zeros count in the average, those that ceil_mode adds behind them do not
+            x = self.pad(x, [0, 0, *before], [0, 0, *before], f"{node.name}_padded")  # its zeros count in the average, those that ceil_mode adds behind them do not
             before, after = [0] * len(before), [a - b for a, b in zip(after, before)]
         return self.emit("AveragePool", [x], node.name, kernel_shape=kernel, strides=stride, pads=[*before, *after])
 
@@ -175,7 +173,22 @@ class OperatorWriter(GraphWriter):
         keepdims = len(self.shape(node)) == len(self.shape(node.args[0]))
         return self.emit("ReduceMean", [self.read(node)], node.name, axes=axes, keepdims=int(keepdims))
 
-    # ---- Shapes --------------------------------------------------------------------------------------------------------
+    # ---- Padding and shapes --------------------------------------------------------------------------------------------------------
+
+    def pad(self, x, before, after, name, mode="constant", value=0):
+        """before, after: one number for every dimension."""
+        sizes = self.constant([*before, *after], f"{name}_sizes")
+        return self.emit("Pad", [x, sizes, self.constant(value or 0, f"{name}_value")], name, mode=mode)
+
+    def op_pad(self, node):
+        sizes, mode = self.setting(node, "pad" if node.op != "call_module" else "padding", 1), self.setting(node, "mode", 2, "constant")
+        if mode not in PAD_MODES:
+            self.refuse(node, f"with mode {mode} has no ONNX export")
+        others = [0] * (len(self.shape(node)) - len(sizes) // 2)
+        before, after = ([*others, *sizes[start::2][::-1]] for start in (0, 1))  # torch counts from the last dimension
+        return self.pad(self.read(node), before, after, node.name, PAD_MODES[mode], self.setting(node, "value", 3))
+
+    op_zeropad = op_constantpad = op_pad
 
     def op_reshape(self, node):
         return self.reshape(self.read(node), node)

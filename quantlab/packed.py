@@ -171,7 +171,8 @@ def load_quantized(path, model):
         layer = graph.get_submodule(node.target)
         scale = tensors.pop(f"{node.target}.weight_scale")
         zero_point = tensors.pop(f"{node.target}.weight_zero_point", torch.zeros_like(scale, dtype=torch.int32))
-        q = layer.weight_qparams = QParams(scale, zero_point, saved["qmin"], saved["qmax"], saved["axis"])
+        q = QParams(scale, zero_point, saved["qmin"], saved["qmax"], saved["axis"])
+        layer.weight_qparams = q.to(where)
         codes = unpack(tensors[f"{node.target}.weight"], q.bits, layer.weight.numel()) + q.qmin
         tensors[f"{node.target}.weight"] = dequantize(codes.view(layer.weight.shape), q)
         if layer.bias is not None and not tensors[f"{node.target}.bias"].is_floating_point():

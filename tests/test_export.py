@@ -29,7 +29,7 @@ needs_onnx = pytest.mark.skipif(onnx is None, reason="onnx and onnxruntime are n
 CONFIGS = [
     ql.QuantConfig(8, 8), ql.QuantConfig(4, 4), ql.QuantConfig(2, 3, residual_bits=6, first_last_bits=8), ql.QuantConfig(3, 5, residual_bits=None),
     ql.QuantConfig(6, 7, act_symmetric=True, act_signed=True), ql.QuantConfig(5, 2, weight_symmetric=False, per_channel=False),
-    ql.QuantConfig(7, 6, weight_symmetric=False, observer="minmax"), ql.QuantConfig(8, 4, placement="inputs"),
+    ql.QuantConfig(8, 8, weight_symmetric=False, observer="minmax"), ql.QuantConfig(7, 6, weight_symmetric=False, per_channel=False), ql.QuantConfig(8, 4, placement="inputs"),
 ]  # fmt: skip
 
 
@@ -75,6 +75,10 @@ def test_a_loaded_network_is_the_saved_one_bit_for_bit(resnet20, stats, digits, 
     x = next(iter(digits.calibration(32, seed=5)))
     assert torch.equal(loaded(x), qmodel(x))
     assert str(loaded.graph) == str(qmodel.graph) and (loaded.plan, loaded.config) == (qmodel.plan, config)
+    for name in packed.layers(qmodel, qmodel.plan):
+        ours, theirs = (g.get_submodule(packed.find_node(g, name).target).weight_qparams for g in (qmodel, loaded))
+        assert torch.equal(ours.scale, theirs.scale) and torch.equal(ours.zero_point, theirs.zero_point)
+        assert (ours.qmin, ours.qmax, ours.axis) == (theirs.qmin, theirs.qmax, theirs.axis)
     assert ql.weight_bytes(loaded) == ql.weight_bytes(qmodel)
     assert ql.save_quantized(loaded, tmp_path / "again.safetensors") and (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
@@ -236,6 +240,7 @@ OPERATIONS = {
     "hard": lambda x: F.hardswish(x) * F.hardsigmoid(x) + F.relu6(x) - F.hardtanh(x, -0.5, 0.25) + torch.clamp(x, min=-0.1),
     "smooth": lambda x: F.silu(x) + torch.sigmoid(x) + torch.tanh(x) + F.leaky_relu(x, 0.1) + F.softmax(x, dim=1),
     "shuffles": lambda x: F.pixel_shuffle(F.channel_shuffle(x, 2), 2).squeeze(1),
+    "padding": lambda x: F.pad(F.pad(x[:, :, ::2, 1:], (0, 1, 2, 0, 1, 3), value=-2.0), (1, 2, 0, 1), "replicate"),
     "numbers": lambda x: 1 - x * x.size(1) / 3,
 }
 
@@ -268,7 +273,7 @@ def test_shape_arithmetic(file):
 @needs_onnx
 @pytest.mark.parametrize("layer", [
     nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2), nn.Conv2d(4, 4, 3, padding="same", dilation=2), nn.Conv2d(4, 2, 3, padding="valid"),
-    nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect", bias=False), nn.BatchNorm2d(4, affine=False), nn.Linear(9, 3), nn.Linear(9, 3, bias=False),
+    nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect", bias=False), nn.ZeroPad2d((1, 0, 2, 3)), nn.BatchNorm2d(4, affine=False), nn.Linear(9, 3), nn.Linear(9, 3, bias=False),
     nn.Sequential(nn.Flatten(), nn.Linear(360, 6), nn.Unflatten(1, (2, 3))), nn.ChannelShuffle(2), nn.ReLU6(), nn.Hardtanh(-2, 0.5),
 ], ids=str)  # fmt: skip
 def test_a_layer_has_torchs_meaning(layer, file):
