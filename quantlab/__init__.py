@@ -15,5 +15,6 @@ from quantlab.train import TrainConfig, train  # noqa: E402
 
 __all__ = [
     "QParams", "QuantConfig", "TrainConfig", "UserError", "choose_qparams", "collect", "dequantize", "evaluate", "export_onnx", "fake_quantize",
-    "find_checkpoint", "limited", "load_card", "load_data", "load_model", "load_quantized", "load_trained", "paired_drop", "quantize", "quantize_tensor", "root", "save_quantized", "train", "weight_bytes",
+    "find_checkpoint", "limited", "load_card", "load_data", "load_model", "load_quantized", "load_trained", "paired_drop",
+    "quantize", "quantize_tensor", "root", "save_quantized", "train", "weight_bytes",
 ]  # fmt: skip

@@ -141,7 +141,8 @@ class OperatorWriter(GraphWriter):
         kernel, stride, before, after = self.window(node)
         x = self.read(node)
         if self.setting(node, "count_include_pad", 5, True) and any(before):
-            x = self.pad(x, [0, 0, *before], [0, 0, *before], f"{node.name}_padded")  # its zeros count in the average, those that ceil_mode adds behind them do not
+            # these zeros count in the average, those that ceil_mode adds behind them do not
+            x = self.pad(x, [0, 0, *before], [0, 0, *before], f"{node.name}_padded")
             before, after = [0] * len(before), [a - b for a, b in zip(after, before)]
         return self.emit("AveragePool", [x], node.name, kernel_shape=kernel, strides=stride, pads=[*before, *after])
 

@@ -100,6 +100,8 @@ def save_quantized(qmodel, path):
     for name in layers(qmodel, qmodel.plan):
         node = find_node(qmodel, name)
         layer = qmodel.get_submodule(node.target)
+        if not hasattr(layer, "weight_qparams"):
+            continue  # left in float
         q, codes = layer.weight_qparams.to("cpu"), bias_codes(layer, bias_unit(qmodel, node))
         tensors[f"{node.target}.weight"] = pack(weight_codes(layer) - q.qmin, q.bits)
         tensors[f"{node.target}.weight_scale"] = q.scale
@@ -198,7 +200,7 @@ def _read(path):
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({str(error)[:100]}); save it again") from None
     if text is None:
-        raise UserError(f"{path} is not a packed quantized network; write one with save_quantized(qmodel, path); float ones are for load_model")
+        raise UserError(f"{path} is not a packed quantized network; write one with save_quantized(qmodel, path), or use load_model")
     try:
         about = json.loads(text)
         version, checksum = about["version"], about.pop("sha256")

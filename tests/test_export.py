@@ -28,8 +28,8 @@ except ImportError:
 needs_onnx = pytest.mark.skipif(onnx is None, reason="onnx and onnxruntime are not installed (pip install onnx onnxruntime)")
 
 CONFIGS = [
-    ql.QuantConfig(8, 8), ql.QuantConfig(4, 4), ql.QuantConfig(2, 3, residual_bits=6, first_last_bits=8), ql.QuantConfig(3, 5, residual_bits=None),
-    ql.QuantConfig(6, 7, act_symmetric=True, act_signed=True), ql.QuantConfig(5, 2, weight_symmetric=False, per_channel=False),
+    ql.QuantConfig(8, 8), ql.QuantConfig(4, 4), ql.QuantConfig(2, 3, residual_bits=6, first_last_bits=8),
+    ql.QuantConfig(3, 5, residual_bits=None), ql.QuantConfig(6, 7, act_symmetric=True, act_signed=True), ql.QuantConfig(5, 2, weight_symmetric=False, per_channel=False),
     ql.QuantConfig(8, 8, weight_symmetric=False), ql.QuantConfig(7, 6, weight_symmetric=False, per_channel=False),
     ql.QuantConfig(8, 4, placement="inputs"),
 ]  # fmt: skip
@@ -126,7 +126,8 @@ def test_an_observer_of_ones_own_is_remembered_by_name(tmp_path):
 
 
 def test_files_hold_packed_codes_and_nothing_else(resnet20, stats, tmp_path):
-    networks = {"float": resnet20} | {f"w{b}": ql.quantize(resnet20, stats, ql.QuantConfig(b, 8, weight_observer="minmax")) for b in (8, 5, 2)}
+    configs = {f"w{b}": ql.QuantConfig(b, 8, observer="minmax", weight_observer="minmax") for b in (8, 5, 2)}
+    networks = {"float": resnet20} | {name: ql.quantize(resnet20, stats, config) for name, config in configs.items()}
     sizes = packed.file_sizes(networks, tmp_path).set_index("name")
     for name in ("w8", "w5", "w2"):
         header = 8 + int.from_bytes((tmp_path / f"{name}.safetensors").read_bytes()[:8], "little")
@@ -280,8 +281,10 @@ def test_shape_arithmetic(file):
 
 @needs_onnx
 @pytest.mark.parametrize("layer", [
-    nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2), nn.Conv2d(4, 4, 3, padding="same", dilation=2), nn.Conv2d(4, 2, 3, padding="valid"),
-    nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect", bias=False), nn.ZeroPad2d((1, 0, 2, 3)), nn.BatchNorm2d(4, affine=False), nn.Linear(9, 3), nn.Linear(9, 3, bias=False),
+    nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2), nn.Conv2d(4, 4, 3, padding="same", dilation=2),
+    nn.Conv2d(4, 2, 3, padding="valid"),
+    nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect", bias=False), nn.ZeroPad2d((1, 0, 2, 3)), nn.BatchNorm2d(4, affine=False),
+    nn.Linear(9, 3), nn.Linear(9, 3, bias=False),
     nn.Sequential(nn.Flatten(), nn.Linear(360, 6), nn.Unflatten(1, (2, 3))), nn.ChannelShuffle(2), nn.ReLU6(), nn.Hardtanh(-2, 0.5),
 ], ids=str)  # fmt: skip
 def test_a_layer_has_torchs_meaning(layer, file):
@@ -368,7 +371,7 @@ def test_values_far_beyond_the_range_saturate_at_the_codes_of_the_width(bits, si
 @needs_onnx
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "mobilenet_v2", "densenet121", "googlenet"])
 def test_torchvision_networks(name, file):
-    """Untrained, with re-estimated BatchNorm: every edge, fed our codes, gives our codes, but for ties, which averages of few codes have."""
+    """Untrained, with re-estimated BatchNorm: every edge, fed our codes, gives our codes, but for ties, which averages have."""
     import torchvision
 
     torch.manual_seed(0)
