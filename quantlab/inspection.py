@@ -18,10 +18,9 @@ from torch import nn
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
-from quantlab import plots
+from quantlab import distributions, observers, plots
 from quantlab.affine import fake_quantize
 from quantlab.graph import call_name, fold, trace
-from quantlab.observers import OBSERVERS, quantization_error
 from quantlab.ptq import QuantConfig, collect, find_node, layers, quantize, weight_bytes
 from quantlab.runtime import UserError, atomic_path, device, exact_float
 from quantlab.sensitivity import edge_errors
@@ -115,14 +114,19 @@ def inspect(target, data, out, *, size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD
     stats = collect(model, (x for x, _ in images.batches(images.calibration)), verbose=True)
     qmodel = quantize(model, stats, config)
     errors = edge_errors(model, qmodel, (x for x, _ in images.batches(images.test[:64])))
-    observers, weight_errors = compare_observers(stats, qmodel, bits), compare_weights(model, qmodel)
+    by_observer, weight_errors = compare_observers(stats, qmodel, bits), compare_weights(model, qmodel)
     accuracy = None if unlabelled or not images.classes else compare_accuracy(model, qmodel, images)
     text = f"{target}, {len(images.calibration):,} calibration images, W{bits}A{bits}"
+    edges, channels = distributions.observe_layers(model, (x for x, _ in images.batches(images.calibration)), verbose=True)
+    stored = {layer: edges.get((layer, "after"), edges[layer, "before"]) for layer in channels.layer.unique()}
+    ranges = pd.DataFrame([(name, *observers.histogram(edge, bits)) for name, edge in stored.items()], columns=["layer", "low", "high"])
+    ridges = plots.ridges(distributions.densities(edges), f"{text}; bar: clip range, square root of the density", ranges)
     sections = [
         ("Summary", _summary(target, model, qmodel, images, config, accuracy)),
         ("What is computed in float between two sets of codes", _floats(qmodel)),
         ("Which layer broke", _figure(plots.edge_report(errors, f"{text}, error on {min(64, len(images.test))} images")) + _table(errors, "added_db")),
-        ("Which range is best on which edge", _figure(plots.observer_map(observers, text)) + _table(observers, None)),
+        ("Which range is best on which edge", _figure(plots.observer_map(by_observer, text)) + _table(by_observer, None)),
+        ("Every layer's values", _figure(ridges)),
         ("Weights", _table(weight_errors, None)),
         ("The edge that adds most noise", _figure(_worst_edge(errors, stats, bits, text))),
     ]
@@ -148,7 +152,7 @@ def compare_observers(stats, qmodel, bits):
         edge = stats.edges[name]
         centers, counts = edge.histogram()
         power = float(centers.square() @ counts.double()) / edge.count
-        noise = {o: float(quantization_error(edge, *([v] for v in setter(edge, bits)), bits)) for o, setter in OBSERVERS.items()}
+        noise = {o: float(observers.quantization_error(edge, *([v] for v in setter(edge, bits)), bits)) for o, setter in observers.OBSERVERS.items()}
         rows.append({"edge": name} | {o: 10 * torch.log10(torch.tensor(power / max(e, 1e-300))).item() for o, e in noise.items()})
     return pd.DataFrame(rows)
 
@@ -182,7 +186,7 @@ def _worst_edge(errors, stats, bits, text):
     name = errors.loc[errors.added_db.idxmax(), "edge"] if errors.added_db.notna().any() else errors.edge.iloc[0]
     name = name if name in stats.edges else name.removesuffix(f"_{bits}bit")
     edge = stats.edges[name]
-    ranges = pd.DataFrame([(o, *setter(edge, bits)) for o, setter in OBSERVERS.items()], columns=["observer", "low", "high"])
+    ranges = pd.DataFrame([(o, *setter(edge, bits)) for o, setter in observers.OBSERVERS.items()], columns=["observer", "low", "high"])
     return plots.clip_histogram(edge, ranges, text, f"Edge {name}", "activation")
 
 

@@ -51,7 +51,7 @@ def test_one_file_names_every_edge_float_operation_and_the_accuracy(place):
     assert run("--bits", "3", "-n", "16") == 0
     page = read_text("out.html")
     model = inspection.import_model("my_networks:build")
-    assert "Hardswish" in page and "W3A3" in page and "n = 14" in page and page.count("<img") == 3
+    assert "Hardswish" in page and "W3A3" in page and "n = 14" in page and page.count("<img") == 4
     assert all(f"<td>_{i}</td>" in page for i in (0, 2)) and page.rstrip().endswith("</html>")
     assert not list(place.glob("*.tmp")) and "http" not in page  # one file, nothing fetched
     images = inspection.ImageFolder("pets", 10, (0.5,) * 3, (0.5,) * 3, 16, 16)
