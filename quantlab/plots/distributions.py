@@ -30,7 +30,8 @@ def ridges(density, text, ranges=None, title="Every layer before and after its R
         _ridge(panel, density[density.layer == layer], base, colours[i], limits)
         if ranges is not None:
             row = ranges[ranges.layer == layer].iloc[0]
-            panel.plot(np.clip([row.low, row.high], *limits), [base, base], color=ERROR_COLOUR, linewidth=2, solid_capstyle="butt", zorder=1000)
+            ends = np.clip([row.low, row.high], *limits)
+            panel.plot(ends, [base, base], color=ERROR_COLOUR, linewidth=2, solid_capstyle="butt", zorder=1000)
     for column, panel in enumerate(axes[0]):
         named = layers[column * rows : (column + 1) * rows]
         panel.set_yticks([-i for i in range(len(named))], named, fontsize=7.5)
@@ -89,9 +90,10 @@ def layer_histograms(density, ranges, text, columns=5, unit="value"):
 
 
 def tails(table, text, expected):
-    """table: order, layer, max_over_p and beyond_K, one row a layer: how far the largest value is from nearly all others, and how many are far.
+    """How many values lie far from the mean, and how far the largest is from nearly all others.
 
-    expected: {K: share of a normal distribution beyond K sigma}, dashed for comparison.
+    table: order, layer, max_over_p and beyond_K (distributions.outliers), one row a layer. expected: {K: share of a normal distribution
+    beyond K sigma}, dashed for comparison.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     markers = dict(zip(expected, "osD^"))
