@@ -73,7 +73,8 @@ def _see_layers(model, batches, see, verbose):
     """Call see((layer, point), x [C, values]) for every weight once and for every value of every batch; return the Layers."""
     graph = prepare(model)[0]
     layers, nodes = find_layers(graph), {node.name: node for node in graph.graph.nodes}
-    points = {layer.name: (layer.name, "before") for layer in layers} | {layer.relu: (layer.name, "after") for layer in layers if layer.relu}
+    points = {layer.name: (layer.name, "before") for layer in layers}
+    points |= {layer.relu: (layer.name, "after") for layer in layers if layer.relu}
     for layer in layers:
         if layer.kind == "compute":
             see((layer.name, "weight"), graph.get_submodule(nodes[layer.name].target).weight.detach().flatten(1))
@@ -151,7 +152,8 @@ def range_costs(model, batches, channels, bits, verbose=False):
     for (layer, point), total in sums.items():
         signal, tensors, each = total[-1].sum(), total[: len(SHARES)].sum(1), total[len(SHARES) : -1]
         rows.append((order[layer], layer, point, _db(signal, tensors.min()), _db(signal, each.amin(0).sum())))
-    frame = pd.DataFrame(rows, columns=["order", "layer", "point", "tensor_db", "channel_db"]).sort_values("order", kind="stable", ignore_index=True)
+    frame = pd.DataFrame(rows, columns=["order", "layer", "point", "tensor_db", "channel_db"])
+    frame = frame.sort_values("order", kind="stable", ignore_index=True)
     gain = frame.channel_db - frame.tensor_db
     return frame.assign(gain_db=gain, gain_bits=gain / (20 * math.log10(2)))
 
