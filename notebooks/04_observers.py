@@ -71,9 +71,12 @@ def tail(name):
 
 edge = max(stats.edges, key=tail) if edge == "auto" else edge
 chosen = stats.edges[edge]
-ranges = pd.DataFrame([(o, *f(chosen, bits)) for o, f in observers.OBSERVERS.items()], columns=["observer", "low", "high"])
-text = plots.row_caption(images, model, chosen.count, f"values on edge {edge} from {n_calibration:,} calibration images; ranges for {bits} bits")
-plots.save(plots.clip_histogram(chosen, ranges, text, f"Where to clip? Edge {edge}", "activation"), "04_clip_ranges", images, model)
+ranges = [(o, *setter(chosen, bits)) for o, setter in observers.OBSERVERS.items()]
+ranges = pd.DataFrame(ranges, columns=["observer", "low", "high"])
+text = plots.row_caption(images, model, chosen.count,
+                         f"values on edge {edge} from {n_calibration:,} calibration images; ranges for {bits} bits")
+figure = plots.clip_histogram(chosen, ranges, text, f"Where to clip? Edge {edge}", "activation")
+plots.save(figure, "04_clip_ranges", images, model)
 
 
 # %%
@@ -81,7 +84,8 @@ def error(observer, width):
     low, high = observers.OBSERVERS[observer](chosen, width)
     return observers.quantization_error(chosen, [low], [high], width).item()
 
-errors = pd.DataFrame({f"{b} bits": {o: error(o, b) for o in observers.OBSERVERS} for b in (8, 6, 4, 3, 2)}).rename_axis("mean squared error")
+errors = pd.DataFrame({f"{b} bits": {o: error(o, b) for o in observers.OBSERVERS} for b in (8, 6, 4, 3, 2)})
+errors = errors.rename_axis("mean squared error")
 assert (errors.loc["histogram"] <= errors.min() * 1.01).all(), "nobody beats the search on its own criterion"
 errors.style.format("{:.2e}").highlight_min(color="#d7e7d0")
 
@@ -123,18 +127,22 @@ def measure(observer, act_bits, stats, s):
     config = ql.QuantConfig(weight_bits=8, act_bits=act_bits, observer=observer)
     qmodel = ql.quantize(network, stats, config)
     result = ql.evaluate(qmodel, images.test, limit=limit)
-    return results.make_row(data=images, model=model, card=card, baseline=baseline, result=result, method="by hand", config=config,
-                            n_calibration=n_calibration, seed=s, bytes=ql.weight_bytes(qmodel), notebook="04_observers")
+    return results.make_row(data=images, model=model, card=card, baseline=baseline, result=result, method="by hand",
+                            config=config, n_calibration=n_calibration, seed=s, bytes=ql.weight_bytes(qmodel),
+                            notebook="04_observers")
 
 rows = []
 for s in range(seed, seed + n_seeds):
     statistics = ql.collect(network, images.calibration(n_calibration, s))
-    rows += [measure(o, b, statistics, s) for o, b in tqdm(list(itertools.product(observers.OBSERVERS, (8, 4, 3))), desc=f"seed {s}")]
+    pairs = list(itertools.product(observers.OBSERVERS, (8, 4, 3)))
+    rows += [measure(o, b, statistics, s) for o, b in tqdm(pairs, desc=f"seed {s}")]
 frame = results.record(rows).assign(bits=lambda f: f.act_bits.astype(int))
 
 # %%
-text = plots.row_caption(images, model, baseline.n, f"test images, weights 8 bits, {n_calibration:,} calibration images, {n_seeds} seed(s)")
-plots.save(plots.accuracy_by_bits(frame, text, "bits of the activations (weights 8)"), "04_accuracy_by_observer", images, model)
+text = plots.row_caption(images, model, baseline.n,
+                         f"test images, weights 8 bits, {n_calibration:,} calibration images, {n_seeds} seed(s)")
+figure = plots.accuracy_by_bits(frame, text, "bits of the activations (weights 8)")
+plots.save(figure, "04_accuracy_by_observer", images, model)
 
 # %%
 summary = frame.groupby(["observer", "bits"], sort=False).top1.agg(["mean", "std"]).unstack("bits").round(2)
@@ -149,12 +157,14 @@ summary
 def heldout_top1(observer, n, s):
     statistics = ql.collect(network, images.calibration(n, s))
     qmodel = ql.quantize(network, statistics, ql.QuantConfig(weight_bits=8, act_bits=bits, observer=observer))
-    return {"observer": observer, "n": n, "seed": s, "top1": ql.evaluate(qmodel, images.heldout, limit=limit).top1}
+    top1 = ql.evaluate(qmodel, images.heldout, limit=limit).top1
+    return {"observer": observer, "n": n, "seed": s, "top1": top1}
 
 counts = [n for n in (4, 16, 64, 256, 1024) if n <= n_calibration]
 grid = list(itertools.product(("minmax", "percentile", "histogram"), counts, range(seed, seed + n_seeds)))
 enough = pd.DataFrame(heldout_top1(*g) for g in tqdm(grid))
-text = plots.row_caption(images, model, min(limit or len(images.heldout), len(images.heldout)), f"held-out images, W8A{bits}, {n_seeds} seed(s)")
+n_heldout = min(limit or len(images.heldout), len(images.heldout))
+text = plots.row_caption(images, model, n_heldout, f"held-out images, W8A{bits}, {n_seeds} seed(s)")
 plots.save(plots.accuracy_by_images(enough, text), "04_calibration_images", images, model)
 
 # %% [markdown]
@@ -168,7 +178,8 @@ report = sensitivity.edge_errors(network, qmodel, images.calibration(64 if smoke
 report.sort_values("added_db", ascending=False).head(8).round(1)
 
 # %%
-text = plots.row_caption(images, model, 64 if smoke else 256, f"training images of another seed, W{bits}A{bits}, residual stream 8 bits")
+text = plots.row_caption(images, model, 64 if smoke else 256,
+                         f"training images of another seed, W{bits}A{bits}, residual stream 8 bits")
 plots.save(plots.edge_report(report, text), "04_edge_report", images, model)
 
 # %% [markdown]
@@ -178,7 +189,8 @@ plots.save(plots.edge_report(report, text), "04_edge_report", images, model)
 # batches, because old bins are spread over new ones whenever the range grows.
 
 # %%
-values = distributions.edge_values(network, edge, images.calibration(min(256, n_calibration), seed, batch_size=8))
+batches = images.calibration(min(256, n_calibration), seed, batch_size=8)
+values = distributions.edge_values(network, edge, batches)
 seen = edgestats.EdgeStats()
 for batch in values:
     seen.update(batch)
@@ -188,12 +200,15 @@ print(f"{len(values)} batches of 8 images, {seen.count:,} values; PyTorch's side
 
 # %%
 def chosen_range(setter, width):
-    return builtin.torch_histogram_range(values, width) if setter == "PyTorch" else observers.histogram(seen, width)
+    if setter == "PyTorch":
+        return builtin.torch_histogram_range(values, width)
+    return observers.histogram(seen, width)
 
 def measured(setter, width):
-    q = ql.choose_qparams(*chosen_range(setter, width), width)
-    errors = [(ql.fake_quantize(x, q) - x).square().sum().item() for x in values]
-    return {"bits": width, "by": setter, "upper end": chosen_range(setter, width)[1], "mean squared error": sum(errors) / seen.count}
+    low, high = chosen_range(setter, width)
+    q = ql.choose_qparams(low, high, width)
+    mse = sum((ql.fake_quantize(x, q) - x).square().sum().item() for x in values) / seen.count
+    return {"bits": width, "by": setter, "upper end": high, "mean squared error": mse}
 
 setters = ("ours", "PyTorch") if eager.available else ("ours",)
 levels = pd.DataFrame(measured(s, b) for b in (8, 4, 3, 2) for s in setters).pivot(index="bits", columns="by")
@@ -217,15 +232,18 @@ def upper_ends(batches):
     for x in batches:
         together.update(x)
     theirs = {"PyTorch": builtin.torch_histogram_range(batches, 8)[1]} if eager.available else {}
-    return {"ours": observers.histogram(together, 8)[1], **theirs, "moving average": moving_average(batches)[1]}
+    own = {"ours": observers.histogram(together, 8)[1], "moving average": moving_average(batches)[1]}
+    return own | theirs
 
 
 # %%
 generator = torch.Generator().manual_seed(0)
-cases = {edge: values, "heavy tail": [torch.randn(2000, generator=generator) ** 3 * 2 ** (i / 4) for i in range(16)]}
-orders = {"as drawn": lambda b: b, "reversed": lambda b: b[::-1], "largest batch first": lambda b: sorted(b, key=lambda x: -x.max()),
+growing = [torch.randn(2000, generator=generator) ** 3 * 2 ** (i / 4) for i in range(16)]
+cases = {edge: values, "heavy tail": growing}
+orders = {"as drawn": lambda b: b, "reversed": lambda b: b[::-1],
+          "largest batch first": lambda b: sorted(b, key=lambda x: -x.max()),
           "largest batch last": lambda b: sorted(b, key=lambda x: x.max())}
-upper = {(case, name): upper_ends(order(batches)) for case, batches in cases.items() for name, order in orders.items()}
+upper = {(case, name): upper_ends(order(b)) for case, b in cases.items() for name, order in orders.items()}
 order_table = pd.DataFrame(upper).T.rename_axis(["upper end of the range at 8 bits", "order"])
 assert (order_table.ours.groupby(level=0).nunique() == 1).all(), "ours: the same range in every order"
 order_table.style.format("{:.4g}")
@@ -238,7 +256,8 @@ order_table.style.format("{:.4g}")
 # %%
 text = plots.row_caption(images, model, n_calibration, "calibration images")
 decided = observers.find_observer(observer)(chosen, bits)
-plots.save(panel.range_figure(chosen, edge, bits, observer, decided, clip_share, text), "04_panel", images, model)
+figure = panel.range_figure(chosen, edge, bits, observer, decided, clip_share, text)
+plots.save(figure, "04_panel", images, model)
 
 # %%
 panel.range_panel(stats.edges, text, edge=edge, bits=bits, observer=observer, share=clip_share)
@@ -250,11 +269,14 @@ panel.range_panel(stats.edges, text, edge=edge, bits=bits, observer=observer, sh
 lost = frame.groupby(["bits", "observer"])["drop"].mean()
 for b in (8, 4, 3):
     best, worst = lost[b].idxmin(), lost[b].idxmax()
-    print(f"- Activations at {b} bits, weights at 8: {lost[b].min():+.2f} points lost with {best}, {lost[b].max():+.2f} with {worst}.")
+    print(f"- Activations at {b} bits, weights at 8: {lost[b].min():+.2f} points lost with {best}, "
+          f"{lost[b].max():+.2f} with {worst}.")
 last = enough[enough.observer == "histogram"].groupby("n").top1.mean()
-print(f"- With histogram, {last.index[0]} images give {last.iloc[0]:.2f} % on held-out images, {last.index[-1]:,} give {last.iloc[-1]:.2f} %.")
+print(f"- With histogram, {last.index[0]} images give {last.iloc[0]:.2f} % on held-out images, "
+      f"{last.index[-1]:,} give {last.iloc[-1]:.2f} %.")
 low = report.loc[report.sqnr.idxmin()]
-print(f"- At W{bits}A{bits} the noisiest edge is {low.edge} ({low.role}, {low.bits} bits): {low.sqnr:.1f} dB, {low.own_sqnr:.1f} dB of its own.")
+print(f"- At W{bits}A{bits} the noisiest edge is {low.edge} ({low.role}, {low.bits} bits): {low.sqnr:.1f} dB, "
+      f"{low.own_sqnr:.1f} dB of its own.")
 if eager.available:
     ratio = levels["mean squared error"].PyTorch / levels["mean squared error"].ours
     print(f"- On {edge}, PyTorch's observer leaves {ratio[8]:.2f} times our squared error at 8 bits, "
@@ -263,7 +285,8 @@ apart = (order_table.groupby(level=0).max() / order_table.groupby(level=0).min()
 for case, row in apart.iterrows():
     by = ", ".join(f"{share:.1%} ({name})" for name, share in row.items())
     print(f"- {case}: the order of the batches moves the upper end by {by}; ours does not move.")
-print(f"- After {len(values)} batches the first one holds {0.99 ** (len(values) - 1):.0%} of a moving average with c = 0.01.")
+weight = 0.99 ** (len(values) - 1)
+print(f"- After {len(values)} batches the first one holds {weight:.0%} of a moving average with c = 0.01.")
 
 # %% [markdown]
 # Next: [05_activation_histograms](05_activation_histograms.ipynb), every layer's distribution and what its shape costs.

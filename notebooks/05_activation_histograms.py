@@ -61,8 +61,9 @@ edges, channels = distributions.observe_layers(network, images.calibration(n_cal
 relus = channels[channels.point == "after"].drop_duplicates("layer").set_index("layer").relu
 collected = ql.collect(network, images.calibration(n_calibration, seed)).edges
 shared = [layer for layer, relu in relus.items() if relu in collected]
-assert shared and all(edges[layer, "after"].bins.equal(collected[relus[layer]].bins) for layer in shared), "counts as in collect"
-print(f"{channels.layer.nunique()} layers, {len(relus)} of them with a ReLU; {len(shared)} histograms agree with collect's in every bin")
+assert shared and all(edges[layer, "after"].bins.equal(collected[relus[layer]].bins) for layer in shared)
+print(f"{channels.layer.nunique()} layers, {len(relus)} of them with a ReLU; "
+      f"{len(shared)} histograms agree with collect's in every bin")
 
 # %% [markdown]
 # ## 1. Every layer
@@ -72,8 +73,9 @@ print(f"{channels.layer.nunique()} layers, {len(relus)} of them with a ReLU; {le
 # %%
 density = distributions.densities(edges)
 stored = {layer: edges.get((layer, "after"), edges[layer, "before"]) for layer in channels.layer.unique()}
-ranges = pd.DataFrame([(n, *observers.histogram(e, bits)) for n, e in stored.items()], columns=["layer", "low", "high"])
-text = plots.row_caption(images, model, n_calibration, f"calibration images; clip ranges for {bits} bits, histogram; heights: square root")
+ranges = [(layer, *observers.histogram(e, bits)) for layer, e in stored.items()]
+ranges = pd.DataFrame(ranges, columns=["layer", "low", "high"])
+text = plots.row_caption(images, model, n_calibration, f"calibration images; {bits}-bit clip ranges; heights: square root")
 plots.save(plots.ridges(density, text, ranges), "05_ridges", images, model)
 
 # %% [markdown]
@@ -84,7 +86,7 @@ plots.save(plots.ridges(density, text, ranges), "05_ridges", images, model)
 # %%
 behind = ranges[ranges.layer.isin(relus.index)]
 every = max(1, -(-len(behind) // n_panels))
-text = plots.row_caption(images, model, n_calibration, f"calibration images; clip range for {bits} bits, histogram; non-zero values")
+text = plots.row_caption(images, model, n_calibration, f"calibration images; {bits}-bit clip ranges; non-zero values")
 plots.save(plots.layer_histograms(density, behind.iloc[::every], text), "05_before_after", images, model)
 
 # %% [markdown]
@@ -94,11 +96,12 @@ plots.save(plots.layer_histograms(density, behind.iloc[::every], text), "05_befo
 
 # %%
 sigmas = (3, 4, 6)
-before = pd.DataFrame({layer: distributions.outliers(e, sigmas) for (layer, point), e in edges.items() if point == "before"}).T
+before = pd.DataFrame({layer: distributions.outliers(edges[layer, "before"], sigmas) for layer in stored}).T
 after = pd.DataFrame({layer: distributions.outliers(e, sigmas) for layer, e in stored.items()}).T
-tail = before.assign(max_over_p=after.max_over_p).rename_axis("layer").reset_index().rename_axis("order").reset_index()
+tail = before.assign(max_over_p=after.max_over_p).rename_axis("layer").reset_index()
+tail = tail.assign(order=range(len(tail)))
 normal = {k: 2 * statistics.norm.sf(k) for k in sigmas}
-text = plots.row_caption(images, model, n_calibration, "calibration images; left: values before the ReLU, right: values as stored")
+text = plots.row_caption(images, model, n_calibration, "calibration images; left: before the ReLU, right: as stored")
 plots.save(plots.tails(tail, text, normal), "05_tails", images, model)
 
 # %% [markdown]
@@ -116,7 +119,8 @@ costs = distributions.range_costs(network, images.calibration(n_costs, seed), ch
 activations = costs[costs.point != "weight"]
 assert (costs.gain_db > -0.01).all(), "more ranges never cost"
 text = plots.row_caption(images, model, n_calibration, f"calibration images (costs: {n_costs:,}); values as stored")
-plots.save(plots.channel_spread(live.assign(share=share), activations, text, bits), "05_channels", images, model)
+figure = plots.channel_spread(live.assign(share=share), activations, text, bits)
+plots.save(figure, "05_channels", images, model)
 
 # %%
 dead = live[(size == 0) & (live.relu != "")].groupby("layer", sort=False).channel.agg(["count", list])
@@ -133,13 +137,13 @@ std = pd.Series({key: distributions.outliers(e)["std"] for key, e in edges.items
 coarse = distributions.densities(edges, bins=80)
 z = coarse.assign(z=coarse.x / std.loc[pd.MultiIndex.from_frame(coarse[["layer", "point"]])].to_numpy())
 both = z[z.layer.isin(channels[channels.point == "weight"].layer)]
-text = plots.row_caption(images, model, n_calibration, "calibration images; weights with BatchNorm folded; heights: square root")
+text = plots.row_caption(images, model, n_calibration, "calibration images; BatchNorm folded; heights: square root")
 plots.save(plots.weights_beside_activations(both, text), "05_weights_activations", images, model)
 
 # %%
 kinds = costs.assign(what=costs.point.map({"weight": "weights"}).fillna("activations"))
-table = kinds.groupby("what")[["tensor_db", "channel_db", "gain_db", "gain_bits"]].median().rename_axis(f"median over layers, {bits} bits")
-table.round(2)
+table = kinds.groupby("what")[["tensor_db", "channel_db", "gain_db", "gain_bits"]].median()
+table.rename_axis(f"median over layers, {bits} bits").round(2)
 
 # %% [markdown]
 # ## What we learned
@@ -148,11 +152,12 @@ table.round(2)
 heavy, spread = tail.loc[tail.max_over_p.idxmax()], activations.loc[activations.gain_db.idxmax()]
 zeros = pd.Series({layer: edges[layer, "after"].zeros / edges[layer, "after"].count for layer in relus.index})
 print(f"- A ReLU leaves {zeros.median():.0%} zeros in the median layer, {zeros.min():.0%} to {zeros.max():.0%}.")
-print(f"- Beyond 4 sigma lie up to {tail.beyond_4.max():.2%} of a layer's values; a normal distribution has {normal[4]:.4%}.")
+print(f"- Beyond 4 sigma lie up to {tail.beyond_4.max():.2%} of a layer's values; {normal[4]:.4%} of a normal distribution.")
 print(f"- {heavy.layer}'s largest value is {heavy.max_over_p:.1f} times its 99.99 % quantile, the most of all layers.")
-print(f"- {int(dead['count'].sum()) if len(dead) else 0} of {int(live.relu.ne('').sum()):,} channels behind a ReLU are dead.")
-print(f"- One range for all channels costs {table.gain_db['activations']:.1f} dB ({table.gain_bits['activations']:.2f} bits) in the median "
-      f"layer at {bits} bits, most in {spread.layer}: {spread.gain_db:.1f} dB. For weights: {table.gain_db['weights']:.1f} dB.")
+print(f"- {dead['count'].sum():.0f} of {live.relu.ne('').sum():,} channels behind a ReLU are dead.")
+print(f"- One range for all channels costs {table.gain_db['activations']:.1f} dB ({table.gain_bits['activations']:.2f} bits) "
+      f"in the median layer at {bits} bits, most in {spread.layer}: {spread.gain_db:.1f} dB. "
+      f"For weights: {table.gain_db['weights']:.1f} dB.")
 
 # %% [markdown]
 # Next: [11_report](11_report.ipynb), everything measured so far on one page.

@@ -73,7 +73,8 @@ def _see_layers(model, batches, see, verbose):
     """Call see((layer, point), x [C, values]) for every weight once and for every value of every batch; return the Layers."""
     graph = prepare(model)[0]
     layers, nodes = find_layers(graph), {node.name: node for node in graph.graph.nodes}
-    points = {layer.name: (layer.name, "before") for layer in layers} | {layer.relu: (layer.name, "after") for layer in layers if layer.relu}
+    points = {layer.name: (layer.name, "before") for layer in layers}
+    points |= {layer.relu: (layer.name, "after") for layer in layers if layer.relu}
     for layer in layers:
         if layer.kind == "compute":
             see((layer.name, "weight"), graph.get_submodule(nodes[layer.name].target).weight.detach().flatten(1))
@@ -131,7 +132,8 @@ def range_costs(model, batches, channels, bits, verbose=False):
 
     Both sides follow one rule: of SHARES of the extremes (of the tensor, or of the channel; `channels` of observe_layers), the one with
     the least squared error. So the difference, gain_db, comes from the channels' different ranges alone. gain_bits = gain_db / 6.02: a bit
-    halves the step. Weights are compared the same way; a value that a ReLU reads is never stored and left out. columns: order, layer, point, tensor_db, channel_db, gain_db, gain_bits.
+    halves the step. Weights are compared the same way; a value that a ReLU reads is never stored and left out.
+    columns: order, layer, point, tensor_db, channel_db, gain_db, gain_bits.
     """
     check_bits(bits)
     extremes = {key: (torch.tensor(f.minimum.values), torch.tensor(f.maximum.values)) for key, f in channels.groupby(["layer", "point"])}
@@ -149,10 +151,11 @@ def range_costs(model, batches, channels, bits, verbose=False):
     rows = []
     for (layer, point), total in sums.items():
         signal, tensors, each = total[-1].sum(), total[: len(SHARES)].sum(1), total[len(SHARES) : -1]
-        tensor_db, channel_db = _db(signal, tensors.min()), _db(signal, each.amin(0).sum())
-        rows.append((order[layer], layer, point, tensor_db, channel_db, channel_db - tensor_db, (channel_db - tensor_db) / (20 * math.log10(2))))
-    columns = ["order", "layer", "point", "tensor_db", "channel_db", "gain_db", "gain_bits"]
-    return pd.DataFrame(rows, columns=columns).sort_values("order", kind="stable", ignore_index=True)
+        rows.append((order[layer], layer, point, _db(signal, tensors.min()), _db(signal, each.amin(0).sum())))
+    frame = pd.DataFrame(rows, columns=["order", "layer", "point", "tensor_db", "channel_db"])
+    frame = frame.sort_values("order", kind="stable", ignore_index=True)
+    gain = frame.channel_db - frame.tensor_db
+    return frame.assign(gain_db=gain, gain_bits=gain / (20 * math.log10(2)))
 
 
 def _errors(x, low, high, bits, axis):
@@ -200,7 +203,7 @@ def outliers(stats, sigmas=(4, 6, 8)):
 
 
 def densities(edges, bins=160):
-    """A tidy frame for figures: order, layer, point, x (real units, middle of a bin), density (of the non-zero values, by unit), share of zeros.
+    """A tidy frame for figures: order, layer, point, x (middle of a bin), density (share of all values by unit of x), zeros (their share).
 
     Neighbouring bins of the exact histograms are added until about `bins` remain.
     """
@@ -216,5 +219,6 @@ def densities(edges, bins=160):
         total = torch.zeros(int(group[-1] - group[0]) + 1, dtype=torch.float64).index_add_(0, group - group[0], counts.double())
         x = (group[0] + torch.arange(len(total)) + 0.5) * size * stats.width
         density = total / (size * stats.width * stats.count)
-        frames.append(pd.DataFrame({"order": order[layer], "layer": layer, "point": point, "x": x, "density": density, "zeros": stats.zeros / stats.count}))
+        zeros = stats.zeros / stats.count
+        frames.append(pd.DataFrame({"order": order[layer], "layer": layer, "point": point, "x": x, "density": density, "zeros": zeros}))
     return pd.concat(frames, ignore_index=True)

@@ -50,7 +50,9 @@ def values_of(model, batches):
 @pytest.mark.parametrize("which", ["resnet20", "odd"])
 def test_every_channel_against_numpy(which, resnet20, digits):
     torch.manual_seed(0)
-    model, batches = (resnet20, list(digits.calibration(24, batch_size=9))) if which == "resnet20" else (Odd(), [torch.randn(n, 3, 12, 12) for n in (4, 3)])
+    model, batches = Odd(), [torch.randn(n, 3, 12, 12) for n in (4, 3)]
+    if which == "resnet20":
+        model, batches = resnet20, list(digits.calibration(24, batch_size=9))
     edges, channels = observe_layers(model, batches)
     graph, values = values_of(model, batches)
     layers = find_layers(graph)
@@ -75,7 +77,10 @@ def test_layers_are_found_from_the_graph(resnet20):
     kinds = pd.Series([layer.kind for layer in layers.values()]).value_counts()
     assert kinds.to_dict() == {"compute": 22, "add": 9} and sum(layer.relu is not None for layer in layers.values()) == 19
     odd = {layer.name: (layer.kind, layer.relu) for layer in find_layers(prepare(Odd())[0])}
-    assert odd == {"bn": ("batchnorm", "relu"), "conv": ("compute", "relu_1"), "depthwise": ("compute", "relu6"), "dead": ("compute", "relu_2"), "fc": ("compute", None)}
+    assert odd == {
+        "bn": ("batchnorm", "relu"), "conv": ("compute", "relu_1"), "depthwise": ("compute", "relu6"), "dead": ("compute", "relu_2"),
+        "fc": ("compute", None),
+    }  # fmt: skip
 
 
 def test_the_folded_first_layer_is_what_the_network_computes(resnet20, digits):

@@ -30,7 +30,8 @@ def ridges(density, text, ranges=None, title="Every layer before and after its R
         _ridge(panel, density[density.layer == layer], base, colours[i], limits)
         if ranges is not None:
             row = ranges[ranges.layer == layer].iloc[0]
-            panel.plot(np.clip([row.low, row.high], *limits), [base, base], color=ERROR_COLOUR, linewidth=2, solid_capstyle="butt", zorder=1000)
+            ends = np.clip([row.low, row.high], *limits)
+            panel.plot(ends, [base, base], color=ERROR_COLOUR, linewidth=2, solid_capstyle="butt", zorder=1000)
     for column, panel in enumerate(axes[0]):
         named = layers[column * rows : (column + 1) * rows]
         panel.set_yticks([-i for i in range(len(named))], named, fontsize=7.5)
@@ -55,11 +56,12 @@ def _ridge(panel, part, base, colour, limits):
         panel.plot(points.x, (base + height).where(height > OUTLINED), color="white", linewidth=0.8, zorder=10 - base)
     zeros, top = (after if len(after) else before).zeros.iloc[0], before.x.max()
     note = f"{zeros:.0%} zeros, max {top:.1f}" if len(after) else f"max {top:.1f}, no ReLU"
-    panel.annotate(note, (limits[1], base), xytext=(4, 1), textcoords="offset points", fontsize=6.5, color="#666666", annotation_clip=False)
+    place = dict(xytext=(4, 1), textcoords="offset points", annotation_clip=False)
+    panel.annotate(note, (limits[1], base), fontsize=6.5, color="#666666", **place)
 
 
 def layer_histograms(density, ranges, text, columns=5, unit="value"):
-    """Small multiples: the logarithmic density of every layer that has a ReLU, before (pale) and after (filled), with the clip range dashed.
+    """Small multiples: the logarithmic density of every layer with a ReLU, before (pale) and after (filled), the clip range dashed.
 
     density as for ridges; ranges: frame with layer, low, high of the value behind the ReLU.
     """
@@ -67,14 +69,16 @@ def layer_histograms(density, ranges, text, columns=5, unit="value"):
     rows = -(-len(layers) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 1.55 * rows + 0.6), squeeze=False)
     for panel, row in zip(axes.flat, ranges.itertuples()):
-        part = density[(density.layer == row.layer) & (density.density > 0) & (density.point != "weight")]
-        panel.set_title(row.layer if len(part) else f"{row.layer}: only zeros", fontsize=8)
-        if not len(part):
+        part = density[(density.layer == row.layer) & (density.point != "weight")]
+        seen = part.density[part.density > 0]
+        panel.set_title(row.layer if len(seen) else f"{row.layer}: only zeros", fontsize=8)
+        if not len(seen):
             continue
-        floor = part.density.min() / 2
+        floor = seen.min() / 2
         for point in ("before", "after"):
             points = part[part.point == point]
-            panel.fill_between(points.x, floor, points.density, step="mid", color=POINT_COLOURS[point], alpha=0.9, linewidth=0, label=point)
+            height, colour = points.density.clip(lower=floor), POINT_COLOURS[point]
+            panel.fill_between(points.x, floor, height, step="mid", color=colour, alpha=0.9, linewidth=0, label=point)
         for end in {row.low, row.high}:
             panel.axvline(end, color=ERROR_COLOUR, linestyle="--", linewidth=1.1, label="clip range" if end == row.high else None)
         panel.set(yscale="log", ylim=(floor, part.density.max() * 2))
@@ -89,9 +93,10 @@ def layer_histograms(density, ranges, text, columns=5, unit="value"):
 
 
 def tails(table, text, expected):
-    """table: order, layer, max_over_p and beyond_K, one row a layer: how far the largest value is from nearly all others, and how many are far.
+    """How many values lie far from the mean, and how far the largest is from nearly all others.
 
-    expected: {K: share of a normal distribution beyond K sigma}, dashed for comparison.
+    table: order, layer, max_over_p and beyond_K (distributions.outliers), one row a layer. expected: {K: share of a normal distribution
+    beyond K sigma}, dashed for comparison.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     markers = dict(zip(expected, "osD^"))
@@ -101,12 +106,15 @@ def tails(table, text, expected):
         left.plot(table.order, share, marker=markers[k], color=colours[k], linewidth=1, markersize=4, label=f"beyond {k} σ")
         if normal > 1e-7:
             left.axhline(normal, color=colours[k], linestyle="--", linewidth=1, label=f"normal distribution, {k} σ")
-    left.set(yscale="log", xlabel="layer, in order of execution", ylabel="share of all values (log scale)", title="Before the ReLU: far from the mean")
+    left.set(yscale="log", ylabel="share of all values (log scale)", title="Before the ReLU: far from the mean")
     left.legend(fontsize=7.5)
     right.bar(table.order, table.max_over_p - 1, bottom=1, color=DATA_COLOUR, width=0.8)
     row = table.loc[table.max_over_p.idxmax()]
-    right.annotate(row.layer, (row.order, row.max_over_p), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8, color=ERROR_COLOUR)
-    right.set(xlabel="layer, in order of execution", ylabel="largest / 99.99 % quantile", title="As stored: the largest value against nearly all")
+    place = dict(xytext=(0, 3), textcoords="offset points", ha="center")
+    right.annotate(row.layer, (row.order, row.max_over_p), fontsize=8, color=ERROR_COLOUR, **place)
+    right.set(ylabel="largest / 99.99 % quantile", title="As stored: the largest value against nearly all")
+    for panel in (left, right):
+        panel.set_xlabel("layer, in order of execution")
     right.set_ylim(1, 1 + (table.max_over_p.max() - 1) * 1.3)
     return caption(figure, text)
 
@@ -123,7 +131,8 @@ def channel_spread(channels, costs, text, bits):
                 boxprops={"facecolor": DATA_COLOUR, "alpha": 0.5, "linewidth": 0.8}, medianprops={"color": COLOURS["float"]})  # fmt: skip
     jitter = np.random.default_rng(0)
     for i, group in enumerate(groups):
-        top.scatter(i + jitter.uniform(-0.22, 0.22, len(group)), group, s=4, color=COLOURS["float"], alpha=0.35, linewidths=0, zorder=3, rasterized=True)
+        x = i + jitter.uniform(-0.22, 0.22, len(group))
+        top.scatter(x, group, s=4, color=COLOURS["float"], alpha=0.35, linewidths=0, zorder=3, rasterized=True)
         if dead := int((group <= 0).sum()):
             top.text(i, -0.03, f"{dead} dead", ha="center", va="top", fontsize=7, color=ERROR_COLOUR)
     top.set(ylim=(-0.12, 1.05), ylabel="channel's largest / layer's largest", title="How much of the layer's range does a channel use?")
@@ -149,12 +158,15 @@ def weights_beside_activations(density, text, sigmas=8):
         for i, layer in enumerate(layers):
             part = density[(density.layer == layer) & (density.point == point)]
             height = 1.7 * np.sqrt(part.density / max(part.density.max(), 1e-300))
-            panel.fill_between(part.z, -i, height - i, color=POINT_COLOURS["weight" if point == "weight" else "after"], linewidth=0, zorder=10 + i)
+            colour = POINT_COLOURS["weight" if point == "weight" else "after"]
+            panel.fill_between(part.z, -i, height - i, color=colour, linewidth=0, zorder=10 + i)
             panel.plot(part.z, (height - i).where(height > OUTLINED), color="white", linewidth=0.8, zorder=10 + i)
             ends = np.clip([part.z.min(), part.z.max()], -sigmas, sigmas)
             panel.plot(ends, [-i, -i], "|", color=ERROR_COLOUR, markersize=6, zorder=1000)
-            if part.z.abs().max() > sigmas:
-                panel.text(sigmas, 0.1 - i, f"to {part.z.abs().max():.0f} σ", ha="right", fontsize=6.5, color=ERROR_COLOUR, zorder=2000)
+            for end, side in ((-part.z.min(), "left"), (part.z.max(), "right")):
+                if end > sigmas:
+                    x = sigmas if side == "right" else -sigmas
+                    panel.text(x, 0.1 - i, f"to {end:.0f} σ", ha=side, fontsize=6.5, color=ERROR_COLOUR, zorder=2000)
         panel.set(xlim=(-sigmas, sigmas), xlabel="standard deviations", title=title)
         panel.grid(axis="y", visible=False)
         panel.spines["left"].set_visible(False)

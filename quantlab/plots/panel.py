@@ -17,7 +17,7 @@ SHARES = torch.linspace(0.1, 1.5, 71, dtype=torch.float64)  # of the observer's 
 
 
 def range_figure(stats, name, bits, observer, chosen, share, text):
-    """An edge (EdgeStats) under `share` of the range (low, high) that an observer chose at `bits`: its codes on the histogram, and the error.
+    """An edge (EdgeStats) under `share` of the range (low, high) that an observer chose at `bits`: codes on the histogram, and the error.
 
     Left: the values by which codes are represented (grey), the clip range (dashed) and what lies beyond it (red). Right: clipping, rounding
     and their sum as the range is scaled from 0.1 to 1.5; the ring is `share`, the observer's own mark stands at 1.
@@ -44,7 +44,8 @@ def _histogram(axes, stats, levels):
     floor, top = density[density > 0].min() / 2, density.max() * 3
     inside = (x >= levels[0]) & (x <= levels[-1])
     for part, colour, label in ((inside, DATA_COLOUR, "values with a code near them"), (~inside, ERROR_COLOUR, "clipped")):
-        axes.fill_between(x, floor, np.where(part, density, floor).clip(floor), step="mid", color=colour, alpha=0.65, linewidth=0, label=label)
+        height = np.where(part, density, floor).clip(floor)
+        axes.fill_between(x, floor, height, step="mid", color=colour, alpha=0.65, linewidth=0, label=label)
     axes.vlines(levels, floor, top if len(levels) <= 32 else floor * 4, color=COLOURS["float"], linewidth=0.6, alpha=0.6, label="codes")
     axes.vlines(levels[[0, -1]], floor, top, color=COLOURS["float"], linestyle="--", linewidth=1.4, label="clip range")
     axes.set(yscale="log", ylim=(floor, top), xlabel="value", ylabel="density (log scale)")
@@ -80,9 +81,9 @@ def range_panel(edges, text, *, edge=None, bits=4, observer="histogram", share=1
     choose = functools.cache(lambda name, width, how: observers.OBSERVERS[how](edges[name], width))  # entropy takes a moment
     controls = {
         "edge": widgets.Dropdown(options=list(edges), value=edge or next(iter(edges)), description="edge"),
-        "bits": widgets.IntSlider(value=bits, min=2, max=8, description="bits", continuous_update=False),
+        "bits": widgets.IntSlider(bits, 2, 8, description="bits", continuous_update=False),
         "observer": widgets.Dropdown(options=list(observers.OBSERVERS), value=observer, description="observer"),
-        "share": widgets.FloatSlider(value=share, min=0.1, max=1.5, step=0.01, description="clip range", readout_format=".2f", continuous_update=False),
+        "share": widgets.FloatSlider(share, min=0.1, max=1.5, step=0.01, description="clip range", continuous_update=False),
     }
     picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
 
