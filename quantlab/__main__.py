@@ -1,4 +1,4 @@
-"""The command line: python -m quantlab run | list | report | publish | train | data | import-checkpoint | sync."""
+"""The command line: python -m quantlab run | list | report | publish | train | data | import-checkpoint | bench | inspect | sync."""
 
 import argparse
 import dataclasses
@@ -58,6 +58,23 @@ def parser():
     imported.add_argument("--model", default="resnet50", help="architecture (default: %(default)s)")
     imported.add_argument("--data", default="auto", help="data set it was trained on")
     imported.add_argument("--out", help="checkpoint to write (default: checkpoint/MODEL-DATA-imported.safetensors)")
+    bench = add("bench", _bench, "measure speed: ratios, side by side, in one run")
+    bench.add_argument("sections", nargs="*", metavar="SECTION", help="what to measure (none: everything)")
+    bench.add_argument("--model", default="resnet50", help="resnet20 or resnet50 (default: %(default)s)")
+    bench.add_argument("--batch", type=int, default=64, help="images at once (default: %(default)s)")
+    bench.add_argument("--rounds", type=int, default=5, help="rounds of which the median counts (default: %(default)s)")
+    bench.add_argument("--compiled", action=argparse.BooleanOptionalAction, help="also with torch.compile (default: where a C++ compiler is)")
+    inspected = add("inspect", _inspect, "analyse a network of your own: one HTML file")
+    inspected.add_argument("target", metavar="MODULE:FUNCTION", help="what builds the network, importable from here")
+    inspected.add_argument("--data", required=True, help="folder of images: train/CLASS + test/CLASS, CLASS, or no classes at all")
+    inspected.add_argument("--weights", help="a .safetensors file or a state dict (.pt); nothing in it is executed")
+    inspected.add_argument("--size", type=int, default=224, help="side in pixels (default: %(default)s)")
+    inspected.add_argument("--mean", type=float, nargs=3, default=(0.485, 0.456, 0.406), help="of the three channels, in 0..1 (default: ImageNet's)")
+    inspected.add_argument("--std", type=float, nargs=3, default=(0.229, 0.224, 0.225), help="of the three channels (default: ImageNet's)")
+    inspected.add_argument("--bits", type=int, default=4, help="of weights and activations (default: %(default)s)")
+    inspected.add_argument("-n", type=int, default=256, help="calibration images, and as many test images (default: %(default)s)")
+    inspected.add_argument("--unlabelled", action="store_true", help="folders are no classes: leave accuracy out")
+    inspected.add_argument("--out", help="HTML file to write (default: results/inspect-FUNCTION.html)")
     add("sync", _sync, "bring .ipynb, .py, README and badges into step, without outputs")
     return top
 
@@ -107,7 +124,7 @@ def _train(options):
 
 
 def _data(options):
-    from quantlab.data import make_jpeg_copy
+    from quantlab.cifar10 import make_jpeg_copy
 
     print(make_jpeg_copy(options.out)) if options.source == "jpeg" else ql.load_data(options.source, size=options.size)
 
@@ -119,6 +136,20 @@ def _import(options):
     out = options.out or root() / "checkpoint" / f"{options.model}-{data.name}-imported.safetensors"
     _, card = import_checkpoint(options.file, options.model, out, data)
     print(f"{out}: {card.num_outputs} ways, {card.test_top1:.2f} % top-1 on {card.n_test:,} test images of {data.name}")
+
+
+def _bench(options):
+    from quantlab.bench import bench
+
+    bench(options.sections, options.model, options.batch, options.rounds, options.compiled)
+
+
+def _inspect(options):
+    from quantlab.inspection import inspect
+
+    out = options.out or root() / "results" / f"inspect-{options.target.split(':')[-1]}.html"
+    given = {name: getattr(options, name) for name in ("size", "mean", "std", "bits", "n", "weights", "unlabelled")}
+    print(inspect(options.target, options.data, out, **given))
 
 
 def _sync(options):

@@ -79,6 +79,18 @@ def eager_act_bits():
         return 7 if getattr(get_default_qconfig(choose_engine()).activation(), "reduce_range", False) else 8
 
 
+def torch_histogram_range(batches, bits):
+    """(low, high) that torch.ao's HistogramObserver chooses for codes 0..2^bits-1 after these batches (float tensors, in this order)."""
+    from torch.ao.quantization import HistogramObserver
+
+    with _quiet():
+        observer = HistogramObserver(dtype=torch.quint8, quant_min=0, quant_max=2**bits - 1)
+        for batch in batches:
+            observer(batch)
+        scale, zero_point = observer.calculate_qparams()
+    return -scale.item() * zero_point.item(), scale.item() * (2**bits - 1 - zero_point.item())
+
+
 # ---- Eager static -----------------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +148,30 @@ def eager_int8(model, batches, engine=None):
         for batch in batches:
             wrapped(batch)
         return convert(wrapped)
+
+
+# ---- For comparison of speed --------------------------------------------------------------------------------------------------
+
+
+def observed(model, example):
+    """The network with torch.ao's HistogramObserver on every edge, ready for a calibration pass."""
+    from torch.ao.quantization import QConfigMapping, get_default_qconfig
+    from torch.ao.quantization.quantize_fx import prepare_fx
+
+    with _quiet():
+        return prepare_fx(copy.deepcopy(model).cpu().eval(), QConfigMapping().set_global(get_default_qconfig(choose_engine())), (example,))
+
+
+@torch.no_grad()
+def fake_quantized(model, batch):
+    """The network with torch.ao's fake-quantize modules, calibrated on one batch, observers off: as its FX path evaluates it."""
+    from torch.ao.quantization import QConfigMapping, disable_observer, enable_fake_quant, get_default_qat_qconfig
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    with _quiet():
+        graph = prepare_qat_fx(copy.deepcopy(model).cpu().train(), QConfigMapping().set_global(get_default_qat_qconfig(choose_engine())), (batch[:1],)).eval()
+        graph(batch)
+        return graph.apply(disable_observer).apply(enable_fake_quant)
 
 
 # ---- PT2E -------------------------------------------------------------------------------------------------------------------

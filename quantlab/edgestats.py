@@ -1,13 +1,17 @@
 """Observe once, decide later: one exact, mergeable histogram per edge, from which every range setter decides at every width."""
 
+import concurrent.futures
 import dataclasses
+import functools
 import math
+import threading
 
 import torch
 
 from quantlab.runtime import UserError
 
 MIN_BINS = 2048  # at least this many bins between the smallest and the largest value (zero included)
+PIECE = 1 << 17  # values counted at once
 MIN_LEVEL = -100  # finest bin width 2^-100, so that x / width is a float32
 
 
@@ -15,7 +19,7 @@ MIN_LEVEL = -100  # finest bin width 2^-100, so that x / width is a float32
 class EdgeStats:
     """Statistics of every value that passed one edge, in constant memory.
 
-    Bin i counts the values in [i*w, (i+1)*w) with w = 2^level; exact zeros are counted apart. When the range grows, neighbouring bins are
+    Bin i counts the values in (i*w, (i+1)*w] with w = 2^level; exact zeros are counted apart. When the range grows, neighbouring bins are
     added, which is exact because an edge of a coarse bin is always an edge of a finer one. So the counts do not depend on the order or the
     batching of the data, and two statistics merge by addition. level is the largest that leaves MIN_BINS bins over the range.
     """
@@ -37,13 +41,12 @@ class EdgeStats:
         if not (math.isfinite(low) and math.isfinite(high)):
             raise UserError(f"{int((~torch.isfinite(x)).sum())} of {len(x)} values are NaN or infinite; find the layer and the input that make them")
         self._grow(min(self.minimum, low), max(self.maximum, high))
-        zeros = len(x) - int(torch.count_nonzero(x))
-        if zeros < len(x):
-            index = torch.floor(x * 2.0**-self.level).long() - self.first
-            counts = torch.bincount(index, minlength=len(self.bins)).cpu()
-            counts[-self.first] -= zeros
+        if self.bins is None:
+            self.zeros += len(x)
+        else:
+            counts, zeros = _count(x, self.level, self.first, len(self.bins))
             self.bins += counts
-        self.zeros += zeros
+            self.zeros += zeros
         self.count += len(x)
         return self
 
@@ -63,7 +66,7 @@ class EdgeStats:
         if low == high:
             return
         level = _level(low, high)
-        first, last = math.floor(low * 2.0**-level), math.floor(high * 2.0**-level)
+        first, last = _bins(low, high, level)
         if self.bins is None:
             self.bins = torch.zeros(last - first + 1, dtype=torch.int64)
         elif (level, first, last - first + 1) != (self.level, self.first, len(self.bins)):
@@ -82,12 +85,67 @@ class EdgeStats:
         return (self.first + torch.arange(len(self.bins), dtype=torch.float64) + 0.5) * self.width, self.bins
 
 
+def _bins(low, high, level):
+    """(first, last) bin for values from low to high, low <= 0 <= high; bin 0 always exists."""
+    return min(math.ceil(low * 2.0**-level) - 1, 0) if low < 0 else 0, max(math.ceil(high * 2.0**-level) - 1, 0)
+
+
 def _level(low, high):
     """The largest level at which the bins from low to high (low <= 0 <= high, not both 0) number at least MIN_BINS."""
     level = math.frexp((high - low) / MIN_BINS)[1] + 1
-    while level > MIN_LEVEL and math.floor(high * 2.0**-level) - math.floor(low * 2.0**-level) + 1 < MIN_BINS:
+    while level > MIN_LEVEL:
+        first, last = _bins(low, high, level)
+        if last - first + 1 >= MIN_BINS:
+            break
         level -= 1
     return max(level, MIN_LEVEL)
+
+
+def _count(x, level, first, size):
+    """(counts int64 [size] of the bins from `first` on, number of exact zeros) of a float32 [N] that lies within them."""
+    if x.is_cuda or len(x) <= PIECE:
+        counts, zeros = _count_share(x, level, first, size)
+    else:
+        threads = torch.get_num_threads()
+        counts, zeros = map(sum, zip(*_pool(threads).map(lambda share: _count_share(share, level, first, size), x.chunk(threads))))
+    if first == 0:  # nothing negative: only a zero rounds up to 0
+        return counts[1:].cpu(), int(counts[0])
+    counts[-first] -= int(zeros)  # they were counted in bin -1, which ends at 0
+    return counts[1:].cpu(), int(zeros)
+
+
+def _count_share(x, level, first, size):
+    """Counts int64 [size + 1] of ceil(x / w) - first, which is exact: the division only changes the exponent. A piece stays in a core's cache."""
+    piece = min(len(x), len(x) if x.is_cuda else PIECE)
+    buffer = x.new_empty(piece)
+    codes = buffer.view(torch.int32)  # the same memory: each value is read before it is overwritten
+    counts, zeros = torch.zeros(size + 1, dtype=torch.int64, device=x.device), 0.0
+    for part in x.split(piece):
+        b, c = (buffer, codes) if len(part) == piece else (buffer[: len(part)], codes[: len(part)])
+        if first:
+            zeros += torch.eq(part, 0, out=b).sum(dtype=torch.float64)
+        torch.mul(part, 2.0**-level, out=b).ceil_()
+        if first:
+            b.sub_(first)
+        counts += torch.bincount(c.copy_(b), minlength=size + 1)
+    return counts, zeros
+
+
+@functools.cache
+def _pool(threads):
+    """Threads that each run torch's operations on one core: bincount, the slowest of them, is serial anyway."""
+    started = threading.Barrier(threads + 1)
+
+    def start():
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    for _ in range(threads):
+        pool.submit(start)
+    started.wait()
+    torch.set_num_threads(threads)  # what threads to come begin with
+    return pool
 
 
 def _rebin(stats, level, first, size):

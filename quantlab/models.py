@@ -195,6 +195,9 @@ def load_trained(name, data, checkpoint="auto"):
     ways, classes = card.num_outputs, len(data.classes)
     if ways < classes:
         raise UserError(f"{path.name} has {ways} ways but {data.name} has {classes} classes; train one with: python -m quantlab train --model {name} --data PATH")
+    if tuple(card.classes) != tuple(data.classes):
+        ours, theirs = (", ".join(names[:3]) + (", …" if len(names) > 3 else "") for names in (card.classes, data.classes))
+        raise UserError(f"{path.name} tells apart the classes {ours}; {data.name} has {theirs}: name its folders alike, or train a network on it")
     if path.stem == f"{name}-{data.name}" and card.data_fingerprint != data.fingerprint:
         print(f"note: {path.name} was trained on other files than these under the name {data.name} (fingerprints differ)")
     print(f"checkpoint: {path.name}, {card.test_top1:.2f} % on {card.n_test:,} test images of {card.trained_on}, sha256 {card.sha256[:10]}")

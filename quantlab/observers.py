@@ -137,7 +137,7 @@ def entropy(stats, bits, symmetric=False, bins=2048):
         if divergence < best:
             best, threshold = divergence, i
     t = top * threshold / bins
-    return max(-t, stats.minimum), min(t, stats.maximum)
+    return max(-t, min(stats.minimum, 0.0)), min(t, max(stats.maximum, 0.0))
 
 
 def aciq_laplace(stats, bits, symmetric=False):
@@ -169,6 +169,7 @@ def _model_range(stats, bits, factor, absolute):
         mean, total, bits = 0.0, float(counts.sum()), bits + 1  # the other half, mirrored, has the same moments
     else:
         mean, total = float(centers @ counts.double()) / stats.count, stats.count
+        mean = min(max(mean, stats.minimum), stats.maximum)  # the middle of the last bin may lie beyond
     deviation = (centers - mean).abs() if absolute else (centers - mean).square()
     moment = float(deviation @ counts.double()) + (0.0 if stats.minimum >= 0 else stats.zeros * (abs(mean) if absolute else mean**2))
     half = factor(bits) * (moment / total if absolute else math.sqrt(moment / total))

@@ -61,6 +61,12 @@ def root():
     return PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else pathlib.Path.cwd()
 
 
+def data_folder():
+    """Where downloads and caches go: data/ of the workbook, or $QUANTLAB_DATA where that is a folder."""
+    named = os.environ.get("QUANTLAB_DATA")
+    return pathlib.Path(named) if named and pathlib.Path(named).is_dir() else root() / "data"
+
+
 def repository_url():
     """Address for clone commands and badges, kept in pyproject.toml and nowhere else."""
     with open(root() / "pyproject.toml", "rb") as file:

@@ -16,6 +16,7 @@ from conftest import make_tar
 from PIL import Image
 
 import quantlab as ql
+from quantlab import cifar10 as files_of_cifar10
 from quantlab import data as qdata
 from quantlab import imageset
 
@@ -227,7 +228,7 @@ def cifar10_archive(tmp_path, monkeypatch):
     cifar10 = torchvision.datasets.CIFAR10
     monkeypatch.setattr(cifar10, "train_list", [write(f"data_batch_{i}", batch(40)) for i in range(1, 6)])
     monkeypatch.setattr(cifar10, "test_list", [write("test_batch", batch(20))])
-    meta = write("batches.meta", {"label_names": list(qdata.CIFAR10_CLASSES)})
+    meta = write("batches.meta", {"label_names": list(files_of_cifar10.CIFAR10_CLASSES)})
     monkeypatch.setattr(cifar10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
     archive = tmp_path / "made" / "cifar-10-python.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
@@ -245,7 +246,7 @@ def mirror(cifar10_archive, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(qdata, "CIFAR10_MIRRORS", ())
+    monkeypatch.setattr(files_of_cifar10, "CIFAR10_MIRRORS", ())
     monkeypatch.setenv("QUANTLAB_CIFAR10_URL", f"{address}/missing.tar.gz {address}/{cifar10_archive.name}")
     yield server
     server.shutdown()
@@ -253,7 +254,7 @@ def mirror(cifar10_archive, monkeypatch):
 
 def test_cifar10_is_downloaded_from_a_mirror_verified_and_found_again(workbook, mirror):
     data = load("cifar10")
-    assert data.name == "cifar10" and data.classes == qdata.CIFAR10_CLASSES and not data.smoke
+    assert data.name == "cifar10" and data.classes == files_of_cifar10.CIFAR10_CLASSES and not data.smoke
     assert (len(data.train) + len(data.heldout), len(data.test)) == (200, 20)
     mirror.shutdown()
     assert load("auto").fingerprint == data.fingerprint, "auto takes CIFAR-10 where it already is"
@@ -265,7 +266,7 @@ def test_cifar10_archive_anywhere_is_accepted(workbook, cifar10_archive):
 
 
 def test_no_network_says_what_to_do(workbook, monkeypatch):
-    monkeypatch.setattr(qdata, "CIFAR10_MIRRORS", ("http://127.0.0.1:9/cifar-10-python.tar.gz",))
+    monkeypatch.setattr(files_of_cifar10, "CIFAR10_MIRRORS", ("http://127.0.0.1:9/cifar-10-python.tar.gz",))
     with pytest.raises(ql.UserError, match="could not be downloaded.*put cifar-10-python.tar.gz into .* or name a mirror in QUANTLAB_CIFAR10_URL"):
         load("cifar10")
     assert not list((workbook / "data").rglob("*.gz"))
@@ -286,19 +287,19 @@ def test_damaged_cifar10_is_refused(workbook, cifar10_archive):
 def test_jpeg_copy_of_the_official_files(workbook, cifar10_archive, monkeypatch):
     monkeypatch.setenv("QUANTLAB_DATA", str(cifar10_archive.parent))
     official = load("cifar10")
-    out = qdata.make_jpeg_copy(workbook / "copy")
+    out = files_of_cifar10.make_jpeg_copy(workbook / "copy")
     copy = load(out)
     assert copy.name == "copy" and copy.classes == official.classes and len(copy.test) == 20
     with Image.open(next((out / "test" / "cat").iterdir())) as image:
         assert image.format == "JPEG" and image.layer[0][1:3] == (2, 2), "chroma at half resolution"
     with pytest.raises(ql.UserError, match="already exists"):
-        qdata.make_jpeg_copy(workbook / "copy")
+        files_of_cifar10.make_jpeg_copy(workbook / "copy")
 
 
 # ---- The real JPEG images -----------------------------------------------------------------------------------------------------
 
 
 def test_the_jpeg_images_are_recognised(jpeg):
-    assert jpeg.name == "cifar10-jpeg" and jpeg.classes == qdata.CIFAR10_CLASSES
+    assert jpeg.name == "cifar10-jpeg" and jpeg.classes == files_of_cifar10.CIFAR10_CLASSES
     assert (len(jpeg.train), len(jpeg.heldout), len(jpeg.test)) == (45_000, 5_000, 10_000)
     assert torch.bincount(jpeg.heldout.labels).tolist() == [500] * 10

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 import quantlab as ql
 from quantlab import observers
-from quantlab.edgestats import MIN_BINS, EdgeStats
+from quantlab.edgestats import MIN_BINS, PIECE, EdgeStats
 from quantlab.observers import OBSERVERS, aciq_gauss, aciq_laplace, entropy, histogram, minmax, mse, percentile, quantization_error, weight_range
 
 
@@ -51,9 +52,21 @@ def test_counts_agree_with_a_two_pass_reference(exponents):
     stats = observe(*values.split(100))
     assert stats.zeros == 20 and stats.count == len(values) == int(stats.bins.sum()) + stats.zeros
     assert (stats.minimum, stats.maximum) == (values.min().item(), values.max().item())
-    index = [math.floor(v / stats.width) - stats.first for v in values.tolist() if v != 0]  # Python floats: division by a power of two is exact
+    index = [math.ceil(v / stats.width) - 1 - stats.first for v in values.tolist() if v != 0]  # Python floats: division by a power of two is exact
     expected = torch.bincount(torch.tensor(index), minlength=len(stats.bins))
     assert torch.equal(stats.bins, expected)
+
+
+@pytest.mark.parametrize("shift", [0.0, -0.3, -5.0])
+def test_large_tensors_are_counted_in_pieces_on_several_threads(shift):
+    values = torch.randn(3 * PIECE + 77).relu() + shift
+    values[::5] = 0
+    values[1::7] = torch.round(values[1::7] * 8) / 8  # many exactly on the edge of a bin
+    stats, threads = observe(values.view(1, -1)), torch.get_num_threads()
+    index = np.ceil(values.double().numpy() / stats.width).astype(np.int64) - 1 - stats.first
+    assert stats.zeros == int((values == 0).sum()) and threads == torch.get_num_threads()
+    assert np.array_equal(stats.bins.numpy(), np.bincount(index[values.numpy() != 0], minlength=len(stats.bins)))
+    assert same(observe(*values.split(1000)), stats)
 
 
 @given(st.floats(-80, 80), st.floats(0, 1))

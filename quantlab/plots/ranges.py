@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import seaborn as sns
 
 from quantlab.plots.style import COLOURS, DATA_COLOUR, ERROR_COLOUR, MARKERS, caption
 
@@ -86,9 +87,24 @@ def edge_report(frame, text, named=4):
     worst = frame.nlargest(named, "added_db")
     axes.plot(worst.order, worst.sqnr, "D", color=ERROR_COLOUR, markersize=7, label="adds most noise")
     for i, row in enumerate(worst.sort_values("order").itertuples()):
-        axes.annotate(f"{row.edge}\n+{row.added_db:.1f} dB", (row.order, row.sqnr), xytext=(6, -14 - 26 * (i % 2)), textcoords="offset points",
+        axes.annotate(f"{row.edge}\n+{row.added_db:.1f} dB", (row.order, row.sqnr), xytext=(6, -20 - 26 * (i % 2)), textcoords="offset points",
                       fontsize=7.5, ha="left", va="top", color=ERROR_COLOUR)  # fmt: skip
-    low, high = axes.get_ylim()
-    axes.set(xlabel="rounded values, in order of execution", ylabel="signal to quantization noise, dB", title="Which layer broke?", ylim=(low - 14, high))
+    high = axes.get_ylim()[1]
+    low = min(axes.get_ylim()[0], (worst.sqnr.min() - 0.34 * high) / 0.66)  # the labels take the lower third
+    axes.set(xlabel="rounded values, in order of execution", ylabel="signal to quantization noise, dB", title="Which layer broke?", ylim=(low, high))
     axes.legend(loc="upper right")
+    return caption(figure, text)
+
+
+def observer_map(table, text):
+    """table: edge, one column an observer with its signal to quantization noise in dB: each range's loss against the best one, edge by edge."""
+    values = table.set_index("edge")
+    loss = values.max(axis=1).to_numpy()[:, None] - values
+    figure, axes = plt.subplots(figsize=(2.6 + 0.9 * loss.shape[1], 1.8 + 0.16 * len(loss)))
+    sns.heatmap(loss, ax=axes, cmap="rocket_r", vmin=0, vmax=12, annot=True, fmt=".1f", annot_kws={"fontsize": 6}, yticklabels=True,
+                cbar_kws={"label": "dB below the best range", "shrink": min(1, 20 / len(loss)), "anchor": (0, 1)})  # fmt: skip
+    axes.set(ylabel="", title="What each observer loses on each edge")
+    axes.grid(False)
+    axes.tick_params(axis="x", top=True, labeltop=True, bottom=False, labelbottom=False, rotation=20)
+    axes.tick_params(axis="y", labelsize=7)
     return caption(figure, text)

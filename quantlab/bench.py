@@ -1,0 +1,134 @@
+"""How fast: every claim of speed as a ratio, both sides measured in turns in one run.
+
+    python -m quantlab bench [collect fakequant int8] [--model resnet50] [--batch 64]
+
+Weights are random, images are noise: neither changes what is computed. All networks run on the CPU with torch's threads.
+"""
+
+import copy
+import shutil
+import statistics
+import time
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from quantlab import builtin
+from quantlab.models import build
+from quantlab.ptq import QuantConfig, collect, quantize
+from quantlab.runtime import UserError, atomic_path, device_name, root
+
+SIZE = 32  # pixels a side, as CIFAR-10
+
+
+def take_turns(networks, images, rounds=5):
+    """Seconds a call of each callable in `networks` (name -> callable on `images`): name -> [rounds].
+
+    They take turns within every round, so that a machine that slows down slows all of them; one warm-up round is not counted.
+    """
+    times = {name: [] for name in networks}
+    for turn in tqdm(range(rounds + 1), desc="rounds", leave=False):
+        for name, network in networks.items():
+            started = time.perf_counter()
+            with torch.inference_mode():
+                network(images)
+            if turn:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def compare(section, baseline, networks, images, rounds):
+    """A frame, one row a network: images/s by the median, time and throughput against `baseline`, with the least and the largest round."""
+    times, rows = take_turns(networks, images, rounds), []
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(seconds, times[baseline])]
+        rows.append({
+            "section": section, "what": name, "images_per_s": len(images) / statistics.median(seconds), "against": baseline,
+            "time_ratio": statistics.median(ratios), "time_ratio_least": min(ratios), "time_ratio_most": max(ratios),
+            "throughput_ratio": 1 / statistics.median(ratios),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def bench_collect(model, images, rounds, compiled):
+    """A calibration pass over all edges, all values counted, against the plain forward pass and torch.ao's HistogramObserver."""
+    networks = {"float": model, "collect": lambda x: collect(model, [x])}
+    if builtin.backends()[0].available:
+        networks["torch.ao HistogramObserver"] = builtin.observed(model, images[:1])
+    if compiled:
+        networks["float, compiled"] = torch.compile(model)
+    return compare("collect", "float", networks, images, rounds)
+
+
+def bench_fakequant(model, images, rounds, compiled):
+    """Evaluation of the fake-quantized network against the unfolded float network and torch's FX fake-quant."""
+    ours = quantize(model, collect(model, [images]), QuantConfig())
+    networks = {"float": model, "fake-quant": ours}
+    if builtin.backends()[0].available:
+        networks["torch.ao FX fake-quant"] = builtin.fake_quantized(model, images)
+    if compiled:
+        networks |= {"float, compiled": torch.compile(model), "fake-quant, compiled": torch.compile(copy.deepcopy(ours))}
+    return compare("fakequant", "float", networks, images, rounds)
+
+
+def bench_int8(model, images, rounds, compiled):
+    """PyTorch's built-in int8 kernels against float."""
+    networks = {"float": model}
+    if compiled:
+        networks["float, compiled"] = torch.compile(model)
+    for backend, make in zip(builtin.backends(), (builtin.eager_int8, lambda m, batches: builtin.pt2e_int8(m, batches, len(images)))):
+        if backend.available and (compiled or backend.name == "eager"):
+            networks[f"{backend.name} int8"] = make(model, [images])
+        else:
+            print(f"{backend.name} int8: {backend.note if not backend.available else 'needs the compiler; skipped'}")
+    return compare("int8", "float", networks, images, rounds)
+
+
+SECTIONS = {"collect": bench_collect, "fakequant": bench_fakequant, "int8": bench_int8}
+
+
+def bench(sections=(), model="resnet50", batch=64, rounds=5, compiled=None):
+    """Run the named sections (none: all), print each one's ratios and add them to results/bench.csv; returns the frame.
+
+    compiled: also with torch.compile; None: where a C++ compiler is there.
+    """
+    unknown = [name for name in sections if name not in SECTIONS]
+    if unknown:
+        raise UserError(f"bench section {unknown[0]!r} is unknown; use: {', '.join(SECTIONS)}")
+    has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))
+    compiled = has_compiler if compiled is None else compiled
+    torch.manual_seed(0)
+    network, images = build(model).eval(), torch.randn(batch, 3, SIZE, SIZE)
+    where = f"{model}, batch {batch}, {SIZE} x {SIZE}, {device_name(torch.device('cpu'))}, torch {torch.__version__}"
+    print(f"{where}; median of {rounds} rounds, [least, most]; {'eager and compiled' if compiled else 'eager'}")
+    frames = []
+    for name in sections or SECTIONS:
+        frame = SECTIONS[name](network, images, rounds, compiled)
+        print("\n" + table(frame), flush=True)
+        frames.append(frame.assign(model=model, batch=batch, rounds=rounds, device=device_name(torch.device("cpu")), torch=torch.__version__))
+    frame = pd.concat(frames)
+    _store(frame)
+    return frame
+
+
+def table(frame):
+    """A section's frame in words, one line a network."""
+    lines = [f"{frame.section.iloc[0]:32}{'images/s':>10}  time against {frame.against.iloc[0]}      throughput"]
+    for row in frame.itertuples():
+        spread = f"[{row.time_ratio_least:.2f}, {row.time_ratio_most:.2f}]"
+        lines.append(f"  {row.what:30}{row.images_per_s:>10.1f}  {row.time_ratio:6.2f}x {spread:16} {row.throughput_ratio:8.2f}x")
+    return "\n".join(lines)
+
+
+def _store(frame):
+    """Replace the rows of these sections, model and batch in results/bench.csv."""
+    path = root() / "results" / "bench.csv"
+    keys = ["section", "model", "batch"]
+    if path.exists():
+        old = pd.read_csv(path)
+        fresh = frame[keys].drop_duplicates().assign(fresh=True)
+        old = old.merge(fresh, on=keys, how="left")
+        frame = pd.concat([old[old.fresh.isna()].drop(columns="fresh"), frame])
+    with atomic_path(path) as temporary:
+        frame.to_csv(temporary, index=False, float_format="%.4g")
