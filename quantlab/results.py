@@ -92,10 +92,10 @@ def record(rows, path=None):
     return new
 
 
-ARITHMETIC = (
-    "activations", "affine", "corrections", "data", "edgestats", "evaluate", "graph", "imageset", "learned", "models", "observers", "plan", "ptq", "reconstruct",
-    "runtime", "tune", "units",
-)  # fmt: skip  # the modules that decide a number
+ARITHMETIC = (  # the modules that decide a number
+    "activations", "affine", "corrections", "data", "edgestats", "evaluate", "graph", "imageset", "learned", "models", "observers", "plan",
+    "ptq", "reconstruct", "runtime", "tune", "units",
+)  # fmt: skip
 
 
 def once(settings, measure):
