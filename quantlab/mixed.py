@@ -98,8 +98,9 @@ def layer_accuracy(model, stats, split, config, names=None, verbose=False, **opt
     """Accuracy with one layer quantized and all others float, and with one layer float and all others quantized, as `config` says.
 
     A frame with layer, case ("only this quantized" or "only this float"), top1 in percent, drop, drop_low, drop_high: points lost
-    against the float network on the same images, with the paired 95 % interval, and all: those lost with all layers quantized. names: of the layers, None for all. options: those of
-    `evaluate` (limit, batch_size). A lone quantized layer reads unrounded adds and image; a float layer among quantized ones reads them as stored.
+    against the float network on the same images, with the paired 95 % interval, and all: those lost with all layers quantized.
+    names: of the layers, None for all. options: those of `evaluate` (limit, batch_size). A lone quantized layer reads unrounded adds and
+    image; a float layer among quantized ones reads them as stored.
     """
     graph, plan, _ = prepare(model, config.placement)
     weights, acts = dict.fromkeys(layers(graph, plan)), dict.fromkeys([*plan.reads, *plan.unread])
