@@ -7,6 +7,8 @@
 Every Quantizer of the fake-quantized graph becomes one operation that ends in codes. Jacob et al. 2018 (arXiv:1712.05877).
 """
 
+import warnings
+
 import pandas as pd
 import torch
 from torch import fx, nn
@@ -15,7 +17,7 @@ from quantlab import integer_ops as ops
 from quantlab.affine import quantize
 from quantlab.fixedpoint import check_rounding
 from quantlab.graph import PASSES_CODES, call_name, find_kinds
-from quantlab.integer_fast import FAST
+from quantlab.integer_fast import FAST, has_compiler
 from quantlab.ptq import Quantizer
 from quantlab.runtime import UserError
 
@@ -24,11 +26,12 @@ EXECUTORS = {"reference": REFERENCE, "fast": FAST}
 CLAMPS = {"relu": (0.0, float("inf")), "relu6": (0.0, 6.0)}
 
 
-def to_integer(qmodel, rounding="single", executor="reference"):
+def to_integer(qmodel, rounding="single", executor="reference", compile=None):
     """An IntegerModel that computes what `qmodel` simulates.
 
     rounding: "single" (TensorFlow Lite today) or "double" (gemmlowp), of every requantization. executor: "reference" (int32 tensors on the
-    CPU, readable) or "fast" (int8 matrix products and fused requantization, CPU and CUDA); both give the same codes.
+    CPU, readable) or "fast" (int8 matrix products and fused requantization, CPU and CUDA); both give the same codes. compile: whether the
+    fast one compiles its requantization at the first call, which takes seconds; None: where there is a compiler.
     Raises UserError, naming the node, for what is simulation only (placement "inputs", a float residual stream, operations without an
     integer form), for an edge without parameters, and where 32 bits are not enough.
     """
@@ -45,8 +48,12 @@ def to_integer(qmodel, rounding="single", executor="reference"):
     residual = [name for name, role in plan.stores.items() if role == "residual"]
     if config.residual_bits is None and residual:
         raise UserError(f"node {residual[0]} is a float residual stream (residual_bits=None), which is simulation only; use residual_bits from 2 to 8")
+    if compile is None and executor == "fast":
+        compile = has_compiler()
+        if not compile:
+            warnings.warn("no C++ compiler was found: the fast executor requantizes uncompiled, exact but slower", stacklevel=2)
     with torch.no_grad():
-        return _Converter(qmodel, rounding, executor).convert()
+        return _Converter(qmodel, rounding, executor, bool(compile)).convert()
 
 
 class IntegerModel(nn.Module):
@@ -157,8 +164,9 @@ def _report_rows(network, values):
 class _Converter:
     """Walks the fake-quantized graph once; what a Quantizer rounds is emitted, with the clamps behind it, when the Quantizer is reached."""
 
-    def __init__(self, qmodel, rounding, executor):
-        self.qmodel, self.rounding, self.executor, self.classes = qmodel, rounding, executor, EXECUTORS[executor]
+    def __init__(self, qmodel, rounding, executor, compile):
+        self.qmodel, self.rounding, self.executor, self.compile = qmodel, rounding, executor, compile
+        self.classes = EXECUTORS[executor]
         self.kinds = find_kinds(qmodel)
         self.graph, self.root = fx.Graph(), nn.Module()
         self.codes = {}  # node of qmodel -> (node of the integer graph, Grid)
@@ -270,6 +278,8 @@ class _Converter:
         self.root.add_module(target, module)
         if kind:
             module.kind = kind
+        if self.compile:
+            module.use_compiler = True
         new = self.graph.create_node("call_module", target, tuple(sources), name=target)
         new.meta["bits"] = bits
         return new

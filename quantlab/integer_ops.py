@@ -138,14 +138,14 @@ class Conv(Layer):
         self.options = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
 
     def accumulate(self, x):
-        return F.conv2d(x - self.zero_point_in, self.weight, self.bias, **self.options)
+        return F.conv2d(x.int() - self.zero_point_in, self.weight, self.bias, **self.options)
 
 
 class Linear(Layer):
     kind = "linear"
 
     def accumulate(self, x):
-        return (x - self.zero_point_in) @ self.weight.t() + self.bias
+        return (x.int() - self.zero_point_in) @ self.weight.t() + self.bias
 
 
 class Affine(Operation):
@@ -249,9 +249,9 @@ class Windows:
         return torch.tensor(rows).t().contiguous(), counts
 
 
-def pool(x, windows, reduce, fill):
-    """Reduce two neighbouring axes, the last two, window by window; x: integers [..., H, W]."""
-    for axis, window in zip((-2, -1), windows):
+def pool(x, windows, reduce, fill, axes=(-2, -1)):
+    """Reduce two axes window by window; x: integers, by default [..., H, W]; fill: the value of padding."""
+    for axis, window in zip(axes, windows):
         indices, _ = window.taps(x.shape[axis])
         edge = torch.full_like(x.narrow(axis, 0, 1), fill)
         padded = torch.cat([x, edge], axis)
