@@ -116,8 +116,9 @@ class Layer(Operation):
         bias = torch.round(bias.double() / unit)
         if not (bias.abs() <= INT32_MAX).all():
             raise UserError(f"{name}: a bias of {bias.abs().max():.3g} units of s_in * s_w does not fit in int32; its weights are too small for it")
-        products = torch.stack([weight.long() * end for end in grid_in.extent])
-        low, high = (products.amin(0).flatten(1).sum(1) + bias.clamp(max=0), products.amax(0).flatten(1).sum(1) + bias.clamp(min=0))
+        negative, positive = (weight.clamp(**end).flatten(1).sum(1, dtype=torch.int64) for end in ({"max": 0}, {"min": 0}))
+        least, most = grid_in.extent  # least <= 0 <= most
+        low, high = positive * least + negative * most + bias.clamp(max=0), positive * most + negative * least + bias.clamp(min=0)
         super().__init__(name, out, unit.view(-1, *[1] * (weight.dim() - 2)), (low, high), rounding)
         self.zero_point_in, self.weight_bits = grid_in.zero_point, q.bits
         self.bias_bits = signed_bits(int(bias.min()), int(bias.max()))
@@ -135,10 +136,19 @@ class Conv(Layer):
 
     def __init__(self, name, layer, *rest):
         super().__init__(name, layer, *rest)
-        self.options = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
+        self.options = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
+        self.dilation = layer.dilation
 
     def accumulate(self, x):
-        return F.conv2d(x.int() - self.zero_point_in, self.weight, self.bias, **self.options)
+        return F.conv2d(x.int() - self.zero_point_in, dilate(self.weight, self.dilation), self.bias, **self.options)
+
+
+def dilate(weight, dilation):
+    """A kernel with zeros between its taps: torch has no dilated convolution of integers."""
+    (kh, kw), (dh, dw) = weight.shape[2:], dilation
+    spread = weight.new_zeros(*weight.shape[:2], dh * (kh - 1) + 1, dw * (kw - 1) + 1)
+    spread[:, :, ::dh, ::dw] = weight
+    return spread
 
 
 class Linear(Layer):
