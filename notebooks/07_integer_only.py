@@ -103,8 +103,9 @@ y = (rounded + z_y).clamp(z_y.item(), q_y.qmax)
 steps = {"input codes": x, "input codes - zero point": x - z_x, "weight codes": w, "sum of products": sums, "bias codes": bias, "accumulator": acc,
          "multiplier": multiplier, "accumulator * multiplier": product, "shifted": rounded, "output codes": y}
 assert not any(t.is_floating_point() for t in steps.values())
-pd.DataFrame([(k, t.min().item(), t.max().item(), signed_bits(t.min().item(), t.max().item())) for k, t in steps.items()],
-             columns=["integer", "least", "largest", "bits, signed"]).set_index("integer")
+ends = {name: (t.min().item(), t.max().item()) for name, t in steps.items()}
+widths = {name: signed_bits(*e) - (e[0] >= 0) for name, e in ends.items()}  # no sign bit where nothing is negative
+pd.DataFrame(ends, index=["least", "largest"]).T.assign(bits=widths).rename_axis("integer")
 
 # %%
 difference = (y - codes[edge]).abs()
@@ -125,21 +126,33 @@ assert found == {"single": 11, "double": 12}
 print(f"exact {float(exact):.4f}, rounded {found}")
 
 # %% [markdown]
-# Double rounding loses most where accumulators are small numbers, because its first step rounds them to whole units of the accumulator: and
-# the fewer the bits, the smaller they are.
+# Which of them matters here? Both are asked for every operation of the network, which `to_integer` (section 3) turns into integers. The
+# right panel feeds each operation the simulation's codes and counts; the left one looks at the layer where double rounding differs most.
 
 # %%
-exact = acc.double() * (unit / q_y.scale.double()).view(-1, 1, 1)
-alive = (exact > 0) & (exact < q_y.qmax - z_y.item())
-errors = pd.concat(pd.DataFrame({"rounding": mode, "error": (multiply(acc, multiplier, shift, mode) - exact)[alive].numpy()}) for mode in ("single", "double"))
 compared = list(images.calibration(n_compared, seed + 2))
 executor = dict(executor="fast", compile=not smoke)  # compiling takes longer than a smoke run
 imodels = {(w, r): ql.to_integer(q, r, **executor) for (w, q), r in itertools.product(qmodels.items(), ("single", "double"))}
 alone = pd.concat(proof.per_operation(qmodels[w], imodel, compared).assign(network=w, rounding=r) for (w, r), imodel in tqdm(imodels.items()))
 report = imodels[low, "single"].report(batch.shape[1:])
 layers = alone[alone.network == low].merge(report[["layer", "multiplier"]], on="layer")
-text = plots.row_caption(images, model, n_compared, f"training images, {low}; left: layer {layer}, {alive.sum():,} values that are not clamped")
+worst = layers[(layers.rounding == "double") & (layers.kind == "conv")].nlargest(1, "share").layer.item()
+
+# %%
+reference = ql.to_integer(qmodel)
+op = reference.operations[worst]
+acc = op.accumulate(codes[quantizer_at(ptq.find_node(qmodel, worst).args[0], False)[0]])
+exact = acc.double() * op.unit / op.out.scale
+inside = (exact > op.out.low - op.out.zero_point) & (exact < op.out.high - op.out.zero_point)
+errors = pd.concat(pd.DataFrame({"rounding": mode, "error": (multiply(acc, op.multiplier, op.shift, mode) - exact)[inside].numpy()})
+                   for mode in ("single", "double"))
+assert errors[errors.rounding == "single"].error.abs().max() < 0.5 + 1e-6, "single rounding is the nearest code"
+text = plots.row_caption(images, model, n_compared, f"training images, {low}; left: layer {worst}, {inside.sum():,} values that are not clamped")
 plots.save(plots.rounding_modes(errors, layers, text), "07_rounding", images, model)
+
+# %% [markdown]
+# The first step of double rounding makes whole units of the accumulator. With few bits an accumulator holds small numbers, $M$ is large, and
+# that step costs a good part of a code. Adds escape: they carry 20 fractional bits.
 
 # %% [markdown]
 # ## 3. The whole network
@@ -148,7 +161,6 @@ plots.save(plots.rounding_modes(errors, layers, text), "07_rounding", images, mo
 # division is part of its multiplier. Bounds of every accumulator are checked before anything runs.
 
 # %%
-reference = ql.to_integer(qmodel)
 codes = reference.codes(batch)
 assert not any(tensor.is_floating_point() for tensor in codes.values()), "images in, integers from there to the logits"
 print(f"{len(codes)} edges; logits {codes['logits'].dtype}, {codes['logits'].min()} to {codes['logits'].max()}")
@@ -180,7 +192,7 @@ plots.save(plots.codes_by_depth(depth, text), "07_codes_by_depth", images, model
 # %%
 assert alone[alone.rounding == "single"].max_difference.max() <= 1, "under single rounding no operation is more than one code off"
 grouped = alone.groupby(["network", "rounding"], sort=False)
-why = grouped.agg(values=("values", "sum"), differing=("differing", "sum"), exact_ties=("ties", "sum"), largest_difference=("max_difference", "max"),
+why = grouped.agg(values=("values", "sum"), differing=("differing", "sum"), next_to_a_tie=("ties", "sum"), largest_difference=("max_difference", "max"),
                   farthest_from_tie=("from_tie", "max"))
 why.assign(per_million=lambda f: 1e6 * f.differing / f["values"])
 
@@ -239,8 +251,8 @@ for key, part in alone[alone.rounding == "single"].groupby("network", sort=False
 for row in agreement.itertuples():
     print(f"- {row.network}, {row.rounding} rounding: the same top-1 answer as the simulation on {row.agreement:.2f} % of {row.n:,} test images, "
           f"{row.integer:.2f} % right.")
-worst = alone[(alone.network == low) & (alone.rounding == "double")].nlargest(1, "share").iloc[0]
-print(f"- Double rounding alone changes up to {100 * worst.share:.1f} % of the codes of an operation ({worst.layer}, {low}).")
+share = layers[layers.rounding == "double"].set_index("layer").share[worst]
+print(f"- Double rounding alone changes up to {100 * share:.1f} % of the codes of a layer ({worst}, {low}).")
 print(f"- No layer's accumulator needs more than {sizes['widest accumulator of a layer'].max():.0f} bits.")
 
 # %% [markdown]

@@ -20,8 +20,8 @@ def rounding_modes(errors, layers, text):
         left.hist(part.error, bins=bins, weights=np.full(len(part), share), histtype="step", linewidth=1.6, color=COLOURS[mode], label=mode)
     for bound in (-0.5, 0.5):
         left.axvline(bound, color=COLOURS["float"], linestyle="--", linewidth=1)
-    left.set(xlabel="stored value - exact value, in codes", ylabel="% of values", title="One layer: nearest lies between the dashed lines")
-    left.legend(title="rounding", loc="upper right")
+    left.set(xlabel="stored value - exact value, in codes", ylabel="% of values", title="One layer: the nearest code lies between the lines")
+    left.set_xticks([-1, -0.5, 0, 0.5, 1])
     for mode, part in layers.groupby("rounding", sort=False):
         right.plot(part.multiplier, 100 * part.share, MARKERS[mode], color=COLOURS[mode], label=mode, alpha=0.8)
     right.set(xscale="log", xlabel="multiplier M (largest of the layer)", ylabel="% of codes that differ", title="Every operation, fed the same codes")
