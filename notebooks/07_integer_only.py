@@ -26,7 +26,10 @@ if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the
 
 # %%
 import fractions
+import importlib.util
 import itertools
+import pathlib
+import tempfile
 
 import pandas as pd
 import torch
@@ -34,7 +37,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 import quantlab as ql
-from quantlab import graph, plots, proof, ptq, results
+from quantlab import graph, onnx_runtime, plots, proof, ptq, results
 from quantlab.fixedpoint import fixed_point, multiply, signed_bits
 
 # %% tags=["parameters"]
@@ -240,6 +243,38 @@ size = sum(4 * p.numel() for p in folded.parameters()) / 1000
 macs = report.macs.sum()
 sizes = pd.DataFrame([{"network": "float32", "weights kB": size, "BOPs, billions": macs * 32 * 32 / 1e9}, *(costs(b) for b in (8, 4, 3, 2))])
 sizes.round(2)
+
+# %% [markdown]
+# ## 6. Export
+# The packed checkpoint holds every code at its own width; loading it rebuilds the graph from the float network and executes nothing from the
+# file. It gives the same integers.
+
+# %%
+folder = tempfile.TemporaryDirectory()
+packed_path = pathlib.Path(folder.name) / "packed.safetensors"
+ql.save_quantized(qmodel, packed_path)
+loaded = ql.to_integer(ql.load_quantized(packed_path, network))
+again, codes = loaded.codes(batch), reference.codes(batch)
+assert all(torch.equal(again[name], codes[name]) for name in codes), "the file holds all there is"
+print(f"{packed_path.stat().st_size / 1000:.1f} kB as a file, {ql.weight_bytes(qmodel) / 1000:.1f} kB of it weights, scales and biases")
+
+# %% [markdown]
+# ONNX has QuantizeLinear and DequantizeLinear (QDQ) around float operators; ONNX Runtime turns them into integer kernels where it has some.
+# *local* counts codes that differ where it is fed ours at every edge, graph optimisation off.
+
+# %%
+has_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
+print("" if has_onnx else "onnx and onnxruntime are not installed: the comparison with ONNX Runtime is skipped (pip install onnx onnxruntime)")
+rows = []
+for w, q in qmodels.items() if has_onnx else ():
+    path = ql.export_onnx(q, pathlib.Path(folder.name) / f"{w}.onnx", tuple(batch.shape[1:]))
+    edges = onnx_runtime.compare_codes(q, path, batch)
+    result = ql.evaluate(onnx_runtime.OnnxModel(path), images.test, limit=limit)
+    equal = (result.predictions == measured[w, "single"].predictions).double().mean().item()
+    rows.append({"network": w, "top-1, ONNX Runtime": result.top1, "top-1, integer": measured[w, "single"].top1, "agreement": 100 * equal, "n": result.n,
+                 "local codes that differ": edges.local_differing.sum(), "of": edges.n.sum(), "by at most": edges.local_max_difference.max()})
+folder.cleanup()
+pd.DataFrame(rows).round(2)
 
 # %% [markdown]
 # ## What we learned

@@ -7,6 +7,7 @@
 Every Quantizer of the fake-quantized graph becomes one operation that ends in codes. Jacob et al. 2018 (arXiv:1712.05877).
 """
 
+import copy
 import warnings
 
 import pandas as pd
@@ -53,7 +54,7 @@ def to_integer(qmodel, rounding="single", executor="reference", compile=None):
         if not compile:
             warnings.warn("no C++ compiler was found: the fast executor requantizes uncompiled, exact but slower", stacklevel=2)
     with torch.no_grad():
-        return _Converter(qmodel, rounding, executor, bool(compile)).convert()
+        return _Converter(qmodel, rounding, executor, bool(compile)).convert().to(next(qmodel.parameters()).device)
 
 
 class IntegerModel(nn.Module):
@@ -188,7 +189,7 @@ class _Converter:
         self.graph.lint()
         network = fx.GraphModule(self.root, self.graph, "IntegerGraph")
         first = next(iter(inputs[0].users))
-        quantizer = self.qmodel.get_submodule(first.target)
+        quantizer = copy.deepcopy(self.qmodel.get_submodule(first.target)).cpu()
         return IntegerModel(quantizer, self.codes[first][1].offset, network, self.edges, tail, self.rounding, self.executor).eval()
 
     def _quantizer(self, node, module, image):

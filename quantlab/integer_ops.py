@@ -9,6 +9,7 @@ and clamping the reals give the same. Jacob et al. 2018 (arXiv:1712.05877).
 
 import dataclasses
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class Grid:
 
     @classmethod
     def of(cls, q, offset=0):
-        return cls(q, offset, q.qmin - offset, q.qmax - offset)
+        return cls(q.to("cpu"), offset, q.qmin - offset, q.qmax - offset)
 
     @property
     def scale(self):
@@ -106,13 +107,13 @@ class Layer(Operation):
     """acc = sum (code - zero_point) * weight + bias; weight int32 of at most 9 bits, bias int32 in units of s_in * s_w, one unit a channel."""
 
     def __init__(self, name, layer, grid_in, out, rounding):
-        q, scale_in = layer.weight_qparams, grid_in.scale
-        scale, zero_point = q.broadcast(layer.weight.dim())
-        weight = quantize(layer.weight.detach(), q) - zero_point
-        if not torch.allclose(scale * weight, layer.weight.detach(), rtol=1e-4, atol=0):
+        q, scale_in, real = layer.weight_qparams.to("cpu"), grid_in.scale, layer.weight.detach().cpu()
+        scale, zero_point = q.broadcast(real.dim())
+        weight = quantize(real, q) - zero_point
+        if not torch.allclose(scale * weight, real, rtol=1e-4, atol=0):
             raise UserError(f"{name}: its weights are not the values of its codes; give to_integer what quantize returned")
         unit = (scale_in * q.scale.double()).expand(len(weight))
-        bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+        bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().cpu()
         bias = torch.round(bias.double() / unit)
         if not (bias.abs() <= INT32_MAX).all():
             raise UserError(f"{name}: a bias of {bias.abs().max():.3g} units of s_in * s_w does not fit in int32; its weights are too small for it")
@@ -167,8 +168,9 @@ class Affine(Operation):
     kind = "affine"
 
     def __init__(self, name, bn, grid_in, out, rounding, dim=4):
-        factor = (bn.running_var.double() + bn.eps).rsqrt() * (1 if bn.weight is None else bn.weight.detach().double())
-        bias = (0 if bn.bias is None else bn.bias.detach().double()) - bn.running_mean.double() * factor
+        mean, variance = bn.running_mean.double().cpu(), bn.running_var.double().cpu()
+        factor = (variance + bn.eps).rsqrt() * (1 if bn.weight is None else bn.weight.detach().double().cpu())
+        bias = (0 if bn.bias is None else bn.bias.detach().double().cpu()) - mean * factor
         step = grid_in.scale * factor
         unit = torch.maximum(step.abs() / 2**20, bias.abs() / 2**30).clamp(min=2.0**-100)
         weight, bias = (torch.round(v / unit).long() for v in (step, bias))
@@ -319,7 +321,7 @@ class Average(Operation):
     def _set_size(self, shape):
         """Unit and multiplier for inputs of this shape."""
         if self.windows is None:
-            count = self.count = torch.tensor(1).new_tensor([shape[d] for d in self.dims]).prod().item()
+            count = self.count = math.prod(shape[d] for d in self.dims)
         else:
             rows, columns = (torch.tensor(w.taps(n)[1]) for w, n in zip(self.windows, shape[-2:]))
             count = rows.view(-1, 1) * columns
