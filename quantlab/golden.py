@@ -15,7 +15,7 @@ import random
 import torch
 from torch import nn
 
-from quantlab import integer_ops as ops
+from quantlab import integer_ops as ops, integer_pool as pools
 from quantlab.affine import QParams, dequantize
 from quantlab.fixedpoint import INT32_MAX, INT32_MIN, ROUNDINGS, fixed_point, multiply
 from quantlab.runtime import PACKAGE, write_text
@@ -85,17 +85,17 @@ def _operations(draw, rounding):
     yield _case(ops.Requantize("requantize", narrow, wide, rounding), "requantize 4 to 8 bits", rounding, [torch.arange(16, dtype=torch.int32).view(1, -1)])
     operands = [_codes(draw, g, 2, 3, 4, 4) for g in (wide, signed)]
     yield _case(ops.Add("add", (wide, signed), wide, rounding), "add", rounding, operands)
-    pools = {
-        "average 2x2": {"windows": (ops.Windows(2, 2),) * 2}, "average 3x3, padding counts": {"windows": (ops.Windows(3, 2, 1),) * 2},
-        "average 3x3, padding does not count": {"windows": (ops.Windows(3, 2, 1, count_include_pad=False),) * 2},
-        "average global": {"dims": (2, 3)}, "average adaptive 3x2": {"windows": (ops.Windows(output=3), ops.Windows(output=2))},
+    averages = {
+        "average 2x2": {"windows": (pools.Windows(2, 2),) * 2}, "average 3x3, padding counts": {"windows": (pools.Windows(3, 2, 1),) * 2},
+        "average 3x3, padding does not count": {"windows": (pools.Windows(3, 2, 1, count_include_pad=False),) * 2},
+        "average global": {"dims": (2, 3)}, "average adaptive 3x2": {"windows": (pools.Windows(output=3), pools.Windows(output=2))},
     }  # fmt: skip
-    for name, options in pools.items():
-        op = ops.Average("average", wide, narrow, rounding, **options)
+    for name, options in averages.items():
+        op = pools.Average("average", wide, narrow, rounding, **options)
         yield _case(op, name, rounding, [_codes(draw, wide, 1, 3, 5, 5)], **_window_options(options))
-    windows, codes = (ops.Windows(3, 2, 1),) * 2, _codes(draw, signed, 1, 3, 6, 6)
+    windows, codes = (pools.Windows(3, 2, 1),) * 2, _codes(draw, signed, 1, 3, 6, 6)
     yield {"operation": "max 3x3, stride 2, padding 1", "rounding": rounding, "inputs": [_plain(codes)], "parameters": _window_options({"windows": windows}),
-           "codes": _plain(ops.MaxPool(windows)(codes))}  # fmt: skip
+           "codes": _plain(pools.MaxPool(windows)(codes))}  # fmt: skip
     parts = [ops.Requantize("part", grid, wide, rounding) for grid in (narrow, signed)]
     codes = [_codes(draw, grid, 1, 2, 3, 3) for grid in (narrow, signed)]
     yield {"operation": "concat", "rounding": rounding, "inputs": [_plain(x) for x in codes],

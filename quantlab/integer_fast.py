@@ -14,7 +14,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from quantlab import integer_ops as ops
+from quantlab import integer_ops as ops, integer_pool as pools
 from quantlab.fixedpoint import requantize
 from quantlab.runtime import UserError
 
@@ -226,15 +226,15 @@ class Add(Fast, ops.Add):
         return from_rows(self.run(add_rows, rows, self.zero_points, self.multipliers, self.shifts, *self.constants()), a)
 
 
-class Average(ops.Average):
+class Average(pools.Average):
     def store(self, acc):
         return super().store(acc).to(torch.int8)
 
 
-class MaxPool(ops.MaxPool):
+class MaxPool(pools.MaxPool):
     def forward(self, x):
         rows = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        return ops.pool(rows, self.windows, torch.maximum, -128, axes=(1, 2)).permute(0, 3, 1, 2)
+        return pools.pool(rows, self.windows, torch.maximum, -128, axes=(1, 2)).permute(0, 3, 1, 2)
 
 
 FAST = {c.__name__: c for c in (Conv, Linear, Affine, Requantize, Add, Average, MaxPool)}

@@ -10,7 +10,7 @@ from conftest import read_text
 from torch import nn
 
 import quantlab as ql
-from quantlab import golden, integer_fast, integer_ops as ops
+from quantlab import golden, integer_fast, integer_ops as ops, integer_pool as pools
 from quantlab.affine import QParams, choose_qparams, fake_quantize
 
 VECTORS = json.loads(read_text(golden.PATH))
@@ -231,8 +231,8 @@ def test_add_against_onnx_runtime():
 @pytest.mark.parametrize("count_include_pad", [0, 1])
 def test_average_pool_against_onnx_runtime(count_include_pad):
     grid, out = unsigned_grid(-1.0, 3.0), unsigned_grid(-0.7, 2.6)
-    windows = (ops.Windows(3, 2, 1, count_include_pad=bool(count_include_pad)),) * 2
-    op = ops.Average("average", grid, out, "single", windows)
+    windows = (pools.Windows(3, 2, 1, count_include_pad=bool(count_include_pad)),) * 2
+    op = pools.Average("average", grid, out, "single", windows)
     x = torch.randint(0, 256, (4, 8, 13, 13), dtype=torch.int32)
     (s, z), (so, zo) = ort_constants(grid), ort_constants(out)
     attributes = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1] * 4, "count_include_pad": count_include_pad}
@@ -248,8 +248,8 @@ def test_max_pool_against_onnx_runtime(ceil_mode):
     x = torch.randint(0, 256, (2, 4, 14, 14), dtype=torch.int32)
     attributes = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1] * 4, "ceil_mode": ceil_mode}
     theirs = ort_run("MaxPool", {"x": x.to(torch.uint8)}, {}, attributes)
-    windows = (ops.Windows(3, 2, 1, ceil_mode=bool(ceil_mode)),) * 2
-    assert torch.equal(ops.MaxPool(windows)(x), theirs.int())
+    windows = (pools.Windows(3, 2, 1, ceil_mode=bool(ceil_mode)),) * 2
+    assert torch.equal(pools.MaxPool(windows)(x), theirs.int())
     stored = (x - 128).to(torch.int8)
     assert torch.equal(integer_fast.MaxPool(windows)(stored).int() + 128, theirs.int())
 
@@ -264,11 +264,11 @@ def test_windows_are_torchs(size, options):
     x = torch.randint(-50, 50, (2, 3, size, size))
     names = {"kernel": "kernel_size"}
     torchs = {names.get(k, k): v for k, v in options.items()}
-    assert torch.equal(ops.MaxPool((ops.Windows(**options),) * 2)(x).double(), nn.MaxPool2d(**torchs)(x.double()))
+    assert torch.equal(pools.MaxPool((pools.Windows(**options),) * 2)(x).double(), nn.MaxPool2d(**torchs)(x.double()))
     for include in (True, False):
-        windows = (ops.Windows(**options, count_include_pad=include),) * 2
+        windows = (pools.Windows(**options, count_include_pad=include),) * 2
         grid = ops.Grid.of(QParams(torch.tensor(1.0), torch.tensor(0), -127, 127))
-        op = ops.Average("a", grid, None, "single", windows)
+        op = pools.Average("a", grid, None, "single", windows)
         average = op(x.int()) * op.unit
         assert torch.allclose(average, nn.AvgPool2d(**torchs, count_include_pad=include)(x.double()))
 
@@ -276,9 +276,9 @@ def test_windows_are_torchs(size, options):
 @pytest.mark.parametrize("size, output", [(2, 7), (8, 4), (7, 3), (5, 1)])
 def test_adaptive_windows_are_torchs(size, output):
     x = torch.randint(-50, 50, (2, 3, size, size))
-    windows = (ops.Windows(output=output),) * 2
-    assert torch.equal(ops.MaxPool(windows)(x).double(), nn.AdaptiveMaxPool2d(output)(x.double()))
-    op = ops.Average("a", ops.Grid.of(QParams(torch.tensor(1.0), torch.tensor(0), -127, 127)), None, "single", windows)
+    windows = (pools.Windows(output=output),) * 2
+    assert torch.equal(pools.MaxPool(windows)(x).double(), nn.AdaptiveMaxPool2d(output)(x.double()))
+    op = pools.Average("a", ops.Grid.of(QParams(torch.tensor(1.0), torch.tensor(0), -127, 127)), None, "single", windows)
     assert torch.allclose(op(x.int()) * op.unit, nn.AdaptiveAvgPool2d(output)(x.double()))
 
 
@@ -315,6 +315,6 @@ def test_bias_overflow_and_scale_out_of_reach():
 
 def test_average_of_too_many_codes():
     grid = ops.Grid.of(choose_qparams(0, 1, 8))
-    op = ops.Average("wide", grid, grid, "single", dims=(2, 3))
+    op = pools.Average("wide", grid, grid, "single", dims=(2, 3))
     with pytest.raises(ql.UserError, match="wide: sums of 9,000,000 codes do not fit in int32"):
         op(torch.zeros(1, 1, 3000, 3000, dtype=torch.int32))

@@ -12,7 +12,7 @@ KIND_COLOURS = {"conv": "#7f9fbf", "linear": "#4c72b0", "add": "#dd8452", "avera
 
 
 def rounding_modes(errors, layers, text):
-    """errors: rounding, error (code minus exact result, in codes, of one layer); layers: rounding, multiplier, share: what each operation rounds otherwise."""
+    """errors: rounding, error (code minus exact result, in codes, of one layer); layers: rounding, multiplier, share of codes that differ."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     bins = np.linspace(-1, 1, 81)
     for mode, part in errors.groupby("rounding", sort=False):
