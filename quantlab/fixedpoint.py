@@ -23,7 +23,7 @@ def fixed_point(real):
     """
     real = torch.as_tensor(real, dtype=torch.float64)
     if not (torch.isfinite(real) & (real >= 0) & (real < 2**30 - 1)).all():
-        raise UserError(f"a multiplier from {real.min():g} to {real.max():g} has no fixed-point form; it must lie in [0, 2^30 - 1): check the scales")
+        raise UserError(f"a multiplier from {real.min():g} to {real.max():g} has no fixed-point form, which ends at 2^30 - 1: check the scales")
     mantissa, shift = torch.frexp(real)
     q = torch.floor(mantissa * 2**31 + 0.5).long()
     overflow = q == 2**31

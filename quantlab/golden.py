@@ -22,9 +22,9 @@ from quantlab.runtime import PACKAGE, write_text
 
 PATH = PACKAGE.parent / "tests" / "golden_integer.json"
 ABOUT = (
-    "Integer operations of a quantized network. real = scale * (code - zero_point), M = multiplier * 2^(shift - 31), code = clamp(zero_point + "
-    "round(accumulator * M), low, high). single: (x * q + 2^(30 - shift)) >> (31 - shift). double: saturating rounding doubling high mul (ties up) "
-    "of x * 2^max(shift, 0) and q, then a rounding division by 2^max(-shift, 0) (ties away from zero), as in gemmlowp."
+    "Integer operations of a quantized network. real = scale * (code - zero_point), M = multiplier * 2^(shift - 31), code = clamp("
+    "zero_point + round(accumulator * M), low, high). single: (x * q + 2^(30 - shift)) >> (31 - shift). double: saturating rounding "
+    "doubling high mul (ties up) of x * 2^max(shift, 0) and q, then a rounding division by 2^max(-shift, 0) (ties away from zero), as in gemmlowp."
 )
 
 
@@ -50,7 +50,8 @@ def _multipliers(draw):
 
 
 def _products(draw, rounding):
-    rows = [(7984, 1583594044, -9), (-7984, 1583594044, -9), (3, 2**30, 0), (-3, 2**30, 0), (INT32_MIN, INT32_MAX, 0), (INT32_MAX, 2**30, -31)]
+    rows = [(7984, 1583594044, -9), (-7984, 1583594044, -9), (3, 2**30, 0), (-3, 2**30, 0)]
+    rows += [(INT32_MIN, INT32_MAX, 0), (INT32_MAX, 2**30, -31)]
     for _ in range(120):
         shift = draw.randint(-31, 12)
         rows.append((draw.randint(INT32_MIN, INT32_MAX) >> draw.randint(max(shift, 0), 28), draw.randint(2**30, INT32_MAX), shift))
@@ -72,7 +73,8 @@ def _operations(draw, rounding):
     for name, (layer, grid_in, out, bits, size) in convolutions.items():
         _set_weights(draw, layer, bits, symmetric="asymmetric" not in name)
         op = ops.Conv("conv", layer, grid_in, out, rounding)
-        yield _case(op, f"conv {name}", rounding, [_codes(draw, grid_in, 1, layer.in_channels, size, size)], **op.options, dilation=op.dilation)
+        codes = _codes(draw, grid_in, 1, layer.in_channels, size, size)
+        yield _case(op, f"conv {name}", rounding, [codes], **op.options, dilation=op.dilation)
     linear = nn.Linear(12, 5)
     _set_weights(draw, linear, 8)
     yield _case(ops.Linear("linear", linear, wide, narrow, rounding), "linear", rounding, [_codes(draw, wide, 3, 12)])
@@ -81,8 +83,9 @@ def _operations(draw, rounding):
     for parameter, low, high in ((bn.weight, -2, 2), (bn.bias, -1, 1), (bn.running_mean, -1, 1), (bn.running_var, 0.2, 3)):
         parameter.data = torch.tensor([draw.uniform(low, high) for _ in range(4)])
     yield _case(ops.Affine("affine", bn, wide, narrow, rounding), "affine per channel", rounding, [_codes(draw, wide, 2, 4, 3, 3)])
-    yield _case(ops.Requantize("requantize", wide, narrow, rounding), "requantize 8 to 4 bits", rounding, [torch.arange(256, dtype=torch.int32).view(1, -1)])
-    yield _case(ops.Requantize("requantize", narrow, wide, rounding), "requantize 4 to 8 bits", rounding, [torch.arange(16, dtype=torch.int32).view(1, -1)])
+    for name, grid_in, out in (("8 to 4", wide, narrow), ("4 to 8", narrow, wide)):
+        every = torch.arange(grid_in.q.qmax + 1, dtype=torch.int32).view(1, -1)
+        yield _case(ops.Requantize("requantize", grid_in, out, rounding), f"requantize {name} bits", rounding, [every])
     operands = [_codes(draw, g, 2, 3, 4, 4) for g in (wide, signed)]
     yield _case(ops.Add("add", (wide, signed), wide, rounding), "add", rounding, operands)
     averages = {
@@ -94,8 +97,8 @@ def _operations(draw, rounding):
         op = pools.Average("average", wide, narrow, rounding, **options)
         yield _case(op, name, rounding, [_codes(draw, wide, 1, 3, 5, 5)], **_window_options(options))
     windows, codes = (pools.Windows(3, 2, 1),) * 2, _codes(draw, signed, 1, 3, 6, 6)
-    yield {"operation": "max 3x3, stride 2, padding 1", "rounding": rounding, "inputs": [_plain(codes)], "parameters": _window_options({"windows": windows}),
-           "codes": _plain(pools.MaxPool(windows)(codes))}  # fmt: skip
+    yield {"operation": "max 3x3, stride 2, padding 1", "rounding": rounding, "inputs": [_plain(codes)],
+           "parameters": _window_options({"windows": windows}), "codes": _plain(pools.MaxPool(windows)(codes))}  # fmt: skip
     parts = [ops.Requantize("part", grid, wide, rounding) for grid in (narrow, signed)]
     codes = [_codes(draw, grid, 1, 2, 3, 3) for grid in (narrow, signed)]
     yield {"operation": "concat", "rounding": rounding, "inputs": [_plain(x) for x in codes],

@@ -44,7 +44,7 @@ def to_integer(qmodel, rounding="single", executor="reference", compile=None):
         raise UserError(f"node {plan.floats[0]} has no integer form{others}; replace the operation")
     residual = [name for name, role in plan.stores.items() if role == "residual"]
     if config.residual_bits is None and residual:
-        raise UserError(f"node {residual[0]} is stored as float (residual_bits=None), which is simulation only; use residual_bits from 2 to 8")
+        raise UserError(f"node {residual[0]} is stored as float (residual_bits=None), which is simulation only; use 2 to 8 bits")
     if compile is None and executor == "fast":
         compile = has_compiler()
         if not compile:
@@ -57,7 +57,7 @@ def to_integer(qmodel, rounding="single", executor="reference", compile=None):
 class IntegerModel(nn.Module):
     """A network of integers from the input's codes to the int32 logits; forward: float32 [B, C, H, W] -> float32 logits.
 
-    network: the integer graph, a torch.fx.GraphModule, codes in and int32 out. edges: name of an edge -> (node, offset of its stored codes).
+    network: the integer graph, a torch.fx.GraphModule, codes in and int32 out. edges: edge -> (its node, offset of its stored codes).
     The reference stays on the CPU, where integer convolution exists, and takes images from any device.
     """
 
@@ -103,8 +103,8 @@ class IntegerModel(nn.Module):
         """What every operation costs for one image of `shape` (C, H, W): a frame, one row an operation, in order of execution.
 
         bits of its inputs, weights and result; accumulator_bits and bias_bits: widths really needed; multiplier: the largest
-        M = q * 2^(shift - 31); shift: its range; macs; bops = macs * weight bits * input bits (arXiv:2005.07093); live_bytes: all codes that are needed while it
-        runs, packed; their maximum is the peak.
+        M = q * 2^(shift - 31); shift: its range; macs; bops = macs * weight bits * input bits (arXiv:2005.07093); live_bytes: all codes
+        that are needed while it runs, packed; their maximum is the peak.
         """
         run = IntegerRun(self.network, keep=True)
         run.run(self.input_codes(torch.zeros(1, *shape, device=next(self.quantizer.buffers()).device)))

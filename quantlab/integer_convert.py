@@ -141,7 +141,7 @@ class Converter:
 
     def _codes_of(self, source, reader):
         if source not in self.codes:
-            raise UserError(f"node {reader.name} reads {source.name}, which has no quantization parameters; give to_integer what quantize returned")
+            raise UserError(f"node {reader.name} reads {source.name}, which has no quantization parameters; quantize the model again")
         return self.codes[source]
 
     def _shape(self, node, reader):
@@ -212,8 +212,8 @@ class Converter:
             raise UserError(f"node {node.name} ({self._what(node)}) has no integer form here; use two-dimensional pooling")
         a = self._arguments(node, kernel_size=None, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None)
         pairs = [_pair(v) for v in (a["kernel_size"], a["stride"] or a["kernel_size"], a["padding"])]
-        windows = (pools.Windows(*(p[i] for p in pairs), ceil_mode=a["ceil_mode"], count_include_pad=a["count_include_pad"]) for i in (0, 1))
-        return {"windows": tuple(windows), "divisor": a["divisor_override"]}
+        modes = {"ceil_mode": a["ceil_mode"], "count_include_pad": a["count_include_pad"]}
+        return {"windows": tuple(pools.Windows(*(p[i] for p in pairs), **modes) for i in (0, 1)), "divisor": a["divisor_override"]}
 
     def _adaptive(self, node):
         return tuple(pools.Windows(output=n) for n in _pair(self._arguments(node, output_size=None)["output_size"]))

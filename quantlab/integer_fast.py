@@ -1,8 +1,8 @@
 """The fast executor: the same operations, code for code, on int8 tensors in channels-last order.
 
-Unsigned 8-bit codes are stored less 128. Convolutions are matrix products of int8 by torch's integer GEMM, behind im2col or, for 1x1, directly
-on the codes; the zero-point's share, -zero_point * sum(weight), is part of the bias. Bias, multiplication, shift and clamp are one pass over
-the accumulators where torch.compile has a compiler, else they run block by block so that a block's intermediates stay in the cache.
+Unsigned 8-bit codes are stored less 128. Convolutions are matrix products of int8 by torch's integer GEMM, behind im2col or, for 1x1,
+directly on the codes; the zero-point's share, -zero_point * sum(weight), is part of the bias. Bias, multiplication, shift and clamp are one
+pass over the accumulators where torch.compile has a compiler, else they run block by block, so that a block stays in the cache.
 """
 
 import functools
@@ -69,8 +69,9 @@ def im2col(x, kernel, stride, dilation, padding, zero_point, width):
     b, h, w, c = x.stride()
     shape = (batch, height, columns, *kernel, channels)
     windows = x.as_strided(shape, (b, h * stride[0], w * stride[1], h * dilation[0], w * dilation[1], c), x.storage_offset())
-    out = x.new_zeros(batch * height * columns, width) if kernel[0] * kernel[1] * channels < width else x.new_empty(batch * height * columns, width)
-    out.view(batch, height, columns, width)[..., : kernel[0] * kernel[1] * channels].unflatten(-1, (*kernel, channels)).copy_(windows)
+    used = kernel[0] * kernel[1] * channels
+    out = (x.new_zeros if used < width else x.new_empty)(batch * height * columns, width)
+    out.view(batch, height, columns, width)[..., :used].unflatten(-1, (*kernel, channels)).copy_(windows)
     return out, (batch, height, columns)
 
 

@@ -56,7 +56,7 @@ class Operation(nn.Module):
     """What all operations share: the requantization behind the accumulator.
 
     out: Grid of the result, None for the logits, which stay int32. unit: float64, what 1 in the accumulator stands for, broadcast against
-    it. extent: (least, largest) possible accumulator and partial sum, ints or tensors per channel. Raises UserError where 32 bits are not enough.
+    it. extent: (least, largest) possible accumulator and partial sum, ints or tensors per channel. Raises UserError where 32 bits are too few.
     """
 
     kind, weight_bits, bias_bits = "", None, None
@@ -102,7 +102,7 @@ class Operation(nn.Module):
 
 
 class Layer(Operation):
-    """acc = sum (code - zero_point) * weight + bias; weight int32 of at most 9 bits, bias int32 in units of s_in * s_w, one unit a channel."""
+    """acc = sum (code - zero_point) * weight + bias; weight of at most 9 bits and bias are int32, bias in units of s_in * s_w."""
 
     def __init__(self, name, layer, grid_in, out, rounding):
         q, scale_in, real = layer.weight_qparams.to("cpu"), grid_in.scale, layer.weight.detach().cpu()
@@ -114,7 +114,7 @@ class Layer(Operation):
         bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().cpu()
         bias = torch.round(bias.double() / unit)
         if not (bias.abs() <= INT32_MAX).all():
-            raise UserError(f"{name}: a bias of {bias.abs().max():.3g} units of s_in * s_w does not fit in int32; its weights are too small for it")
+            raise UserError(f"{name}: a bias of {bias.abs().max():.3g} units of s_in * s_w does not fit in int32; its weights are too small")
         negative, positive = (weight.clamp(**end).flatten(1).sum(1, dtype=torch.int64) for end in ({"max": 0}, {"min": 0}))
         least, most = grid_in.extent  # least <= 0 <= most
         low, high = positive * least + negative * most + bias.clamp(max=0), positive * most + negative * least + bias.clamp(min=0)

@@ -26,7 +26,7 @@ class Windows:
 
     @functools.cache  # noqa: B019 - a handful of sizes
     def taps(self, size):
-        """(indices int64 [taps, windows], the index `size` standing for padding; counts: values a window averages over) for an axis of `size`."""
+        """(indices int64 [taps, windows], `size` standing for padding; counts: how many values a window averages) for an axis of `size`."""
         if self.output is not None:
             spans = [(i * size // self.output, -(-(i + 1) * size // self.output)) for i in range(self.output)]
             rows = [list(range(start, stop)) for start, stop in spans]

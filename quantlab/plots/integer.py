@@ -8,11 +8,13 @@ from quantlab.plots.style import COLOURS, DATA_COLOUR, ERROR_COLOUR, MARKERS, ca
 
 COLOURS.update({"single": "#0173b2", "double": "#d55e00"})
 MARKERS.update({"single": "o", "double": "^"})
-KIND_COLOURS = {"conv": "#7f9fbf", "linear": "#4c72b0", "add": "#dd8452", "average": "#55a868", "requantize": "#b0b0b0", "affine": "#8172b3"}
+KIND_COLOURS = {
+    "conv": "#7f9fbf", "linear": "#4c72b0", "add": "#dd8452", "average": "#55a868", "requantize": "#b0b0b0", "affine": "#8172b3",
+}  # fmt: skip
 
 
 def rounding_modes(errors, layers, text):
-    """errors: rounding, error (code minus exact result, in codes, of one layer); layers: rounding, multiplier, share of codes that differ."""
+    """errors: rounding, error (stored minus exact, in codes, of one layer); layers: rounding, multiplier, share of codes that differ."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     bins = np.linspace(-1, 1, 81)
     for mode, part in errors.groupby("rounding", sort=False):
@@ -20,11 +22,12 @@ def rounding_modes(errors, layers, text):
         left.hist(part.error, bins=bins, weights=np.full(len(part), share), histtype="step", linewidth=1.6, color=COLOURS[mode], label=mode)
     for bound in (-0.5, 0.5):
         left.axvline(bound, color=COLOURS["float"], linestyle="--", linewidth=1)
-    left.set(xlabel="stored value - exact value, in codes", ylabel="% of values", title="One layer: the nearest code lies between the lines")
+    left.set(xlabel="stored - exact, in codes", ylabel="% of values", title="One layer: the nearest code lies between the lines")
     left.set_xticks([-1, -0.5, 0, 0.5, 1])
     for mode, part in layers.groupby("rounding", sort=False):
         right.plot(part.multiplier, 100 * part.share, MARKERS[mode], color=COLOURS[mode], label=mode, alpha=0.8)
-    right.set(xscale="log", xlabel="multiplier M (largest of the layer)", ylabel="% of codes that differ", title="Every operation, fed the same codes")
+    right.set(xscale="log", xlabel="multiplier M (largest of the layer)", ylabel="% of codes that differ")
+    right.set_title("Every operation, fed the same codes")
     right.set_yscale("symlog", linthresh=1e-3)
     right.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     right.set_ylim(bottom=-2e-4)
@@ -40,7 +43,8 @@ def codes_by_depth(frame, text):
     for panel, (fed, title) in zip(axes, titles.items()):
         for (network, mode), part in frame[frame.fed == fed].groupby(["network", "rounding"], sort=False):
             line = ("-", ":", "--")[widths.index(network) % 3]
-            panel.plot(part.order, 100 * part.share, line, marker=MARKERS[mode], markersize=4, color=COLOURS[mode], label=f"{network}, {mode}")
+            style = dict(marker=MARKERS[mode], markersize=4, color=COLOURS[mode], label=f"{network}, {mode}")
+            panel.plot(part.order, 100 * part.share, line, **style)
         panel.set(xlabel="edges, in order of execution", title=title)
         panel.set_yscale("symlog", linthresh=1e-4)
         panel.set_ylim(-2e-5, 150)
