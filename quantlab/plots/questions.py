@@ -66,17 +66,16 @@ def clipped_histograms(stats, coded, text, unit="activation"):
     centers, counts = (v.numpy() for v in stats.histogram())
     groups = max(1, len(centers) // 128)
     edges = np.arange(0, len(centers), groups)
-    figure, axes = plt.subplots(1, 1 + len(coded), figsize=(3.5 * (1 + len(coded)), 3.5), sharex=True)
+    figure, axes = plt.subplots(1, 1 + len(coded), figsize=(3.5 * (1 + len(coded)), 3.5), sharex=True, sharey=True)
     axes[0].bar(centers[edges], np.add.reduceat(counts, edges) / stats.count, width=stats.width * groups, align="edge", color=DATA_COLOUR)
-    axes[0].set(title="before: float", ylabel="share of the values (log scale)", yscale="log", xlabel=unit)
+    axes[0].set(title=f"before: float\n(and {stats.zeros / stats.count:.0%} exact zeros)", ylabel="share of the values (log scale)", yscale="log", xlabel=unit)
     for panel, (name, (values, number, high)) in zip(axes[1:], coded.items()):
         share = np.asarray(number) / stats.count
         used = share > 0
-        panel.vlines(np.asarray(values)[used], share[used].min() / 3, share[used], color=ERROR_COLOUR, linewidth=1.6)
-        panel.axvline(high, color=COLOURS["float"], linestyle="--", linewidth=1, label=f"clip range ends at {high:.2f}")
+        panel.vlines(np.asarray(values)[used], 0.3 / stats.count, share[used], color=ERROR_COLOUR, linewidth=1.6)
+        panel.axvline(high, color=COLOURS["float"], linestyle="--", linewidth=1)
         entropy = -(share[used] * np.log2(share[used])).sum()
-        panel.set(title=f"{name}: {used.sum()} of {len(values)} codes used,\nentropy {entropy:.2f} bits", yscale="log", xlabel=unit)
-        panel.legend(loc="upper right", fontsize=8)
+        panel.set(title=f"{name}: up to {high:.2f} (dashed)\n{used.sum()} of {len(values)} codes used, entropy {entropy:.2f} bits", xlabel=unit)
     return caption(figure, text)
 
 
@@ -102,6 +101,7 @@ def bits_heatmap(table, text):
         grid = table.pivot_table(index="weight_bits", columns="act_bits", values=column).sort_index(ascending=False)
         grid = grid[sorted(grid.columns)]
         sns.heatmap(grid.astype(float), ax=panel, cmap=colours, annot=True, fmt=".1f", square=True, cbar_kws={"label": label}, vmin=0, vmax=100 if column == "top1" else None)
+        panel.tick_params(axis="y", rotation=0)
         panel.set(xlabel="bits of the activations", ylabel="bits of the weights", title=label.capitalize())
         panel.grid(False)
     return caption(figure, text)
@@ -131,13 +131,14 @@ def two_values(pairs, code, text):
     """pairs: name -> (QParams before the ReLU, QParams behind it): the real value of every code under both, `code` marked."""
     figure, axes = plt.subplots(1, len(pairs), figsize=(5 * len(pairs), 3.8))
     for panel, (name, both) in zip(np.atleast_1d(axes), pairs.items()):
-        for q, label, colour, style in zip(both, ("before the ReLU", "behind the ReLU"), (DATA_COLOUR, ERROR_COLOUR), ("--", "-")):
+        looks = zip(both, ("before the ReLU", "behind the ReLU"), (DATA_COLOUR, ERROR_COLOUR), ("--", "-"), ((8, -14), (-44, 10)))
+        for q, label, colour, style, offset in looks:
             scale, zero_point = q.scale.item(), q.zero_point.item()
             codes = np.arange(q.qmin, q.qmax + 1)
             value = scale * (code - zero_point)
             panel.plot(codes, scale * (codes - zero_point), style, color=colour, label=f"{label}: scale {scale:.4f}, zero-point {zero_point}")
             panel.plot(code, value, "o", color=colour)
-            panel.annotate(f"{value:.3f}", (code, value), xytext=(8, -12), textcoords="offset points", color=colour, fontweight="bold")
+            panel.annotate(f"{value:.3f}", (code, value), xytext=offset, textcoords="offset points", color=colour, fontweight="bold")
         panel.axvline(code, color=COLOURS["float"], linewidth=0.8, linestyle=":")
         panel.axhline(0, color=COLOURS["float"], linewidth=0.8)
         panel.set(xlabel="code", ylabel="real value", title=f"{name}: the two values of code {code}", xticks=[0, 64, 128, code, 255])
