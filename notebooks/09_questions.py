@@ -55,6 +55,7 @@ images = ql.load_data(data)
 smoke = images.smoke if preset == "auto" else preset == "smoke"
 limit = 1000 if smoke else None  # test images
 n_calibration = n_calibration or min(256 if smoke else 1024, len(images.train))
+depths = (4, 3) if smoke else (8, 4, 3)  # bits in sections 6 and 7
 network, card = ql.load_trained(model, images, checkpoint)
 baseline = ql.evaluate(network, images.test, limit=limit)
 network = network.cpu()  # sections 1 to 5 look at single layers; evaluation moves what it evaluates
@@ -470,7 +471,7 @@ def measure(variant, width, qmodel):
 bn_alone = nn.Conv2d  # the plan of an unfolded graph stores every convolution's output; not so where BatchNorm is computed in float behind it
 variants = {"folded, rounded once": dict(batchnorm=True), "BatchNorm in float, rounded once": dict(batchnorm=False, skip=bn_alone),
             "conv and BatchNorm rounded apart": dict(batchnorm=False, extra=nn.BatchNorm2d)}
-grid = list(itertools.product(variants, (8, 4, 3)))
+grid = list(itertools.product(variants, depths))
 fused = pd.DataFrame(measure(v, w, simulate(weights=w, acts=w, **variants[v])) for v, w in tqdm(grid, desc="fused or not"))
 fused.pivot(index="variant", columns="bits", values="drop").reindex(variants).sort_index(axis=1, ascending=False).round(2)
 
@@ -502,10 +503,10 @@ def misread(module, before, after):  # the code passes the ReLU unchanged and is
 # %%
 ways = {"after only": {}, "before and after, same parameters": dict(around_relu=same), "before and after, each its own": dict(around_relu=different),
         "both the range in front": dict(around_relu=signed, skip=nn.ReLU), "one code, two parameters (a bug)": dict(around_relu=misread)}
-grid = list(itertools.product(ways, (8, 4, 3)))
+grid = list(itertools.product(ways, depths))
 twice = pd.DataFrame(measure(v, w, simulate(True, w, w, **ways[v])) for v, w in tqdm(grid, desc="before and after"))
 exactly = twice.set_index(["variant", "bits"]).top1
-assert all(exactly["after only", w] == exactly["before and after, same parameters", w] for w in (8, 4, 3)), "round(relu(round(x))) = round(x) clamped at zero"
+assert all(exactly["after only", w] == exactly["before and after, same parameters", w] for w in depths), "round(relu(round(x))) = round(x) clamped at zero"
 twice.pivot(index="variant", columns="bits", values="drop").reindex(ways).sort_index(axis=1, ascending=False).round(2)
 
 # %%
@@ -552,7 +553,7 @@ lost = frame.set_index(["weight_bits", "act_bits"])["drop"]
 print(f"- Dataflow: at 8 bits the widest accumulator needs {widths.loc['accumulator, seen', '8 bits']} bits on real images and {widths.loc['accumulator, worst case', '8 bits']} at worst; at 4 bits {widths.loc['accumulator, worst case', '4 bits']}.")
 print(f"- Freeze: {freeze.differing.iloc[2]:,} of {freeze.codes.iloc[2]:,} codes differ with 31-bit multipliers, {freeze.differing.iloc[1]:,} with float64 ones, {freeze.differing.iloc[0]:,} with float32 step by step.")
 print(f"- Trade-off: at 8 bits the best range is worth {trade.loc[8, 'worth bits']:.2f} bits, at 3 bits {trade.loc[3, 'worth bits']:.2f}.")
-for b in (8, 4, 3):
+for b in depths:
     f, t = (table[table.bits == b].set_index("variant")["drop"] for table in (fused, twice))
     print(f"- {b} bits: folded {f.iloc[0]:+.2f} points lost, conv and BatchNorm rounded apart {f.iloc[2]:+.2f}; before and after the ReLU with the same parameters {t.iloc[1]:+.2f}, each its own {t.iloc[2]:+.2f}, misread {t.iloc[4]:+.2f}.")
 for b in (6, 4, 3, 2):
