@@ -112,6 +112,8 @@ def convolutions(qmodel):
             writer = next(iter(user.users)) if relu else user
             yield node.name, modules[node.target], modules[node.args[0].target].qparams, relu, modules[writer.target].qparams
 
+
+# %%
 def codes_read(qmodel, inputs):
     """int32 codes that every convolution reads, by layer, for one batch."""
     seen = {}
@@ -137,6 +139,8 @@ def accumulate(codes, layer, q_in):
     b_q = torch.round(layer.bias.detach().double() / unit)
     return w_q, b_q, conv((codes - q_in.zero_point).double(), w_q, None, layer), unit
 
+
+# %%
 def fixed_point(real):
     """Integers (m, k) with real = m * 2^(k - 31) and m in [2^30, 2^31); float64 [C] -> int64 [C] each."""
     mantissa, exponent = torch.frexp(real)
@@ -415,6 +419,8 @@ def choose(batchnorm, node, side, width):
     edge = observed(batchnorm)[1][node, side]
     return ql.choose_qparams(*observers.histogram(edge, width), width)
 
+
+# %%
 @functools.cache
 def rounded(batchnorm, node, target, width, input_width):
     """A layer's weights per channel and its bias at s_x * s_w, as ql.quantize rounds them."""
@@ -425,6 +431,8 @@ def rounded(batchnorm, node, target, width, input_width):
     bias = None if layer.bias is None else (torch.round(layer.bias.detach().double() / unit) * unit).float()
     return ql.fake_quantize(layer.weight.detach(), q), bias
 
+
+# %%
 def rounds(q):
     return lambda module, values, output=None: ql.fake_quantize(values[0] if output is None else output, q.to(values[0].device))
 
@@ -439,12 +447,11 @@ def simulate(batchnorm, weights, acts, extra=(), skip=(), around_relu=None):
     g, where = copy.deepcopy(observed(batchnorm)[0]), observed(batchnorm)[2]
     for node in [n for n in g.graph.nodes if n.op == "call_module"]:
         module, role, name = g.get_submodule(node.target), where.stores.get(node.name), node.name
-        width = 8 if role == "residual" else acts
+        width, reads = 8 if role == "residual" else acts, 8 if name in where.first else acts
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            input_width = 8 if name in where.first else acts
-            weight, bias = rounded(batchnorm, name, node.target, weights, input_width)
+            weight, bias = rounded(batchnorm, name, node.target, weights, reads)
             module.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
-            module.register_forward_pre_hook(rounds(choose(batchnorm, name, "in", input_width)))
+            module.register_forward_pre_hook(rounds(choose(batchnorm, name, "in", reads)))
         if around_relu and isinstance(module, nn.ReLU):
             around_relu(module, *(choose(batchnorm, name, side, width) for side in ("in", "out")))
         if (role and not isinstance(module, skip)) or isinstance(module, extra):
