@@ -18,7 +18,7 @@ def fine_tuning(history, levels, text):
     for (name, level), style in zip(levels.items(), ("--", ":")):
         right.axhline(level, linestyle=style, color=COLOURS["float"], label=f"{name}: {level:.2f} %")
     right.set(xlabel="images seen", ylabel="top-1 accuracy, held-out images, %", title="Accuracy")
-    right.legend(loc="lower right")
+    right.legend(loc="center right")
     return caption(figure, text)
 
 
@@ -29,8 +29,8 @@ def calibration_sources(table, ranges, text):
     names = [f"{source}, {images:,}" for source, images in means.index]
     error = np.stack([means["mean"] - means["min"], means["max"] - means["mean"]])
     left.barh(names, means["mean"], xerr=error, height=0.6, color=[SOURCE_COLOURS[s] for s, _ in means.index], error_kw=dict(capsize=3, lw=1, ecolor="#444444"))
-    for i, (value, end) in enumerate(zip(means["mean"], means["max"])):
-        left.annotate(f"{value:.2f}", (end, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+    for i, value in enumerate(means["mean"]):
+        left.annotate(f"{value:.2f}", (101, i), va="center", fontsize=9)
     left.axvline(table.float.iloc[0], color=COLOURS["float"], linestyle="--", linewidth=1, label="float")
     left.set(xlabel="top-1 accuracy, %", xlim=(0, 115), title="Accuracy by what it was calibrated on")
     left.set_xticks([0, 25, 50, 75, 100])
@@ -48,24 +48,40 @@ def calibration_sources(table, ranges, text):
 
 def source_map(packages, text, strongest=16):
     """packages: name -> (topics, edges) of sourcemap: topics as circles (area: lines), arrows from who uses to who is used (width: names taken)."""
-    figure, axes = plt.subplots(1, len(packages), figsize=(8.2 * len(packages), 8), squeeze=False)
+    figure, axes = plt.subplots(1, len(packages), figsize=(8.4 * len(packages), 8), squeeze=False)
     for panel, (name, (topics, edges)) in zip(axes[0], packages.items()):
-        angles = np.pi / 2 - 2 * np.pi * np.arange(len(topics)) / len(topics)
-        place = {topic: np.array([np.cos(a), np.sin(a)]) for topic, a in zip(topics.topic, angles)}
-        area = dict(zip(topics.topic, 3500 * topics.lines / topics.lines.max() + 40))
-        for rank, edge in enumerate(edges.head(strongest).itertuples()):
-            start, end = place[edge.importer], place[edge.imported]
-            style = dict(arrowstyle="-|>", mutation_scale=14, color="#666666", alpha=0.75, linewidth=0.8 + 3.5 * edge.uses / edges.uses.max(), connectionstyle="arc3,rad=0.15",
-                         shrinkA=np.sqrt(area[edge.importer]) / 2 + 2, shrinkB=np.sqrt(area[edge.imported]) / 2 + 2)  # fmt: skip
-            panel.annotate("", end, start, arrowprops=style, zorder=1)
+        place = dict(zip(topics.topic, _oval(len(topics))))
+        radius = dict(zip(topics.topic, 4 + 26 * np.sqrt(topics.lines / topics.lines.max())))  # in points
+        for edge in edges.head(strongest).itertuples():
+            (x0, y0), (x1, y1) = place[edge.importer], place[edge.imported]
+            bend = -0.4 * np.sign(x0) * np.sign(y1 - y0) if x0 * x1 > 0 else 0.15  # along one side: inwards, past the circles between
+            style = dict(arrowstyle="-|>", mutation_scale=13, color="#666666", alpha=0.7, linewidth=0.6 + 3.5 * np.sqrt(edge.uses / edges.uses.max()),
+                         connectionstyle=f"arc3,rad={bend}", shrinkA=radius[edge.importer] + 2, shrinkB=radius[edge.imported] + 2)  # fmt: skip
+            panel.annotate("", (x1, y1), (x0, y0), arrowprops=style, zorder=1)
         for row in topics.itertuples():
-            x, y = place[row.topic]
-            panel.scatter(x, y, s=area[row.topic], color=DATA_COLOUR, edgecolor="white", zorder=2)
-            away = 1.0 + (np.sqrt(area[row.topic]) / 2 + 6) / 250
-            side = "center" if abs(x) < 0.25 else "left" if x > 0 else "right"
-            used = "\n".join(n for n in row.used if n)
-            panel.text(x * away, y * away, f"{row.topic}\n", ha=side, va="center", fontsize=11, fontweight="bold")
-            panel.text(x * away, y * away, f"\n{row.modules} files, {row.lines:,} lines\n{used}", ha=side, va="center" if abs(y) < 0.9 else "bottom" if y > 0 else "top", fontsize=8, color="#444444")
-        panel.set(xlim=(-1.95, 1.95), ylim=(-1.5, 1.5), title=name)
+            panel.scatter(*place[row.topic], s=(2 * radius[row.topic]) ** 2, color=DATA_COLOUR, edgecolor="white", zorder=2)
+            _topic_label(panel, row, place[row.topic], radius[row.topic] + 5)
+        panel.set(xlim=(-2.1, 2.1), ylim=(-1.4, 1.4))
+        panel.set_title(name, fontsize=13, pad=18)
         panel.axis("off")
     return caption(figure, text)
+
+
+def _oval(count):
+    """Places on an oval, clockwise from the top, at equal distances in height, so that the labels beside it do not meet."""
+    right, left = (np.linspace(0.8, -0.8, n) for n in (-(-(count - 2) // 2), (count - 2) // 2))
+    bulge = [(1.2 * np.sqrt(1 - (0.85 * y) ** 2), y) for y in right], [(-1.2 * np.sqrt(1 - (0.85 * y) ** 2), y) for y in left[::-1]]
+    return [(0.0, 1.0), *bulge[0], (0.0, -1.0), *bulge[1]]
+
+
+def _topic_label(panel, row, place, distance):
+    """A topic's name, size and most used names beside its circle, on the side that looks outwards; distance in points."""
+    lines = [f"{row.modules} file{'s' * (row.modules > 1)}, {row.lines:,} lines", *row.used]
+    height = 15 + 10.5 * len(lines)
+    x, y = place
+    above, centred = abs(x) < 0.2, "center" if abs(x) < 0.2 else "left" if x > 0 else "right"
+    right = 0 if above else distance * np.sign(x)
+    top = height / 2 if not above else distance + height if y > 0 else -distance
+    options = dict(xy=place, textcoords="offset points", ha=centred, va="top", zorder=3)
+    panel.annotate(row.topic, xytext=(right, top), fontsize=11, fontweight="bold", **options)
+    panel.annotate("\n".join(lines), xytext=(right, top - 15), fontsize=8, color="#444444", **options)
