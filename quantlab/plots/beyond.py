@@ -5,8 +5,8 @@ import numpy as np
 
 from quantlab.plots.style import COLOURS, DATA_COLOUR, ERROR_COLOUR, caption
 
-SOURCE_COLOURS = {"real images": COLOURS["histogram"], "distilled images": COLOURS["mse"], "noise": COLOURS["minmax"]}
-SOURCE_MARKERS = {"real images": "o", "distilled images": "D", "noise": "s"}
+SOURCE_COLOURS = {"real images": COLOURS["histogram"], "distilled images": COLOURS["mse"], "noise images": COLOURS["minmax"]}
+SOURCE_MARKERS = {"real images": "o", "distilled images": "D", "noise images": "s"}
 
 
 def fine_tuning(history, levels, text):

@@ -142,5 +142,5 @@ def two_values(pairs, code, text):
         panel.axvline(code, color=COLOURS["float"], linewidth=0.8, linestyle=":")
         panel.axhline(0, color=COLOURS["float"], linewidth=0.8)
         panel.set(xlabel="code", ylabel="real value", title=f"{name}: the two values of code {code}", xticks=[0, 64, 128, code, 255])
-        panel.legend(loc="upper left", fontsize=8)
+        panel.legend(loc="lower right", fontsize=8)
     return caption(figure, text)
