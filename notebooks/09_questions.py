@@ -209,8 +209,8 @@ steps.drop(columns="example")
 with torch.no_grad():
     exact = conv(sample, layer.weight, layer.bias, layer).relu()[at].item() if relu else conv(sample, layer.weight, layer.bias, layer)[at].item()
 decoded = (q_out.scale * (written[at] - q_out.zero_point)).item()
-title = f"{name} + BatchNorm + ReLU in integers, {layer.in_channels}x{layer.kernel_size[0]}x{layer.kernel_size[1]} taps; “here” is one output: code {int(written[at])} = {decoded:.3f}"
-text = plots.row_caption(images, model, len(sample), "calibration images, 8 bits; ranges seen on them, and the worst that any input can cause. Input and weight of one tap only")
+title = f"{name} + BatchNorm + ReLU in integers, {w_q[0].numel()} products a sum; “here” is one output: code {int(written[at])} = {decoded:.3f}"
+text = plots.row_caption(images, model, len(sample), "calibration images, 8 bits; ranges seen on them, and the worst any input can cause; input and weight of one tap")
 print(f"code {int(written[at])} decodes to {decoded:.4f}; the same layer in float on the unrounded image gives {exact:.4f} (step {q_out.scale.item():.4f})")
 plots.save(questions.dataflow(steps, text, title), "09_dataflow", images, model)
 
@@ -292,7 +292,8 @@ filter_ = weight[0, 0].flatten()
 filter_codes = ql.quantize_tensor(filter_, q)
 assert torch.equal(ql.dequantize(filter_codes, q), q.scale * (filter_codes + -q.zero_point)), "the original's formula with -z"
 print(f"{name}: {weight.numel():,} weights in [{a:.4f}, {b:.4f}], scale {max(-a, b):.4f} / 127 = {q.scale.item():.6f}")
-pd.DataFrame({"weight": filter_, "code": filter_codes, "value": ql.dequantize(filter_codes, q), "error in steps": (ql.dequantize(filter_codes, q) - filter_) / q.scale}).T.round(4)
+values = ql.dequantize(filter_codes, q)
+pd.DataFrame({"weight": filter_, "code": filter_codes, "value": values, "error in steps": (values - filter_) / q.scale}).T.round(4)
 
 
 # %% [markdown]
@@ -483,7 +484,7 @@ fused = pd.DataFrame(measure(v, w, simulate(weights=w, acts=w, **variants[v])) f
 fused.pivot(index="variant", columns="bits", values="drop").reindex(variants).sort_index(axis=1, ascending=False).round(2)
 
 # %%
-text = plots.row_caption(images, model, baseline.n, f"test images; W = A = bits, residual stream 8 bits, histogram ranges from {n_calibration:,} calibration images; lines are paired 95 % intervals")
+text = plots.row_caption(images, model, baseline.n, f"test images; W = A = bits, residual stream 8 bits, {n_calibration:,} calibration images; paired 95 % intervals")
 plots.save(questions.variant_drops(fused, text, "Fused or not: points lost against float"), "09_fused", images, model)
 
 
@@ -517,7 +518,8 @@ assert all(exactly["after only", w] == exactly["before and after, same parameter
 twice.pivot(index="variant", columns="bits", values="drop").reindex(ways).sort_index(axis=1, ascending=False).round(2)
 
 # %%
-plots.save(questions.variant_drops(twice[~twice.variant.str.contains("bug")], text, "Rounding before and after the ReLU: points lost against float"), "09_before_and_after", images, model)
+sound = twice[~twice.variant.str.contains("bug")]
+plots.save(questions.variant_drops(sound, text, "Rounding before and after the ReLU: points lost against float"), "09_before_and_after", images, model)
 
 # %% [markdown]
 # The original's picture shows the bug: input range $[-1, 1]$, output range $[0, 1]$, and the same code stands for two values. On the right the
@@ -536,8 +538,9 @@ plots.save(questions.two_values(pairs, 192, text), "09_code_192", images, model)
 
 # %% [markdown]
 # ## 8. From 8 to 2 bits, weights against activations
-# *"Can you quantize to 6 bits or even lower? Weights and activations are not equally sensitive."* All 25
-# combinations, simulated as in section 6: that is the package's network, and what is chosen once is not searched again.
+# *"Can you quantize to 6 bits or even lower? Weights and activations are not equally sensitive, so mix-bit quantization is an option."* All 25
+# combinations of one width for all weights and one for all activations (widths per layer are a subject of 06), simulated as in section 6: that
+# is the package's network, and what is chosen once is not searched again.
 
 # %%
 def cell(weight_bits, act_bits):
@@ -549,22 +552,28 @@ def cell(weight_bits, act_bits):
 WIDTHS = (8, 6, 4, 3, 2)
 size = {w: ql.weight_bytes(ql.quantize(network, stats, ql.QuantConfig(weight_bits=w, observer="minmax", weight_observer="minmax"))) for w in WIDTHS}
 frame = results.record([cell(w, a) for w, a in tqdm(list(itertools.product(WIDTHS, WIDTHS)), desc="heat map")])
-text = plots.row_caption(images, model, baseline.n, f"test images; residual stream and image 8 bits, first and last layer as the rest, {n_calibration:,} calibration images, one seed")
+more = f"test images; residual stream and image 8 bits, first and last layer as the rest, {n_calibration:,} calibration images, one seed"
+text = plots.row_caption(images, model, baseline.n, more)
 plots.save(questions.bits_heatmap(frame, text), "09_heatmap", images, model)
 
 # %% [markdown]
 # ## What we learned
 
 # %%
-lost = frame.set_index(["weight_bits", "act_bits"])["drop"]
-print(f"- Dataflow: at 8 bits the widest accumulator needs {widths.loc['accumulator, seen', '8 bits']} bits on real images and {widths.loc['accumulator, worst case', '8 bits']} at worst; at 4 bits {widths.loc['accumulator, worst case', '4 bits']}.")
-print(f"- Freeze: {freeze.differing.iloc[2]:,} of {freeze.codes.iloc[2]:,} codes differ with 31-bit multipliers, {freeze.differing.iloc[1]:,} with float64 ones, {freeze.differing.iloc[0]:,} with float32 step by step.")
+seen, worst = (widths.loc[f"accumulator, {which}"] for which in ("seen", "worst case"))
+print(f"- Dataflow: at 8 bits the widest accumulator needs {seen['8 bits']} bits on real images and {worst['8 bits']} at worst; at 4 bits {worst['4 bits']}.")
+apart = freeze.differing.tolist()
+print(f"- Freeze: of {freeze.codes.iloc[0]:,} codes {apart[2]:,} differ with 31-bit multipliers, {apart[1]:,} with float64 ones, {apart[0]:,} with float32 step by step.")
 print(f"- Trade-off: at 8 bits the best range is worth {trade.loc[8, 'worth bits']:.2f} bits, at 3 bits {trade.loc[3, 'worth bits']:.2f}.")
 for b in depths:
     f, t = (table[table.bits == b].set_index("variant")["drop"] for table in (fused, twice))
-    print(f"- {b} bits: folded {f.iloc[0]:+.2f} points lost, conv and BatchNorm rounded apart {f.iloc[2]:+.2f}; before and after the ReLU with the same parameters {t.iloc[1]:+.2f}, each its own {t.iloc[2]:+.2f}, misread {t.iloc[4]:+.2f}.")
+    print(f"- {b} bits, points lost: folded {f.iloc[0]:+.2f}, conv and BatchNorm rounded apart {f.iloc[2]:+.2f}; before and after the ReLU"
+          f" with the same parameters {t.iloc[1]:+.2f}, each its own {t.iloc[2]:+.2f}, misread {t.iloc[4]:+.2f}.")
+
+# %%
+lost = frame.set_index(["weight_bits", "act_bits"])["drop"]
 for b in (6, 4, 3, 2):
-    print(f"- {b} bits: {lost[b, 8]:+.2f} points lost for weights alone, {lost[8, b]:+.2f} for activations alone, {lost[b, b]:+.2f} for both.")
+    print(f"- {b} bits, points lost: {lost[b, 8]:+.2f} with the weights alone, {lost[8, b]:+.2f} with the activations alone, {lost[b, b]:+.2f} with both.")
 low = next((b for b in WIDTHS if lost[b, b] > 1), None)
 print(f"- It breaks at {low} bits (more than one point lost, both at the same width)." if low else "- No width loses more than one point.")
 

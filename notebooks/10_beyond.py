@@ -179,7 +179,8 @@ plots.save(plots.method_bars(lstm, plots.row_caption(digits, "LSTM, 128 units", 
 # Post-training quantization cannot move the weights much. *Quantization-aware training* rounds in the forward pass and lets the gradient
 # through as if it had not. Esser et al. (LSQ, arXiv:1902.08153) learn the step $s$ as well:
 #
-# $$ \hat x = s\,\lfloor v \rceil,\quad v = \mathrm{clamp}(x/s,\ Q_N, Q_P), \qquad \frac{\partial \hat x}{\partial s} = \begin{cases} \lfloor v\rceil - v & Q_N < x/s < Q_P \\ Q_N \text{ or } Q_P & \text{outside} \end{cases} $$
+# $$ \hat x = s\,\lfloor v \rceil,\quad v = \mathrm{clamp}(x/s,\ Q_N, Q_P), \qquad
+# \frac{\partial \hat x}{\partial s} = \begin{cases} \lfloor v\rceil - v & Q_N < x/s < Q_P \\ Q_N \text{ or } Q_P & \text{outside} \end{cases} $$
 #
 # with the gradient of $s$ scaled by $1/\sqrt{N Q_P}$, $N$ the number of values that share it. Written as elementwise operations: torch's own
 # learnable fake-quantize kernel is many times slower on the CPU.
@@ -288,7 +289,7 @@ def frozen(net, qmodel):
         module.scale.copy_(net.get_submodule(f"quantizers.{name}").step)
     for name, _ in layers(out):
         layer, learned = out.get_submodule(name), net.get_submodule(name)
-        layer.weight_qparams = dataclasses.replace(layer.weight_qparams, scale=learned.parametrizations.weight[0].step.detach())
+        layer.weight_qparams = dataclasses.replace(layer.weight_qparams.to("cpu"), scale=learned.parametrizations.weight[0].step.detach())
         layer.weight.copy_(ql.fake_quantize(learned.parametrizations.weight.original, layer.weight_qparams))
         layer.bias.copy_(learned.bias)
     return out
@@ -345,7 +346,8 @@ rows = results.record([
 ])
 
 # %%
-qat = rows[["method", "top1", "drop", "drop_low", "drop_high", "bytes"]].assign(seconds=[ptq_seconds, ptq_seconds + spent], images_seen=[n_calibration, n_calibration + 64 * total], labels=["no", "yes"])
+seen = [n_calibration, n_calibration + 64 * total]
+qat = rows[["method", "top1", "drop", "drop_low", "drop_high", "bytes"]].assign(seconds=[ptq_seconds, ptq_seconds + spent], images_seen=seen, labels=["no", "yes"])
 qat.round(2)
 
 # %%
@@ -400,8 +402,9 @@ def calibrated(source, batches, n, s):
     statistics = ql.collect(network, batches)
     qmodel = ql.quantize(network, statistics, four)
     result = ql.evaluate(qmodel, images.test, limit=limit)
+    method = "by hand" if (source, n) == ("real images", n_calibration) else f"W4A4, calibrated on {n:,} {source}"
     row = results.make_row(data=images, model=model, card=card, baseline=baseline, config=four, result=result, seed=s, n_calibration=n,
-                           method="by hand" if (source, n) == ("real images", n_calibration) else f"W4A4, calibrated on {n:,} {source}", bytes=ql.weight_bytes(qmodel), notebook="10_beyond")
+                           method=method, bytes=ql.weight_bytes(qmodel), notebook="10_beyond")
     return {"source": source, "images": n, "top1": result.top1, "float": baseline.top1, "statistics": statistics, "row": row}
 
 
@@ -425,7 +428,8 @@ def upper(statistics):
 reference = upper(without.statistics[0])
 ranges = pd.DataFrame([{"source": row.source, "order": i, "ratio": high / reference[name]} for row in without.iloc[2:4].itertuples()
                        for i, (name, high) in enumerate(upper(row.statistics).items()) if high > 0 < reference[name]])
-text = plots.row_caption(images, model, baseline.n, f"test images, W4A4, residual stream 8 bits, {n_seeds} seed(s), {steps} steps of distillation; ranges of the first seed against {n_calibration:,} real images")
+more = f"test images, W4A4, residual stream 8 bits, {n_seeds} seed(s), {steps} steps of distillation; ranges: first seed, against {n_calibration:,} real images"
+text = plots.row_caption(images, model, baseline.n, more)
 plots.save(beyond.calibration_sources(without, ranges, text), "10_data_free", images, model)
 
 # %% [markdown]
@@ -479,14 +483,16 @@ pd.DataFrame([link for _, links in sheets.values() for link in links[:6]], colum
 
 # %%
 times, points = lstm.set_index("method")["ms, batch 64"], lstm.set_index("method").top1
-print(f"- LSTM: float {points.iloc[0]:.2f} %, " + ", ".join(f"{n} {points[n]:.2f} % at {lstm.bytes.iloc[0] / b:.1f} times fewer bytes and {times.iloc[0] / times[n]:.2f} times the speed"
-                                                    for n, b in zip(lstm.method[1:], lstm.bytes[1:])) + ".")
+print(f"- LSTM: float {points.iloc[0]:.2f} %")
+for name, size_ in zip(lstm.method[1:], lstm.bytes[1:]):
+    print(f"- LSTM, {name}: {points[name]:.2f} %, {lstm.bytes.iloc[0] / size_:.1f} times fewer bytes, {times.iloc[0] / times[name]:.2f} times the speed of float")
 print(f"- At {qat_bits} bits PTQ loses {rows['drop'][0]:+.2f} points, fine-tuning {rows['drop'][1]:+.2f}: for {spent:.0f} s instead of {ptq_seconds:.0f}, "
       f"{64 * total:,} labelled images seen instead of {n_calibration:,} without labels.")
 means = without.groupby(["source", "images"], sort=False).top1.mean()
 print("- W4A4 by calibration: " + ", ".join(f"{value:.2f} % on {n:,} {source}" for (source, n), value in means.items()) + ".")
 for name, (table, edges) in tables.items():
-    print(f"- {name}: the largest topic is {table.topic[table.lines.idxmax()]} ({table.lines.max() / table.lines.sum():.0%} of the lines); the strongest tie is {edges.importer[0]} on {edges.imported[0]}.")
+    largest, share = table.topic[table.lines.idxmax()], table.lines.max() / table.lines.sum()
+    print(f"- {name}: {share:.0%} of the lines are {largest}; {edges.importer[0]} takes most from {edges.imported[0]}.")
 
 # %% [markdown]
 # Next: [11_report](11_report.ipynb), everything measured so far on one page.

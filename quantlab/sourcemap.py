@@ -1,4 +1,4 @@
-"""A map of a Python package's source: which module defines what and which uses which, parsed from the installed files without importing them.
+"""A map of a package's source: which module defines what and which uses which, parsed from the installed files, nothing imported.
 
     modules = scan("torch.ao", folder_of("torch.ao"))
     write_xmind("pic/source_map.xmind", "PyTorch quantization", tree(modules), arrows(modules))
@@ -60,7 +60,7 @@ def folder_of(package):
 
 
 def scan(package, folder):
-    """Every module below `folder` as a list of Module, by name; a name that a package's __init__ passes on counts for the module that defines it."""
+    """Every module below `folder` as a list of Module; a name that an __init__ passes on counts for the module that defines it."""
     files = {_module_name(package, path.relative_to(folder)): path for path in sorted(folder.rglob("*.py"))}
     texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     trees = {name: ast.parse(text) for name, text in texts.items()}
@@ -142,18 +142,19 @@ def topic_table(modules):
 
 
 def topic_edges(modules):
-    """importer, imported (topics), uses: how many names and whole modules the modules of one topic take from those of another, strongest first."""
+    """importer, imported (topics), uses: how many names (or whole modules) one topic takes from another; strongest first."""
     topic = {m.name: m.topic for m in modules}
     rows = [(m.topic, topic[used], max(1, len(names))) for m in modules for used, names in m.uses.items() if topic[used] != m.topic]
     frame = pd.DataFrame(rows, columns=["importer", "imported", "uses"])
-    return frame.groupby(["importer", "imported"], as_index=False).uses.sum().sort_values("uses", ascending=False, kind="stable").reset_index(drop=True)
+    sums = frame.groupby(["importer", "imported"], as_index=False).uses.sum()
+    return sums.sort_values("uses", ascending=False, kind="stable").reset_index(drop=True)
 
 
 # ---- XMind ------------------------------------------------------------------------------------------------------------------
 
 
 def tree(modules):
-    """topic -> module name -> definitions as text ("HistogramObserver (UniformQuantizationObserverBase)", "prepare()"): what a map shows."""
+    """topic -> module name -> definitions as text ("MinMaxObserver (ObserverBase)", "prepare()"): what a map shows."""
     found = {}
     for topic in dict.fromkeys(t for t, _ in TOPICS):
         part = [m for m in modules if m.topic == topic]
@@ -168,8 +169,9 @@ def _signature(name, bases):
 
 def arrows(modules, count=20, without=("models and tests", "prototypes")):
     """(importer, imported, names) of the `count` strongest uses between modules of different topics, as text: the arrows of the map."""
-    topic = {m.name: m.topic for m in modules}
-    pairs = [(m.name, used, names) for m in modules for used, names in m.uses.items() if names and len({m.topic, topic[used], *without}) == 2 + len(without)]
+    topic = {m.name: m.topic for m in modules if m.topic not in without}
+    between = [(m, used, names) for m in modules for used, names in m.uses.items() if names and {m.name, used} <= set(topic)]
+    pairs = [(m.name, used, names) for m, used, names in between if m.topic != topic[used]]
     return [(a, b, ", ".join(names[:3])) for a, b, names in sorted(pairs, key=lambda p: (-len(p[2]), p[:2]))[:count]]
 
 
@@ -184,7 +186,8 @@ def write_xmind(path, sheets):
         root = _topic(title, (title,), branches)
         ids = {child["title"]: child["id"] for topic in root["children"]["attached"] for child in topic["children"]["attached"]}
         relationships = [
-            {"id": _id((title, "uses", a, b)), "class": "relationship", "end1Id": ids[a], "end2Id": ids[b], "title": text} for a, b, text in links
+            {"id": _id((title, "uses", a, b)), "class": "relationship", "end1Id": ids[a], "end2Id": ids[b], "title": text}
+            for a, b, text in links
         ]
         content.append({"id": _id((title, "sheet")), "class": "sheet", "title": title, "rootTopic": root, "relationships": relationships})
     files = {
@@ -194,7 +197,8 @@ def write_xmind(path, sheets):
     }
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, value in files.items():
-            archive.writestr(zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0)), json.dumps(value, ensure_ascii=False, indent=1), zipfile.ZIP_DEFLATED)
+            entry = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))
+            archive.writestr(entry, json.dumps(value, ensure_ascii=False, indent=1), zipfile.ZIP_DEFLATED)
     return pathlib.Path(path)
 
 

@@ -10,7 +10,7 @@ SOURCE_MARKERS = {"real images": "o", "distilled images": "D", "noise images": "
 
 
 def fine_tuning(history, levels, text):
-    """history: images (seen), heldout (top-1, %), loss; levels: name -> accuracy in %, drawn as lines: what fine-tuning brings for what it costs."""
+    """history: images (seen), heldout (top-1, %), loss; levels: name -> accuracy in %, drawn as lines."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     left.plot(history.images, history.loss, color=DATA_COLOUR)
     left.set(xlabel="images seen", ylabel="cross-entropy, training images", title="Loss", ylim=(0, None))
@@ -23,12 +23,13 @@ def fine_tuning(history, levels, text):
 
 
 def calibration_sources(table, ranges, text):
-    """table: source, images, top1 (%) and float (%), one row a seed; ranges: source, order (of the edge), ratio (chosen range over that of real images)."""
+    """table: source, images, top1 and float (%), a row a seed; ranges: source, order (of the edge), ratio (to real images' range)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=[2, 3])
     means = table.groupby(["source", "images"], sort=False).top1.agg(["mean", "min", "max"])
     names = [f"{source}, {images:,}" for source, images in means.index]
     error = np.stack([means["mean"] - means["min"], means["max"] - means["mean"]])
-    left.barh(names, means["mean"], xerr=error, height=0.6, color=[SOURCE_COLOURS[s] for s, _ in means.index], error_kw=dict(capsize=3, lw=1, ecolor="#444444"))
+    colours, whiskers = [SOURCE_COLOURS[s] for s, _ in means.index], dict(capsize=3, lw=1, ecolor="#444444")
+    left.barh(names, means["mean"], xerr=error, height=0.6, color=colours, error_kw=whiskers)
     for i, value in enumerate(means["mean"]):
         left.annotate(f"{value:.2f}", (101, i), va="center", fontsize=9)
     left.axvline(table.float.iloc[0], color=COLOURS["float"], linestyle="--", linewidth=1, label="float")
@@ -37,7 +38,8 @@ def calibration_sources(table, ranges, text):
     left.invert_yaxis()
     left.grid(axis="y", visible=False)
     for source, part in ranges.groupby("source", sort=False):
-        right.plot(part.order, part.ratio, SOURCE_MARKERS[source], linestyle="-", linewidth=0.8, markersize=4, color=SOURCE_COLOURS[source], label=source)
+        style = dict(marker=SOURCE_MARKERS[source], color=SOURCE_COLOURS[source], linewidth=0.8, markersize=4)
+        right.plot(part.order, part.ratio, label=source, **style)
     right.axhline(1, color=COLOURS["float"], linestyle="--", linewidth=1)
     right.set(yscale="log", xlabel="edges, in order of execution", ylabel="range / that of real images", title="Which ranges come out")
     right.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
@@ -47,7 +49,7 @@ def calibration_sources(table, ranges, text):
 
 
 def source_map(packages, text, strongest=16):
-    """packages: name -> (topics, edges) of sourcemap: topics as circles (area: lines), arrows from who uses to who is used (width: names taken)."""
+    """packages: name -> (topics, edges) of sourcemap: circles (area: lines), arrows from who uses to who is used (width: names taken)."""
     figure, axes = plt.subplots(1, len(packages), figsize=(8.4 * len(packages), 8), squeeze=False)
     for panel, (name, (topics, edges)) in zip(axes[0], packages.items()):
         place = dict(zip(topics.topic, _oval(len(topics))))
@@ -55,8 +57,9 @@ def source_map(packages, text, strongest=16):
         for edge in edges.head(strongest).itertuples():
             (x0, y0), (x1, y1) = place[edge.importer], place[edge.imported]
             bend = -0.4 * np.sign(x0) * np.sign(y1 - y0) if x0 * x1 > 0 else 0.15  # along one side: inwards, past the circles between
-            style = dict(arrowstyle="-|>", mutation_scale=13, color="#666666", alpha=0.7, linewidth=0.6 + 3.5 * np.sqrt(edge.uses / edges.uses.max()),
-                         connectionstyle=f"arc3,rad={bend}", shrinkA=radius[edge.importer] + 2, shrinkB=radius[edge.imported] + 2)  # fmt: skip
+            width = 0.6 + 3.5 * np.sqrt(edge.uses / edges.uses.max())
+            gaps = dict(shrinkA=radius[edge.importer] + 2, shrinkB=radius[edge.imported] + 2, connectionstyle=f"arc3,rad={bend}")
+            style = dict(arrowstyle="-|>", mutation_scale=13, color="#666666", alpha=0.7, linewidth=width, **gaps)
             panel.annotate("", (x1, y1), (x0, y0), arrowprops=style, zorder=1)
         for row in topics.itertuples():
             panel.scatter(*place[row.topic], s=(2 * radius[row.topic]) ** 2, color=DATA_COLOUR, edgecolor="white", zorder=2)

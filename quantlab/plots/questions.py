@@ -24,8 +24,9 @@ def dataflow(steps, text, title=""):
         colour = BOX_COLOURS[row.container.lstrip("uint")]
         axes.add_patch(FancyBboxPatch((x, y), 1.5, 1.4, boxstyle="round,pad=0.04", facecolor=colour, edgecolor="#666666", linewidth=0.8))
         axes.text(x + 0.75, y + 1.22, name, ha="center", va="center", fontsize=9, fontweight="bold")
-        lines = [f"{row.container}", f"{row.low:,} to {row.high:,}" if abs(row.low) + row.high < 1e8 else f"{row.low:.1e} to {row.high:.1e}",
-                 f"{row.bits} bits, at worst {row.worst_bits}", f"here: {row.example}"]  # fmt: skip
+        form = ",d" if abs(row.low) + row.high < 1e8 else ".1e"
+        span, widths = f"{row.low:{form}} to {row.high:{form}}", f"{row.bits} bits, at worst {row.worst_bits}"
+        lines = [row.container, span, widths, f"here: {row.example}"]
         axes.text(x + 0.75, y + 0.5, "\n".join(lines), ha="center", va="center", fontsize=8, linespacing=1.4)
     arrow = dict(arrowstyle="-|>", color="#444444", linewidth=1.2)
     for before, after in zip(MAIN, MAIN[1:]):
@@ -53,7 +54,8 @@ def minmax_strip(values, ranges, bits, text, unit="weight"):
         panel.plot(values[outside], np.full(outside.sum(), 1.0), "|", color=ERROR_COLOUR, markersize=14, markeredgewidth=0.8)
         for value, side in ((values.min(), -1), (values.max(), 1)):
             if abs(value) > row.high + scale / 2:
-                panel.annotate("", (side * row.high, 0.9), (value, 0.9), arrowprops=dict(arrowstyle="-|>", color=ERROR_COLOUR, linewidth=1.2))
+                arrow = dict(arrowstyle="-|>", color=ERROR_COLOUR, linewidth=1.2)
+                panel.annotate("", (side * row.high, 0.9), (value, 0.9), arrowprops=arrow)
         panel.set_title(f"{row.name}: ±{row.high:.3f}, step {scale:.4f}, {outside.sum():,} of {len(values):,} values saturate")
         panel.set(xlim=(-extent, extent), ylim=(-0.15, 1.2), yticks=[], xlabel=f"{unit} (marks), and the codes below")
         panel.grid(False)
@@ -62,25 +64,27 @@ def minmax_strip(values, ranges, bits, text, unit="weight"):
 
 
 def clipped_histograms(stats, coded, text, unit="activation"):
-    """An edge before (EdgeStats) and after quantization; coded: name -> (values float [K] of the codes, counts [K], the clip range's end)."""
+    """An edge before (EdgeStats) and after quantization; coded: name -> (values of the codes, float [K], counts [K], end of the range)."""
     centers, counts = (v.numpy() for v in stats.histogram())
     groups = max(1, len(centers) // 128)
     edges = np.arange(0, len(centers), groups)
     figure, axes = plt.subplots(1, 1 + len(coded), figsize=(3.5 * (1 + len(coded)), 3.5), sharex=True, sharey=True)
     axes[0].bar(centers[edges], np.add.reduceat(counts, edges) / stats.count, width=stats.width * groups, align="edge", color=DATA_COLOUR)
-    axes[0].set(title=f"before: float\n(and {stats.zeros / stats.count:.0%} exact zeros)", ylabel="share of the values (log scale)", yscale="log", xlabel=unit)
+    title = f"before: float\n(and {stats.zeros / stats.count:.0%} exact zeros)"
+    axes[0].set(title=title, ylabel="share of the values (log scale)", yscale="log", xlabel=unit)
     for panel, (name, (values, number, high)) in zip(axes[1:], coded.items()):
         share = np.asarray(number) / stats.count
         used = share > 0
         panel.vlines(np.asarray(values)[used], 0.3 / stats.count, share[used], color=ERROR_COLOUR, linewidth=1.6)
         panel.axvline(high, color=COLOURS["float"], linestyle="--", linewidth=1)
         entropy = -(share[used] * np.log2(share[used])).sum()
-        panel.set(title=f"{name}: up to {high:.2f} (dashed)\n{used.sum()} of {len(values)} codes used, entropy {entropy:.2f} bits", xlabel=unit)
+        codes = f"{used.sum()} of {len(values)} codes used, entropy {entropy:.2f} bits"
+        panel.set(title=f"{name}: up to {high:.2f} (dashed)\n{codes}", xlabel=unit)
     return caption(figure, text)
 
 
 def error_by_range(curve, text):
-    """curve: part (what is quantized), share (of the whole range), measured (where the error is taken), sqnr (dB); the best share is marked."""
+    """curve: part (what is quantized), share (of the whole range), measured (where the error is taken), sqnr (dB); the best is marked."""
     parts = list(dict.fromkeys(curve.part))
     figure, axes = plt.subplots(1, len(parts), figsize=(5 * len(parts), 3.6))
     colours = [DATA_COLOUR, ERROR_COLOUR, COLOURS["float"]]
@@ -97,10 +101,12 @@ def error_by_range(curve, text):
 def bits_heatmap(table, text):
     """table: weight_bits, act_bits, top1 (%), drop (points): accuracy and points lost over both widths."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for panel, column, label, colours in ((axes[0], "top1", "top-1 accuracy, %", "Blues"), (axes[1], "drop", "points lost against float", "Reds")):
+    panels = (("top1", "top-1 accuracy, %", "Blues", 100), ("drop", "points lost against float", "Reds", None))
+    for panel, (column, label, colours, top) in zip(axes, panels):
         grid = table.pivot_table(index="weight_bits", columns="act_bits", values=column).sort_index(ascending=False)
         grid = grid[sorted(grid.columns)]
-        sns.heatmap(grid.astype(float), ax=panel, cmap=colours, annot=True, fmt=".1f", square=True, cbar_kws={"label": label}, vmin=0, vmax=100 if column == "top1" else None)
+        style = dict(cmap=colours, annot=True, fmt=".1f", square=True, cbar_kws={"label": label}, vmin=0, vmax=top)
+        sns.heatmap(grid.astype(float), ax=panel, **style)
         panel.tick_params(axis="y", rotation=0)
         panel.set(xlabel="bits of the activations", ylabel="bits of the weights", title=label.capitalize())
         panel.grid(False)
@@ -114,7 +120,8 @@ def variant_drops(table, text, title=""):
     for panel, bits in zip(np.atleast_1d(axes), widths):
         part = table[table.bits == bits].groupby("variant", sort=False)[["drop", "drop_low", "drop_high"]].mean().reindex(variants)
         error = np.abs(part[["drop_low", "drop_high"]].to_numpy() - part[["drop"]].to_numpy()).T
-        panel.barh(variants, part["drop"], xerr=error, color=VARIANT_COLOURS[: len(variants)], height=0.6, error_kw=dict(ecolor="#444444", capsize=3, lw=1))
+        whiskers = dict(ecolor="#444444", capsize=3, lw=1)
+        panel.barh(variants, part["drop"], xerr=error, color=VARIANT_COLOURS[: len(variants)], height=0.6, error_kw=whiskers)
         panel.axvline(0, color=COLOURS["float"], linewidth=0.8)
         panel.set(title=f"{bits} bits", xlabel="points lost")
         for i, (value, end) in enumerate(zip(part["drop"], part.drop_high)):
@@ -136,7 +143,8 @@ def two_values(pairs, code, text):
             scale, zero_point = q.scale.item(), q.zero_point.item()
             codes = np.arange(q.qmin, q.qmax + 1)
             value = scale * (code - zero_point)
-            panel.plot(codes, scale * (codes - zero_point), style, color=colour, label=f"{label}: scale {scale:.4f}, zero-point {zero_point}")
+            label += f": scale {scale:.4f}, zero-point {zero_point}"
+            panel.plot(codes, scale * (codes - zero_point), style, color=colour, label=label)
             panel.plot(code, value, "o", color=colour)
             panel.annotate(f"{value:.3f}", (code, value), xytext=offset, textcoords="offset points", color=colour, fontweight="bold")
         panel.axvline(code, color=COLOURS["float"], linewidth=0.8, linestyle=":")
