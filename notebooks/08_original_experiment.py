@@ -348,7 +348,7 @@ codes = {"hist": pair["hist"][edge], "fake-hist": pair["fake_hist"][edge], "ours
 levels = {k: (torch.arange(q.qmin, q.qmax + 1) - q.zero_point.cpu()) * q.scale.cpu() for k, q in codes.items()}
 text = plots.row_caption(images, model, edges[edge].count, f"values on edge {edge}, {n_calibration:,} calibration images; ranges for 4 bits after "
                          f"{n_batches} augmented batches")
-plots.save(plots.code_strips(edges[edge], levels, text, f"The same edge, three sets of 16 codes: {edge}", "activation"), "08_why_hist", images, model)
+plots.save(plots.code_strips(edges[edge], levels, text, f"The same edge, three sets of codes: {edge}", "activation"), "08_why_hist", images, model)
 
 # %% [markdown]
 # ## 4. The ladder

@@ -14,21 +14,22 @@ MARKERS.update({"hist": "D", "fake-hist": MARKERS["percentile"], "ours": MARKERS
 def original_rows(table, text):
     """table: quantization, way (a key of WAYS), top1 (%), drop (points): accuracy and what is lost, one line a row of the original's table."""
     names = list(dict.fromkeys(table.quantization))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.42 * len(names) + 1.7), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 0.42 * len(names) + 1.7), sharey=True)
     for offset, (way, (colour, marker)) in zip((-0.2, 0, 0.2), WAYS.items()):
         part = table[table.way == way]
         height = [names.index(n) + offset for n in part.quantization]
         style = dict(color=colour, markersize=7, linestyle="none", label=way)
         left.plot(part.top1, height, marker=marker, **style)
-        right.plot(part["drop"].clip(lower=-1), height, marker=marker, **style)
+        right.plot(part["drop"].clip(lower=-0.5), height, marker=marker, **style)
     left.set(xlabel="top-1 accuracy, %", xlim=(0, 102), title="Accuracy")
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     right.set_xscale("symlog", linthresh=0.5)
     right.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     right.set_xticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100])
-    right.set(xlabel="points lost against the same network in float (log scale)", title="Points lost", xlim=(-1.2, 100))
-    left.legend(loc="lower left")
+    right.set(xlabel="points lost against the same network in float (log scale)", title="Points lost", xlim=(-0.7, 110))
+    right.minorticks_off()
+    right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return caption(figure, text)
 
 
@@ -47,12 +48,12 @@ def waterfall(table, seeds, text):
         panel.barh(part.index, part.top1 - before, left=before, color=colours, height=0.62)
         for i, row in part.iterrows():
             panel.plot([row.top1] * 2, [i - 0.31, min(i + 1.31, len(part) - 0.69)], color=COLOURS["float"], linewidth=0.8)
-            first = np.isnan(row.change)
-            words = f"{row.top1:.1f} %" if first else f"{row.change:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
-            edge = max(row.top1, before[i])
-            right = edge < 62
-            panel.annotate(words, (edge if right else min(row.top1, before[i]), i), xytext=(8 if right else -8, 0), textcoords="offset points",
-                           fontsize=7.5, va="center", ha="left" if right else "right")  # fmt: skip
+            if np.isnan(row.change):
+                panel.annotate(f"{row.top1:.1f} %", (0, i), xytext=(6, 0), textcoords="offset points", color="white", fontsize=7.5, va="center")
+                continue
+            right = max(row.top1, before[i]) < 62
+            panel.annotate(f"{row.change:+.1f} [{row.low:+.1f}, {row.high:+.1f}]", (max(row.top1, before[i]) if right else min(row.top1, before[i]), i),
+                           xytext=(8 if right else -8, 0), textcoords="offset points", fontsize=7.5, va="center", ha="left" if right else "right")  # fmt: skip
         dots = seeds[seeds.bits == bits]
         panel.plot(dots.top1, [names.index(s) for s in dots.step], "o", color="white", markeredgecolor="black", markersize=3.5, linestyle="none", markeredgewidth=0.7)
         panel.set(xlabel="top-1 accuracy, %", xlim=(0, 100), title=f"{bits} bits: {part.top1.iloc[0]:.1f} % to {part.top1.iloc[-1]:.1f} %")
