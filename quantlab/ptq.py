@@ -12,7 +12,7 @@ from torch import fx, nn
 from tqdm.auto import tqdm
 
 from quantlab import observers
-from quantlab.affine import QParams, check_bits, choose_qparams, fake_quantize
+from quantlab.affine import MIN_BITS, QParams, check_bits, choose_qparams, fake_quantize
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import find_kinds, fold, trace
 from quantlab.plan import make_plan
@@ -216,8 +216,12 @@ def _insert_quantizers(graph, plan, stats, config):
 
 
 def choose_edge_qparams(edge, bits, config):
-    """The QParams of an activation edge: its observer's range at that width."""
-    low, high = observers.find_observer(config.observer)(edge, bits, config.act_symmetric)
+    """The QParams of an activation edge: its observer's range at that width.
+
+    Of signed codes on an edge that is never negative only half are of use, as many as one bit less has unsigned: the observer is told so.
+    """
+    half = config.act_symmetric and config.act_signed and edge.minimum >= 0
+    low, high = observers.find_observer(config.observer)(edge, max(bits - half, MIN_BITS), config.act_symmetric)
     return choose_qparams(low, high, bits, symmetric=config.act_symmetric, signed=config.act_signed or edge.minimum < 0)
 
 

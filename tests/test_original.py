@@ -12,6 +12,7 @@ from conftest import CHECKOUT, read_text
 
 import quantlab as ql
 from quantlab import ptq, results, sensitivity
+from quantlab.edgestats import EdgeStats
 from quantlab.graph import find_kinds
 
 
@@ -169,6 +170,21 @@ def test_statistics_of_the_other_folding_are_refused(resnet20, digits):
     unfolded = ql.collect(resnet20, digits.calibration(16, 0), fold_batchnorm=False)
     report = sensitivity.edge_errors(resnet20, ql.quantize(resnet20, unfolded, config), digits.calibration(16, 1))
     assert report.sqnr.min() > 15
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_search_knows_that_half_of_signed_codes_are_of_no_use(bits):
+    """The range chosen for an edge that is never negative has the least error among ranges for signed codes, by brute force."""
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(2)).relu()
+    config = ql.QuantConfig(act_symmetric=True, act_signed=True)
+    q = ptq.choose_edge_qparams(EdgeStats().update(x), bits, config)
+    assert (q.qmin, q.qmax) == (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
+
+    def error(scale):
+        return ((x / scale).round().clamp(q.qmin, q.qmax) * scale - x).square().mean().item()
+
+    best = min(error(share * x.max().item() / q.qmax) for share in torch.linspace(0.05, 1, 400).tolist())
+    assert error(q.scale.item()) <= 1.01 * best
 
 
 # ---- Its rows ---------------------------------------------------------------------------------------------------------------
