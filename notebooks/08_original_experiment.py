@@ -402,7 +402,8 @@ class Searched:
     def __call__(self, x, bits, symmetric):
         self.batches += 1
         if self.batches & (self.batches - 1) == 0:
-            half = symmetric and self.edge.update(x).minimum >= 0  # signed codes, of which only half are of use
+            self.edge.update(x)
+            half = symmetric and self.edge.minimum >= 0  # signed codes, of which only half are of use
             self.range = observers.histogram(self.edge, max(bits - half, 2), symmetric)
         return self.range
 

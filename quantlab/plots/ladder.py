@@ -20,14 +20,14 @@ def original_rows(table, text):
         height = [names.index(n) + offset for n in part.quantization]
         style = dict(color=colour, markersize=7, linestyle="none", label=way)
         left.plot(part.top1, height, marker=marker, **style)
-        right.plot(part["drop"].clip(lower=-0.5), height, marker=marker, **style)
+        right.plot(part["drop"].clip(lower=-0.2), height, marker=marker, **style)
     left.set(xlabel="top-1 accuracy, %", xlim=(0, 102), title="Accuracy")
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     right.set_xscale("symlog", linthresh=0.5)
     right.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     right.set_xticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100])
-    right.set(xlabel="points lost against the same network in float (log scale)", title="Points lost", xlim=(-0.7, 110))
+    right.set(xlabel="points lost against the same network in float (log scale)", title="Points lost", xlim=(-0.25, 110))
     right.minorticks_off()
     right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return caption(figure, text)
@@ -51,9 +51,10 @@ def waterfall(table, seeds, text):
             if np.isnan(row.change):
                 panel.annotate(f"{row.top1:.1f} %", (0, i), xytext=(6, 0), textcoords="offset points", color="white", fontsize=7.5, va="center")
                 continue
-            right = max(row.top1, before[i]) < 62
-            panel.annotate(f"{row.change:+.1f} [{row.low:+.1f}, {row.high:+.1f}]", (max(row.top1, before[i]) if right else min(row.top1, before[i]), i),
-                           xytext=(8 if right else -8, 0), textcoords="offset points", fontsize=7.5, va="center", ha="left" if right else "right")  # fmt: skip
+            left, right = sorted((row.top1, before[i]))
+            x, side, colour = (right, "left", "black") if right < 62 else (left, "right", "black") if left > 38 else ((left + right) / 2, "center", "white")
+            panel.annotate(f"{row.change:+.1f} [{row.low:+.1f}, {row.high:+.1f}]", (x, i), xytext=({"left": 8, "right": -8, "center": 0}[side], 0),
+                           textcoords="offset points", fontsize=7.5, va="center", ha=side, color=colour)  # fmt: skip
         dots = seeds[seeds.bits == bits]
         panel.plot(dots.top1, [names.index(s) for s in dots.step], "o", color="white", markeredgecolor="black", markersize=3.5, linestyle="none", markeredgewidth=0.7)
         panel.set(xlabel="top-1 accuracy, %", xlim=(0, 100), title=f"{bits} bits: {part.top1.iloc[0]:.1f} % to {part.top1.iloc[-1]:.1f} %")
