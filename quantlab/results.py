@@ -153,7 +153,7 @@ def headline(frame):
 
     A smoke run never enters a headline: rows of the digits are shown only where nothing else is there, and say what they are.
     """
-    frame = current(frame)
+    frame = current(frame[frame.method != "ablation"])  # steps between two methods belong to the notebook that takes them
     swept = equal_widths(frame).index
     summary = summarize(frame[(frame.method != "by hand") | frame.index.isin(swept) | (not len(swept))])
     lines = []
@@ -175,7 +175,7 @@ def label(row):
     if row.method == "float":
         return "fp32 original"
     if row.method != "by hand":
-        return row.method
+        return f"{row.method}: {row.corrections}" if isinstance(row.corrections, str) and row.corrections else row.method
     outer = "" if pd.isna(row.first_last_bits) else f", first/last {row.first_last_bits}"
     return f"W{row.weight_bits}A{row.act_bits} {row.observer}, weights {row.weight_observer}{outer}"
 
