@@ -80,7 +80,11 @@ def fold(graph, batchnorm=True):
 
 @torch.no_grad()
 def fold_batchnorm(layer, bn):
-    """Change weight and bias of `layer` so that it computes bn(layer(x)) with bn's running statistics."""
+    """Change weight and bias of `layer` so that it computes bn(layer(x)) with bn's running statistics.
+
+    `layer.folded_batchnorm` keeps what BatchNorm promised of each output channel, float64 [C]: mean beta, std and gamma (equal but for
+    eps), eps_share = eps / (var + eps).
+    """
     gamma = bn.weight.double() if bn.affine else torch.ones_like(bn.running_var, dtype=torch.float64)
     beta = bn.bias.double() if bn.affine else torch.zeros_like(gamma)
     factor = gamma / torch.sqrt(bn.running_var.double() + bn.eps)
@@ -88,6 +92,9 @@ def fold_batchnorm(layer, bn):
     shape = [-1] + [1] * (layer.weight.dim() - 1)
     layer.weight = nn.Parameter((layer.weight.double() * factor.view(shape)).float())
     layer.bias = nn.Parameter(((bias - bn.running_mean.double()) * factor + beta).float())
+    eps_share = bn.eps / (bn.running_var.double() + bn.eps)
+    std = gamma.abs() * torch.sqrt(1 - eps_share)
+    layer.folded_batchnorm = {"mean": beta.detach().cpu(), "std": std.detach().cpu(), "gamma": gamma.detach().cpu(), "eps_share": eps_share.cpu()}
 
 
 def normalize(graph):

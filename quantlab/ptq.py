@@ -4,6 +4,7 @@
     qmodel = quantize(model, stats, QuantConfig(weight_bits=4, act_bits=4))
 """
 
+import copy
 import dataclasses
 import hashlib
 
@@ -12,9 +13,9 @@ from torch import fx, nn
 from tqdm.auto import tqdm
 
 from quantlab import observers
-from quantlab.affine import MIN_BITS, QParams, check_bits, choose_qparams, fake_quantize
+from quantlab.affine import MIN_BITS, QParams, check_bits, choose_qparams, dequantize, fake_quantize
 from quantlab.edgestats import EdgeStats
-from quantlab.graph import find_kinds, fold, trace
+from quantlab.graph import PASSES_CODES, find_kinds, fold, trace
 from quantlab.plan import make_plan
 from quantlab.runtime import UserError, device, exact_float
 
@@ -249,6 +250,46 @@ def _quantize_layer(layer, plan, name, config, q_in):
         unit = q_in.scale.double() * q.scale.double()
         layer.bias.copy_(torch.round(bias / unit) * unit)
     layer.weight.copy_(fake_quantize(weight, q))
+    layer.weight_qparams = q
+
+
+# ---- Change a quantized network ---------------------------------------------------------------------------------------------
+
+
+def copy_quantized(qmodel):
+    """A copy that shares nothing; deepcopy of a GraphModule alone forgets plan and config."""
+    copied = copy.deepcopy(qmodel)
+    copied.plan, copied.config = qmodel.plan, qmodel.config
+    return copied
+
+
+def input_qparams(qmodel, layer):
+    """QParams of the codes that a layer reads, by node name; None where it reads float."""
+    kinds = find_kinds(qmodel)
+    node = find_node(qmodel, layer).args[0]
+    while not isinstance(module := qmodel.get_submodule(node.target) if node.op == "call_module" else None, Quantizer):
+        if kinds[node] not in (*PASSES_CODES, "clamp"):
+            return None
+        node = node.args[0]
+    return module.qparams
+
+
+@torch.no_grad()
+def write_codes(layer, codes, q, bias, q_in):
+    """Give a layer these weight codes (int32) and this bias (float, rounded to s_in * s_w unless q_in is None).
+
+    A channel's scale is raised where its bias code would leave 30 bits, as in `quantize`.
+    """
+    codes, q = codes.cpu(), q.to("cpu")
+    if bias is not None and q_in is not None:
+        bias, s_in = bias.detach().cpu().double(), q_in.scale.cpu().double()
+        floor = (bias.abs() / (BIAS_CODES * s_in)).float()
+        q = dataclasses.replace(q, scale=torch.maximum(q.scale, floor if q.axis is not None else floor.max()))
+        unit = s_in * q.scale.double()
+        bias = torch.round(bias / unit) * unit
+    if bias is not None:
+        layer.bias.copy_(bias)
+    layer.weight.copy_(dequantize(codes, q))
     layer.weight_qparams = q
 
 

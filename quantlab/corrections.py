@@ -1,0 +1,276 @@
+"""Corrections of a quantized network that learn nothing: equalisation, bias correction, BatchNorm re-estimation.
+
+    qmodel = quantize(equalized := equalize(model), collect(equalized, batches), config)
+    qmodel = correct_bias(equalized, qmodel, batches)
+
+Each returns a network of its own and leaves its arguments alone. Codes stay integers: a weight is scale * code, a bias a multiple of
+s_in * s_w, as `quantize` left them.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import nn
+
+from quantlab.activations import Networks
+from quantlab.affine import quantize as to_codes
+from quantlab.graph import find_kinds, fold, readers_of, trace
+from quantlab.ptq import copy_quantized, find_node, input_qparams, prepare, write_codes
+from quantlab.runtime import UserError, device, exact_float
+
+# ---- Before quantization ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def equalize(model, rounds=20):
+    """Cross-layer equalisation: the folded float graph with equal weight ranges on both sides of every channel, for collect and quantize.
+
+    For two layers with a ReLU (or nothing) between, relu(s y) = s relu(y) lets a channel i of the first be divided by s_i and the second's
+    input i be multiplied by it: s_i = sqrt(r1_i / r2_i), r the largest |weight| of the channel (Nagel et al. 2019, arXiv:1906.04721, eq.
+    11), repeated until nothing changes. Pairs are found from the graph: the first's value must reach the second alone, through ReLUs,
+    pools and rearranging that keeps channels apart; not through adds, concatenations, or clamps with an upper end. The float output stays.
+    """
+    graph = fold(trace(model))
+    pairs = equalizable_pairs(graph)
+    for _ in range(rounds):
+        change = 0.0
+        for first, second in pairs:
+            first, second = graph.get_submodule(first), graph.get_submodule(second)
+            r1, r2 = first.weight.abs().flatten(1).amax(1).double(), _input_ranges(second)
+            scale = torch.where((r1 > 0) & (r2 > 0), torch.sqrt(r1 / r2.clamp(min=1e-30)), 1.0).clamp(1e-4, 1e4)
+            _divide_outputs(first, scale)
+            _multiply_inputs(second, scale)
+            change = max(change, (scale.log().abs()).max().item())
+        if change < 1e-3:
+            break
+    return graph
+
+
+def equalizable_pairs(graph):
+    """(first, second) module names of the layers that `equalize` scales against each other, in order of execution."""
+    kinds, pairs = find_kinds(graph), []
+    for node in [n for n in kinds if kinds[n] == "compute"]:
+        follower = node
+        while len(found := readers_of(follower, kinds)) == 1:
+            follower = found[0]
+            if kinds[follower] == "compute":
+                first, second = graph.get_submodule(node.target), graph.get_submodule(follower.target)
+                if first.weight.shape[0] == (second.in_features if isinstance(second, nn.Linear) else second.in_channels):
+                    pairs.append((node.target, follower.target))
+                break
+            if not _keeps_channels(follower, kinds, graph):
+                break
+    return pairs
+
+
+def _keeps_channels(node, kinds, graph):
+    """True for an operation f with f(s y) = s f(y) for s > 0, channel by channel, in the order they came."""
+    name = type(graph.get_submodule(node.target)).__name__.lower() if node.op == "call_module" else getattr(node.target, "__name__", node.target)
+    return kinds[node] in ("maxpool", "average") and name != "mean" or name in ("relu", "flatten", "identity", "contiguous")
+
+
+def _input_ranges(layer):
+    """Largest |weight| of every input channel, float64 [C_in]; groups counted."""
+    groups = getattr(layer, "groups", 1)
+    return layer.weight.abs().double().unflatten(0, (groups, -1)).flatten(3).amax(3).amax(1).flatten() if layer.weight.dim() > 2 else layer.weight.abs().double().amax(0)
+
+
+def _divide_outputs(layer, scale):
+    layer.weight.copy_(layer.weight.double() / scale.view([-1] + [1] * (layer.weight.dim() - 1)))
+    if layer.bias is not None:
+        layer.bias.copy_(layer.bias.double() / scale)
+    if (bn := getattr(layer, "folded_batchnorm", None)) is not None:
+        layer.folded_batchnorm = {"mean": bn["mean"] / scale, "std": bn["std"] / scale, "gamma": bn["gamma"] / scale, "eps_share": bn["eps_share"]}
+
+
+def _multiply_inputs(layer, scale):
+    groups = getattr(layer, "groups", 1)
+    per_group = scale.view(groups, 1, -1, *[1] * (layer.weight.dim() - 2))
+    weight = layer.weight.double().unflatten(0, (groups, -1)) * per_group
+    layer.weight.copy_(weight.flatten(0, 1))
+
+
+# ---- Biases -----------------------------------------------------------------------------------------------------------------
+
+
+def correct_bias(model, qmodel, batches):
+    """Empirical bias correction: each channel's mean output error on `batches` (float32 [B, C, H, W]) leaves the bias.
+
+    b_o <- b_o - (E[y_q] - E[y])_o, y a layer's output before its clamp, E over images and places; layer after layer in order of
+    execution, each on inputs from the network corrected so far.
+    """
+    network = _walk(model, qmodel, batches)
+    corrected = network.graphs["quantized"]
+    for i, unit in enumerate(network.units):
+        name = unit.layers[0]
+        if _layer(corrected, name).bias is not None:
+            mean, exact = (_moments(network, kind, i)[0] for kind in ("quantized", "float"))
+            _shift_bias(corrected, name, mean - exact)
+        network.advance("float", i)
+        network.advance("quantized", i)
+        network.free(i)
+    return corrected
+
+
+def _shift_bias(qmodel, name, error):
+    layer = _layer(qmodel, name)
+    codes = to_codes(layer.weight.detach().cpu(), layer.weight_qparams)
+    write_codes(layer, codes, layer.weight_qparams, layer.bias.detach().cpu().double() - error, _bias_input(qmodel, name))
+
+
+@torch.no_grad()
+def correct_bias_analytic(model, qmodel):
+    """Bias correction without data: b_o <- b_o - sum_ck (w_hat - w)_ock E[x_c], E[x] from BatchNorm's parameters (arXiv:1906.04721, sec. 4.2).
+
+    A BatchNormed layer gives N(beta, gamma^2); ReLU and ReLU6 make a clipped normal of it; adds add means and variances; a layer without
+    BatchNorm maps them with its weights, as if its inputs were independent. Padding is ignored. The network's input is taken to have
+    mean 0 and variance 1. A layer whose input passes an operation without such a rule is left alone: `corrected.uncorrected` names it.
+    """
+    graph, corrected = prepare(model, qmodel.config.placement)[0], copy_quantized(qmodel)
+    means = _Gaussian(graph).layer_inputs()
+    corrected.uncorrected = [name for name in means if means[name] is None or _layer(corrected, name).bias is None]
+    for name in [n for n in means if n not in corrected.uncorrected]:
+        error = (_layer(corrected, name).weight.cpu().double() - _layer(graph, name).weight.cpu().double()).flatten(2 if _layer(graph, name).weight.dim() > 2 else 1)
+        error = error.sum(2) if error.dim() > 2 else error
+        groups = getattr(_layer(graph, name), "groups", 1)
+        _shift_bias(corrected, name, torch.einsum("goc,gc->go", error.unflatten(0, (groups, -1)), means[name].view(groups, -1)).flatten())
+    return corrected
+
+
+def clipped_normal(mean, std, low=0.0, high=math.inf):
+    """(mean, variance) of clamp(x, low, high), x ~ N(mean, std^2); tensors float64, elementwise."""
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
+    std = std.clamp(min=1e-12)
+    a, b = (low - mean) / std, (torch.full_like(mean, high) - mean) / std
+    pdf_a, pdf_b = (normal.log_prob(t).exp() for t in (a, b))
+    below, above = normal.cdf(a), normal.cdf(-b)
+    inside = 1 - below - above
+    b_pdf_b = torch.where(torch.isinf(b), 0.0, b * pdf_b)
+    first = inside * mean + std * (pdf_a - pdf_b)  # E[x; inside]
+    second = inside * (mean**2 + std**2) + 2 * mean * std * (pdf_a - pdf_b) + std**2 * (a * pdf_a - b_pdf_b)
+    edge, edge2 = (above * high, above * high**2) if math.isfinite(high) else (0.0, 0.0)
+    clipped = first + low * below + edge
+    return clipped, (second + low**2 * below + edge2 - clipped**2).clamp(min=0)
+
+
+class _Gaussian:
+    """Mean and variance per channel at every node, from BatchNorm's parameters alone; None where no rule applies."""
+
+    def __init__(self, graph):
+        self.graph, self.kinds, self.moments = graph, find_kinds(graph), {}
+        for node in self.kinds:
+            self.moments[node] = self._rule(node)
+
+    def layer_inputs(self):
+        """layer -> E[x_c] of its input, float64 [C_in], or None."""
+        found = {}
+        for node in [n for n in self.kinds if self.kinds[n] == "compute"]:
+            moments = self._input(node)
+            found[node.name] = None if moments is None else moments[0]
+        return found
+
+    def _input(self, node):
+        layer, moments = self.graph.get_submodule(node.target), self.moments[node.args[0]]
+        channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+        if self.kinds[node.args[0]] == "input":
+            return torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
+        if moments is not None and channels % len(moments[0]) == 0:  # flattened places of a channel are alike
+            return tuple(m.repeat_interleave(channels // len(m)) for m in moments)
+        return None
+
+    def _rule(self, node):
+        kind, inputs = self.kinds[node], [self.moments.get(a) for a in node.all_input_nodes]
+        if kind == "compute":
+            return self._layer(node)
+        if not inputs or any(m is None for m in inputs):
+            return None
+        if kind in ("rearrange", "average", "maxpool"):
+            return inputs[0]
+        if kind == "add":
+            return tuple(a + b for a, b in zip(*inputs, strict=True))
+        if kind == "concat":
+            return tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
+        if kind == "clamp":
+            module = self.graph.get_submodule(node.target) if node.op == "call_module" else None
+            name = type(module).__name__.lower() if module is not None else getattr(node.target, "__name__", node.target)
+            if name in ("relu", "relu6"):
+                return clipped_normal(inputs[0][0], inputs[0][1].sqrt(), 0.0, 6.0 if name == "relu6" else math.inf)
+        return None
+
+    def _layer(self, node):
+        layer = self.graph.get_submodule(node.target)
+        if (bn := getattr(layer, "folded_batchnorm", None)) is not None:
+            return bn["mean"], bn["std"] ** 2
+        moments, weight = self._input(node), layer.weight.detach().cpu().double()
+        if moments is None or getattr(layer, "groups", 1) != 1:
+            return None
+        weight = weight.flatten(2).sum(2) if weight.dim() > 2 else weight, weight.square().flatten(2).sum(2) if weight.dim() > 2 else weight.square()
+        bias = 0.0 if layer.bias is None else layer.bias.detach().cpu().double()
+        return weight[0] @ moments[0] + bias, weight[1] @ moments[1]
+
+
+# ---- BatchNorm --------------------------------------------------------------------------------------------------------------
+
+
+def reestimate_batchnorm(model, qmodel, batches):
+    """Every formerly BatchNormed layer gets the scale and shift that BatchNorm would have with statistics of the quantized network.
+
+    With m, v a channel's mean and variance behind the quantized layer on `batches`, and BatchNorm's gamma, beta and eps:
+        y <- a (y - m) + beta,   a = gamma / sqrt(v + eps') with eps' in units of the folded output
+    which changes the weight's scale to a s_w and the bias; codes stay. Layer after layer, each behind those already done.
+    A step of its own, never hidden in calibration. Raises UserError for a network without folded BatchNorm.
+    """
+    graph, network = prepare(model, qmodel.config.placement)[0], _walk(model, qmodel, batches)
+    corrected = network.graphs["quantized"]
+    if not any(hasattr(module, "folded_batchnorm") for module in graph.modules()):
+        raise UserError("no layer of this network had a BatchNorm folded into it: there are no statistics to re-estimate")
+    for i, unit in enumerate(network.units):
+        bn = getattr(_layer(graph, unit.layers[0]), "folded_batchnorm", None)
+        if bn is not None:
+            _rescale(corrected, unit.layers[0], bn, *_moments(network, "quantized", i))
+        network.advance("quantized", i)
+        network.free(i)
+    return corrected
+
+
+def _rescale(corrected, name, bn, mean, variance):
+    layer, gamma = _layer(corrected, name), bn["gamma"]
+    q = layer.weight_qparams
+    if q.axis is None:
+        raise UserError("re-estimating BatchNorm rescales channels one by one; quantize with per_channel=True")
+    ratio = gamma.abs() / torch.sqrt(variance + gamma**2 * bn["eps_share"]).clamp(min=1e-12)
+    ratio = torch.where(gamma == 0, 1.0, ratio)
+    codes = to_codes(layer.weight.detach().cpu(), q)
+    bias = (layer.bias.detach().cpu().double() - mean) * ratio + bn["mean"]
+    write_codes(layer, codes, dataclasses.replace(q, scale=(q.scale.double() * ratio).float()), bias, _bias_input(corrected, name))
+
+
+# ---- Shared -----------------------------------------------------------------------------------------------------------------
+
+
+def _layer(graph, name):
+    return graph.get_submodule(find_node(graph, name).target)
+
+
+def _bias_input(qmodel, name):
+    return input_qparams(qmodel, name) if qmodel.config.placement == "fused" else None
+
+
+def _walk(model, qmodel, batches):
+    """The float network and a copy of the quantized one, to be walked layer by layer."""
+    batches = [batches] if isinstance(batches, torch.Tensor) else list(batches)
+    if not sum(len(b) for b in batches):
+        raise UserError("there are no images to measure the correction on: give at least one batch")
+    return Networks(prepare(model, qmodel.config.placement)[0], copy_quantized(qmodel).to(device()), torch.cat(batches), "layer")
+
+
+def _moments(network, kind, i):
+    """(mean, variance) per channel of a layer's output over all images and places, float64 [C] on the CPU."""
+    sums = 0.0
+    with exact_float():
+        for _, (value,) in network.run(kind, i, outputs=[network.units[i].layers[0]]):
+            flat = value.double().transpose(0, 1).flatten(1)
+            sums = sums + torch.stack([torch.full_like(flat[:, 0], flat.shape[1]), flat.sum(1), flat.square().sum(1)]).cpu()
+    count, total, squares = sums
+    return total / count, (squares / count - (total / count) ** 2).clamp(min=0)
