@@ -78,7 +78,7 @@ for (dataset, model), part in hand.groupby(["dataset", "model"], sort=False):
 # ## 3. Built-in int8
 
 # %%
-for (dataset, model), part in rows[rows.weight_bits.isna() | rows.method.str.contains("int8")].groupby(["dataset", "model"], sort=False):
+for (dataset, model), part in rows[(rows.method == "float") | rows.method.str.contains("int8")].groupby(["dataset", "model"], sort=False):
     text = plots.row_caption(dataset, model, int(part.n_test.iloc[0]), part.device.iloc[-1])
     display(plots.method_bars(part.drop_duplicates("method", keep="last").reset_index(drop=True), text))
 

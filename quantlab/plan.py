@@ -33,6 +33,12 @@ class Plan:
         """Names of the nodes whose values need statistics."""
         return list(dict.fromkeys([*self.stores, *self.reads.values()]))
 
+    @property
+    def unread(self):
+        """Names of the stored activations that no layer reads: an average pool does, for instance."""
+        read = {self.sources.get(value) for value in self.reads.values()}
+        return [name for name, role in self.stores.items() if role == "activation" and name not in read]
+
 
 PLACEMENTS = ("fused", "inputs")
 

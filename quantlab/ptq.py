@@ -27,7 +27,11 @@ class QuantConfig:
     """Every decision of a quantized network; widths in bits.
 
     first_last_bits: weights of the first and the last layer and input of the last; None: as the rest. residual_bits: operands and results
-    of adds; None: float, as in most papers (simulation only). observer: a name or a function (stats, bits, symmetric) -> (low, high).
+    of adds; None: float, as in most papers (simulation only). input_bits: of the image; None: float (simulation only).
+    layer_weight_bits, layer_act_bits: mixed precision, layer name -> bits of its weights and of what it reads, before everything above;
+    None: this layer's weights stay float, or it reads its input as it is stored, which is unrounded unless it belongs to an add.
+    layer_act_bits may also name a stored value that no layer reads (plan.unread).
+    observer: a name or a function (stats, bits, symmetric) -> (low, high).
     weight_observer: "minmax", or "lp": the range with the least sum of |error|^weight_norm.
     weight_symmetric / act_symmetric: zero-point 0, weights in the narrow range; a symmetric activation that cannot be negative is unsigned,
     unless act_signed forces signed codes (as the original experiment did). fold_batchnorm: None: as the placement says, "fused" folds and
@@ -41,26 +45,40 @@ class QuantConfig:
     weight_norm: float = observers.WEIGHT_NORM
     first_last_bits: int | None = None
     residual_bits: int | None = 8
-    input_bits: int = 8
+    input_bits: int | None = 8
     placement: str = "fused"
     fold_batchnorm: bool | None = None
     per_channel: bool = True
     weight_symmetric: bool = True
     act_symmetric: bool = False
     act_signed: bool = False
+    layer_weight_bits: dict | None = None
+    layer_act_bits: dict | None = None
 
     def __post_init__(self):
         for name in ("weight_bits", "act_bits", "first_last_bits", "residual_bits", "input_bits"):
-            if getattr(self, name) is not None or name not in ("first_last_bits", "residual_bits"):
+            if getattr(self, name) is not None or name in ("weight_bits", "act_bits"):
                 check_bits(getattr(self, name), name)
+        for name in ("layer_weight_bits", "layer_act_bits"):
+            for layer, bits in (getattr(self, name) or {}).items():
+                if bits is not None:
+                    check_bits(bits, f"{name}[{layer!r}]")
         observers.find_observer(self.observer)
         observers.check_weight_observer(self.weight_observer)
 
     def layer_bits(self, plan, layer):
-        """(weight bits, input bits) of a layer."""
+        """(weight bits, input bits) of a layer; None: float, or as stored."""
         outer = self.first_last_bits if layer in plan.first | plan.last else None
         inner = self.first_last_bits if layer in plan.last else None
-        return outer or self.weight_bits, inner or self.act_bits
+        act_bits = self.input_bits if plan.stores.get(plan.sources.get(plan.reads[layer])) == "input" else inner or self.act_bits
+        return (self.layer_weight_bits or {}).get(layer, outer or self.weight_bits), (self.layer_act_bits or {}).get(layer, act_bits)
+
+    def check_layers(self, plan, names):
+        """UserError when a width is given for a layer that the network does not have."""
+        for field, known in (("layer_weight_bits", names), ("layer_act_bits", [*plan.reads, *plan.unread])):
+            unknown = [layer for layer in getattr(self, field) or {} if layer not in known]
+            if unknown:
+                raise UserError(f"{field}: the network has no layer {unknown[0]!r}; its layers are {', '.join(known)}")
 
 
 # ---- Collect ----------------------------------------------------------------------------------------------------------------
@@ -170,8 +188,10 @@ def quantize(model, stats, config=QuantConfig()):
         what = "placement" if stats.placement != config.placement else "network"
         folding = "" if config.fold_batchnorm is None else f", fold_batchnorm={config.fold_batchnorm}"
         raise UserError(f"these statistics were collected on another {what}; run collect(model, batches, placement={config.placement!r}{folding}) on this one")
+    names = layers(graph, plan)
+    config.check_layers(plan, names)
     inputs = _insert_quantizers(graph, plan, stats, config)
-    for name in layers(graph, plan):
+    for name in names:
         _quantize_layer(graph.get_submodule(find_node(graph, name).target), plan, name, config, inputs.get(name))
     graph.recompile()
     graph.plan, graph.config = plan, config
@@ -195,17 +215,22 @@ def _insert_quantizers(graph, plan, stats, config):
     stored, holders = {}, {}
     for name, role in plan.stores.items():
         needs = [required[layer] for layer, value in plan.reads.items() if plan.sources.get(value) == name]
-        bits = {"input": config.input_bits, "residual": config.residual_bits}.get(role, max(needs, default=config.act_bits))
+        if role == "residual":
+            bits = config.residual_bits
+        elif not needs:
+            bits = config.input_bits if role == "input" else (config.layer_act_bits or {}).get(name, config.act_bits)
+        else:
+            bits = None if None in needs else max(needs)
         if bits is not None:
-            stored[name] = (choose_edge_qparams(stats.edges[name], bits, config), role)
+            stored[name] = choose_edge_qparams(stats.edges[name], bits, config)
             users = list(nodes[name].users)
-            quantizer = holders[name] = _add_quantizer(graph, nodes[name], name, stored[name][0])
+            quantizer = holders[name] = _add_quantizer(graph, nodes[name], name, stored[name])
             for user in users:
                 user.replace_input_with(nodes[name], quantizer)
     inputs, shared = {}, {}
     for layer, value in plan.reads.items():
-        q, role = stored.get(plan.sources.get(value), (None, None))
-        if q is None or role != "input" and required[layer] < q.bits:
+        q = stored.get(plan.sources.get(value))
+        if required[layer] is not None and (q is None or required[layer] < q.bits):
             read = nodes[layer].args[0]
             if (read, required[layer]) not in shared:
                 q = choose_edge_qparams(stats.edges[value], required[layer], config)
@@ -226,6 +251,14 @@ def choose_edge_qparams(edge, bits, config):
     return choose_qparams(low, high, bits, symmetric=config.act_symmetric, signed=config.act_signed or edge.minimum < 0)
 
 
+def choose_weight_qparams(weight, bits, config):
+    """The QParams of a weight [C, ...] at that width."""
+    low, high = observers.weight_range(
+        weight, bits, observer=config.weight_observer, p=config.weight_norm, per_channel=config.per_channel, symmetric=config.weight_symmetric
+    )
+    return choose_qparams(low, high, bits, symmetric=config.weight_symmetric, axis=0 if config.per_channel else None)
+
+
 def _add_quantizer(graph, node, name, q):
     target = f"quantizers.{name}"
     if not hasattr(graph, "quantizers"):
@@ -238,11 +271,10 @@ def _add_quantizer(graph, node, name, q):
 def _quantize_layer(layer, plan, name, config, q_in):
     """Replace weight and bias by the values of their codes; q_in: the codes the layer reads, None for float."""
     bits = config.layer_bits(plan, name)[0]
+    if bits is None:
+        return
     weight = layer.weight.detach()
-    low, high = observers.weight_range(
-        weight, bits, observer=config.weight_observer, p=config.weight_norm, per_channel=config.per_channel, symmetric=config.weight_symmetric
-    )
-    q = choose_qparams(low, high, bits, symmetric=config.weight_symmetric, axis=0 if config.per_channel else None)
+    q = choose_weight_qparams(weight, bits, config)
     if layer.bias is not None and q_in is not None and config.placement == "fused":
         bias = layer.bias.detach().double()
         floor = bias.abs() / (BIAS_CODES * q_in.scale.double())  # a channel of tiny weights and a large bias

@@ -16,7 +16,7 @@ import torch
 from quantlab.evaluate import paired_drop
 from quantlab.observers import observer_name
 from quantlab.ptq import QuantConfig
-from quantlab.runtime import UserError, atomic_path, commit, root, write_text
+from quantlab.runtime import PACKAGE, UserError, atomic_path, commit, root, write_text
 
 CONFIGURATION = [
     "dataset", "data_sha", "n_test", "model", "checkpoint_sha", "trained_on", "method", "weight_bits", "act_bits", "first_last_bits",
@@ -92,6 +92,34 @@ def record(rows, path=None):
     return new
 
 
+ARITHMETIC = (
+    "activations", "affine", "corrections", "data", "edgestats", "evaluate", "graph", "imageset", "learned", "models", "observers", "plan", "ptq", "reconstruct",
+    "runtime", "tune", "units",
+)  # fmt: skip  # the modules that decide a number
+
+
+def once(settings, measure):
+    """The row that measure(state) returns, recorded at once; with the same settings a later call returns it again and measures nothing.
+
+    settings: a dict of everything but the code that decides the number; the modules that compute and torch's version are added here. state:
+    a path for what a long measurement keeps to resume after a kill; deleted when the row is recorded. Rows are kept in results/rows.
+    """
+    code = hashlib.sha256(b"".join((PACKAGE / f"{name}.py").read_bytes() for name in ARITHMETIC))
+    key = hashlib.sha256(json.dumps([settings, code.hexdigest(), torch.__version__], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    file = root() / "results" / "rows" / f"{key}.json"
+    if file.is_file():
+        row = json.loads(file.read_text(encoding="utf-8"))
+        if row["created"] not in set(load().created):
+            record([row])
+        return row
+    state = file.with_suffix(".safetensors")
+    row = measure(state)
+    record([row])
+    write_text(file, json.dumps(row))
+    state.unlink(missing_ok=True)
+    return row
+
+
 def _write(frame, path):
     with atomic_path(path) as temporary:
         frame.to_csv(temporary, index=False)
@@ -127,8 +155,14 @@ def current(frame):
 
 
 def equal_widths(frame):
-    """Rows by hand with as many bits for weights as for activations, of the observers that were measured at several such widths."""
-    same = frame[(frame.method == "by hand") & (frame.weight_bits == frame.act_bits)]
+    """Rows by hand with as many bits for weights as for activations, of the observers that were measured at several such widths.
+
+    Without corrections and in the default convention: what learned rounding and other conventions give has tables of its own.
+    """
+    plain = (frame.corrections.isna() | frame.corrections.eq("")) & frame.first_last_bits.isna()
+    for name in ("residual_bits", "input_bits"):
+        plain &= frame[name].eq(8).fillna(False).astype(bool)
+    same = frame[(frame.method == "by hand") & (frame.weight_bits == frame.act_bits).fillna(False).astype(bool) & plain]
     widths = same.groupby(["dataset", "model", "observer"]).weight_bits.transform("nunique")
     return same[widths > 1]
 
@@ -176,8 +210,12 @@ def label(row):
         return "fp32 original"
     if row.method != "by hand":
         return f"{row.method}: {row.corrections}" if isinstance(row.corrections, str) and row.corrections else row.method
-    outer = "" if pd.isna(row.first_last_bits) else f", first/last {row.first_last_bits}"
-    return f"W{row.weight_bits}A{row.act_bits} {row.observer}, weights {row.weight_observer}{outer}"
+    words = [f"W{'*' if pd.isna(row.weight_bits) else row.weight_bits}A{'*' if pd.isna(row.act_bits) else row.act_bits} {row.observer}"]
+    words += [f"weights {row.weight_observer}"] + ([] if pd.isna(row.first_last_bits) else [f"first/last {row.first_last_bits}"])
+    for name in ("residual", "input"):
+        bits = row[f"{name}_bits"]
+        words += [f"{name} float"] if pd.isna(bits) else [f"{name} {bits}"] if bits != 8 else []
+    return ", ".join(words + ([] if pd.isna(row.corrections) or not row.corrections else [row.corrections]))
 
 
 def markdown(table):
