@@ -131,6 +131,8 @@ def measure(observer, act_bits, stats, s):
                             config=config, n_calibration=n_calibration, seed=s, bytes=ql.weight_bytes(qmodel),
                             notebook="04_observers")
 
+
+# %%
 rows = []
 for s in range(seed, seed + n_seeds):
     statistics = ql.collect(network, images.calibration(n_calibration, s))
