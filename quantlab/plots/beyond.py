@@ -25,16 +25,17 @@ def fine_tuning(history, levels, text):
 def calibration_sources(table, ranges, text):
     """table: source, images, top1 and float (%), a row a seed; ranges: source, order (of the edge), ratio (to real images' range)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=[2, 3])
-    means = table.groupby(["source", "images"], sort=False).top1.agg(["mean", "min", "max"])
+    lost = table.assign(lost=table.float - table.top1)
+    means = lost.groupby(["source", "images"], sort=False).lost.agg(["mean", "min", "max"])
     names = [f"{source}, {images:,}" for source, images in means.index]
     error = np.stack([means["mean"] - means["min"], means["max"] - means["mean"]])
     colours, whiskers = [SOURCE_COLOURS[s] for s, _ in means.index], dict(capsize=3, lw=1, ecolor="#444444")
     left.barh(names, means["mean"], xerr=error, height=0.6, color=colours, error_kw=whiskers)
-    for i, value in enumerate(means["mean"]):
-        left.annotate(f"{value:.2f}", (101, i), va="center", fontsize=9)
-    left.axvline(table.float.iloc[0], color=COLOURS["float"], linestyle="--", linewidth=1, label="float")
-    left.set(xlabel="top-1 accuracy, %", xlim=(0, 115), title="Accuracy by what it was calibrated on")
-    left.set_xticks([0, 25, 50, 75, 100])
+    for i, (value, end) in enumerate(zip(means["mean"], means["max"])):
+        left.annotate(f"{value:+.2f}", (max(end, 0), i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+    left.axvline(0, color=COLOURS["float"], linewidth=0.8)
+    ends = min(0, 1.3 * means["min"].min()), 1.3 * max(means["max"].max(), 0.5)
+    left.set(xlabel="points lost against float", xlim=ends, title="Lost, by what it was calibrated on")
     left.invert_yaxis()
     left.grid(axis="y", visible=False)
     for source, part in ranges.groupby("source", sort=False):
