@@ -18,7 +18,8 @@ from quantlab import integer_ops as ops, integer_pool as pools
 from quantlab.fixedpoint import requantize
 from quantlab.runtime import UserError
 
-BLOCK = 2**16  # elements; as int64 half a megabyte
+BLOCK = 2**16  # elements that uncompiled requantization takes at a time; as int64 half a megabyte
+ACCUMULATORS = 2**19  # int32 results of a matrix product at a time, two megabytes: they need not go through memory on their way to codes
 
 
 # ---- The integer matrix product ---------------------------------------------------------------------------------------------
@@ -150,7 +151,18 @@ class FastLayer(Fast):
         products = [int_mm(rows, part[group].t())[:, : self.outputs] for part in self.parts]
         return 2 * products[0] + products[1] if self.split else products[0]
 
+    def blocks(self, rows):
+        """int8 rows -> what `finish` gives, on a CPU block by block."""
+        step = max(64, ACCUMULATORS // self.outputs)
+        if len(rows) <= step or rows.is_cuda or self.out is None:
+            return self.finish(self.product(rows))
+        out = rows.new_empty(len(rows), self.outputs)
+        for i in range(0, len(rows), step):
+            out[i : i + step] = self.finish(self.product(rows[i : i + step]))
+        return out
+
     def finish(self, acc):
+        """int32 [M, N] without bias -> int8 codes, or with bias as logits."""
         if self.out is None:
             return acc + self.fast_bias
         return self.run(store_rows, (acc,), self.fast_bias, *self.constants())
@@ -184,13 +196,16 @@ class Conv(FastLayer, ops.Conv):
     def forward(self, x):
         if self.depthwise:
             acc, shape = self.sum_over_taps(x)
+            result = self.finish(acc)
+        elif self.groups == 1:
+            rows, shape = im2col(x, **self.window, padding=self.padding, zero_point=self.zero_point_in, width=self.width)
+            result = self.blocks(rows)
         else:
             parts = x.chunk(self.groups, 1)
             columns = [im2col(part, **self.window, padding=self.padding, zero_point=self.zero_point_in, width=self.width) for part in parts]
             shape = columns[0][1]
-            products = [self.product(rows, group) for group, (rows, _) in enumerate(columns)]
-            acc = products[0] if self.groups == 1 else torch.cat(products, 1)
-        return self.finish(acc).view(*shape, -1).permute(0, 3, 1, 2)
+            result = self.finish(torch.cat([self.product(rows, group) for group, (rows, _) in enumerate(columns)], 1))
+        return result.view(*shape, -1).permute(0, 3, 1, 2)
 
     def sum_over_taps(self, x):
         """acc [M, C] = sum over the kernel's positions of shifted codes times one weight a channel."""
