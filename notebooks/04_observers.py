@@ -131,6 +131,8 @@ def measure(observer, act_bits, stats, s):
                             config=config, n_calibration=n_calibration, seed=s, bytes=ql.weight_bytes(qmodel),
                             notebook="04_observers")
 
+
+# %%
 rows = []
 for s in range(seed, seed + n_seeds):
     statistics = ql.collect(network, images.calibration(n_calibration, s))
@@ -277,6 +279,8 @@ print(f"- With histogram, {last.index[0]} images give {last.iloc[0]:.2f} % on he
 low = report.loc[report.sqnr.idxmin()]
 print(f"- At W{bits}A{bits} the noisiest edge is {low.edge} ({low.role}, {low.bits} bits): {low.sqnr:.1f} dB, "
       f"{low.own_sqnr:.1f} dB of its own.")
+
+# %%
 if eager.available:
     ratio = levels["mean squared error"].PyTorch / levels["mean squared error"].ours
     print(f"- On {edge}, PyTorch's observer leaves {ratio[8]:.2f} times our squared error at 8 bits, "

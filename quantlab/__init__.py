@@ -8,6 +8,7 @@ from quantlab.affine import QParams, choose_qparams, dequantize, fake_quantize, 
 from quantlab.data import load_data  # noqa: E402
 from quantlab.evaluate import evaluate, limited, paired_drop  # noqa: E402
 from quantlab.export import export_onnx  # noqa: E402
+from quantlab.integer import to_integer  # noqa: E402
 from quantlab.models import find_checkpoint, load_card, load_model, load_trained  # noqa: E402
 from quantlab.packed import load_quantized, save_quantized  # noqa: E402
 from quantlab.ptq import QuantConfig, collect, quantize, weight_bytes  # noqa: E402
@@ -16,5 +17,5 @@ from quantlab.train import TrainConfig, train  # noqa: E402
 __all__ = [
     "QParams", "QuantConfig", "TrainConfig", "UserError", "choose_qparams", "collect", "dequantize", "evaluate", "export_onnx", "fake_quantize",
     "find_checkpoint", "limited", "load_card", "load_data", "load_model", "load_quantized", "load_trained", "paired_drop",
-    "quantize", "quantize_tensor", "root", "save_quantized", "train", "weight_bytes",
+    "quantize", "quantize_tensor", "root", "save_quantized", "to_integer", "train", "weight_bytes",
 ]  # fmt: skip

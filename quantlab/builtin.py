@@ -174,6 +174,21 @@ def fake_quantized(model, batch):
         return graph.apply(disable_observer).apply(enable_fake_quant)
 
 
+# ---- Eager dynamic -----------------------------------------------------------------------------------------------------------
+
+
+def dynamic_int8(model, engine=None):
+    """A copy of `model` whose LSTM and linear layers hold int8 weights and choose the range of what they read anew at every call; CPU only.
+
+    Where the engine is x86 or fbgemm, torch keeps those activations to 7 bits (reduce_range), as in the static path.
+    """
+    from torch.ao.quantization import quantize_dynamic
+
+    torch.backends.quantized.engine = engine or choose_engine()
+    with _quiet():
+        return quantize_dynamic(copy.deepcopy(model).cpu().eval(), {nn.LSTM, nn.Linear}, dtype=torch.qint8)
+
+
 # ---- PT2E -------------------------------------------------------------------------------------------------------------------
 
 

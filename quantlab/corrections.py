@@ -127,7 +127,7 @@ def correct_bias_analytic(model, qmodel):
     BatchNorm maps them with its weights, as if its inputs were independent. Padding is ignored. The network's input is taken to have
     mean 0 and variance 1. A layer whose input passes an operation without such a rule is left alone: `corrected.uncorrected` names it.
     """
-    graph, corrected = prepare(model, qmodel.config.placement)[0], copy_quantized(qmodel)
+    graph, corrected = prepare(model, qmodel.config.placement, qmodel.config.fold_batchnorm)[0], copy_quantized(qmodel)
     means = _Gaussian(graph).layer_inputs()
     corrected.uncorrected = [name for name in means if means[name] is None or _layer(corrected, name).bias is None]
     for name in [n for n in means if n not in corrected.uncorrected]:
@@ -221,7 +221,7 @@ def reestimate_batchnorm(model, qmodel, batches):
     which changes the weight's scale to a s_w and the bias; codes stay. Layer after layer, each behind those already done.
     A step of its own, never hidden in calibration. Raises UserError for a network without folded BatchNorm.
     """
-    graph, network = prepare(model, qmodel.config.placement)[0], _walk(model, qmodel, batches)
+    graph, network = prepare(model, qmodel.config.placement, qmodel.config.fold_batchnorm)[0], _walk(model, qmodel, batches)
     corrected = network.graphs["quantized"]
     if not any(hasattr(module, "folded_batchnorm") for module in graph.modules()):
         raise UserError("no layer of this network had a BatchNorm folded into it: there are no statistics to re-estimate")
@@ -262,7 +262,7 @@ def _walk(model, qmodel, batches):
     batches = [batches] if isinstance(batches, torch.Tensor) else list(batches)
     if not sum(len(b) for b in batches):
         raise UserError("there are no images to measure the correction on: give at least one batch")
-    return Networks(prepare(model, qmodel.config.placement)[0], copy_quantized(qmodel).to(device()), torch.cat(batches), "layer")
+    return Networks(prepare(model, qmodel.config.placement, qmodel.config.fold_batchnorm)[0], copy_quantized(qmodel).to(device()), torch.cat(batches), "layer")
 
 
 def _moments(network, kind, i):

@@ -50,7 +50,7 @@ def layer_errors(model, stats, batches, widths=WIDTHS, config=QuantConfig(), ver
     """
     for bits in widths:
         check_bits(bits, "widths")
-    graph, plan, digest = prepare(model, config.placement)
+    graph, plan, digest = prepare(model, config.placement, config.fold_batchnorm)
     if (stats.graph_hash, stats.placement) != (digest, config.placement):
         raise UserError("these statistics were collected on another network or placement; run collect on this one")
     graph.to(device())
@@ -102,7 +102,7 @@ def layer_accuracy(model, stats, split, config, names=None, verbose=False, **opt
     names: of the layers, None for all. options: those of `evaluate` (limit, batch_size). A lone quantized layer reads unrounded adds and
     image; a float layer among quantized ones reads them as stored.
     """
-    graph, plan, _ = prepare(model, config.placement)
+    graph, plan, _ = prepare(model, config.placement, config.fold_batchnorm)
     weights, acts = dict.fromkeys(layers(graph, plan)), dict.fromkeys([*plan.reads, *plan.unread])
     baseline = evaluate(model, split, **options)
     everything = paired_drop(baseline.correct, evaluate(quantize(model, stats, config), split, **options).correct)[0]

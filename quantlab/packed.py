@@ -163,7 +163,7 @@ def load_quantized(path, model):
     """
     tensors, about = _read(path)
     config = about["config"]
-    graph, plan, _ = prepare(model, config["placement"])
+    graph, plan, _ = prepare(model, config["placement"], config.get("fold_batchnorm"))
     if graph_hash(graph) != about["graph"]:
         raise UserError(f"{path} was saved from another network than this {type(model).__name__}: {_first_difference(graph, about)}")
     where = next(graph.parameters()).device

@@ -16,7 +16,8 @@ class Plan:
     stores: node -> "input", "residual" (operand or result of an add) or "activation"; its value is stored as codes.
     reads: convolution or linear node (with "inputs" also ReLU and average pool) -> the node whose value it reads, behind rearranging only.
     sources: value of `reads` -> the node of `stores` that holds its codes, where there is one.
-    first, last: the layers that no other layer precedes or follows. floats: nodes without an integer form.
+    first, last: the layers that no other layer precedes or follows. floats: nodes without an integer form, an unfolded BatchNorm that
+    reads a layer's unrounded result among them.
     """
 
     placement: str
@@ -71,7 +72,7 @@ def make_plan(graph, placement="fused"):
             producer = _producer(node, kinds)
             stores[node.name] = "residual" if node in operands or kinds[producer] == "add" else "activation"
     sources = {v.name: _holder(v, kinds).name for v in reads.values() if _holder(v, kinds).name in stores}
-    floats = tuple(n.name for n in nodes if kinds[n] == "other")
+    floats = tuple(n.name for n in nodes if kinds[n] == "other" or kinds[n] == "batchnorm" and _is_unfolded(n, kinds))
     return Plan(placement, stores, {k: v.name for k, v in reads.items()}, sources, first, last, floats)
 
 
@@ -85,9 +86,17 @@ def _is_stored(node, kinds):
     if all(kinds[u] == "output" for u in users):
         return False  # logits
     follower = _only_user(node, kinds)
+    if follower is not None and kinds[follower] == "batchnorm" and _is_unfolded(follower, kinds):
+        return False
     while follower is not None and kinds[follower] in PASSES_CODES:  # a clamp commutes with max-pooling and rearranging
         follower = _only_user(follower, kinds)
     return follower is None or kinds[follower] not in ("clamp", "concat")  # rounded there, once
+
+
+def _is_unfolded(batchnorm, kinds):
+    """True for a BatchNorm that could have become part of the layer before it: the layer's result is not stored in between."""
+    before = batchnorm.args[0]
+    return kinds[before] == "compute" and readers_of(before, kinds) == [batchnorm]
 
 
 def _ends_group(clamp, kinds):

@@ -13,7 +13,7 @@ from torch import fx, nn
 from tqdm.auto import tqdm
 
 from quantlab import observers
-from quantlab.affine import QParams, check_bits, choose_qparams, dequantize, fake_quantize
+from quantlab.affine import MIN_BITS, QParams, check_bits, choose_qparams, dequantize, fake_quantize
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import PASSES_CODES, find_kinds, fold, trace
 from quantlab.plan import make_plan
@@ -34,7 +34,8 @@ class QuantConfig:
     observer: a name or a function (stats, bits, symmetric) -> (low, high).
     weight_observer: "minmax", or "lp": the range with the least sum of |error|^weight_norm.
     weight_symmetric / act_symmetric: zero-point 0, weights in the narrow range; a symmetric activation that cannot be negative is unsigned,
-    unless act_signed forces signed codes (as the original experiment did).
+    unless act_signed forces signed codes (as the original experiment did). fold_batchnorm: None: as the placement says, "fused" folds and
+    "inputs" does not; with "fused" an unfolded BatchNorm is computed in float before its layer's result is rounded (simulation only).
     """
 
     weight_bits: int = 8
@@ -46,6 +47,7 @@ class QuantConfig:
     residual_bits: int | None = 8
     input_bits: int | None = 8
     placement: str = "fused"
+    fold_batchnorm: bool | None = None
     per_channel: bool = True
     weight_symmetric: bool = True
     act_symmetric: bool = False
@@ -98,9 +100,9 @@ class CalibrationStats:
         return CalibrationStats(edges, self.placement, self.graph_hash, self.n_images + other.n_images)
 
 
-def prepare(model, placement="fused"):
-    """(folded float graph, plan, hash): what `collect` and `quantize` both start from."""
-    graph = fold(trace(model), batchnorm=placement == "fused")
+def prepare(model, placement="fused", fold_batchnorm=None):
+    """(folded float graph, plan, hash): what `collect` and `quantize` both start from; fold_batchnorm None: for placement "fused" only."""
+    graph = fold(trace(model), batchnorm=placement == "fused" if fold_batchnorm is None else fold_batchnorm)
     digest = hashlib.sha256(f"{graph.graph}".encode())
     for name, tensor in sorted(graph.state_dict().items()):
         digest.update(name.encode())
@@ -109,13 +111,13 @@ def prepare(model, placement="fused"):
 
 
 @torch.no_grad()
-def collect(model, batches, placement="fused", verbose=False):
+def collect(model, batches, placement="fused", verbose=False, fold_batchnorm=None):
     """Run the folded float network over `batches` (float32 [B, C, H, W] each) and count every value on every edge.
 
     Eval mode, no gradients, one pass, constant memory; the result does not depend on the order of the images.
     Raises UserError for an empty calibration set and for values that are not finite, naming the edge.
     """
-    graph, plan, digest = prepare(model, placement)
+    graph, plan, digest = prepare(model, placement, fold_batchnorm)
     graph.to(device())
     counter = _Counter(graph, plan)
     n_images = 0
@@ -181,10 +183,11 @@ def quantize(model, stats, config=QuantConfig()):
     lists operations that are computed in float between two sets of codes.
     Raises UserError when the statistics belong to another network or placement.
     """
-    graph, plan, digest = prepare(model, config.placement)
+    graph, plan, digest = prepare(model, config.placement, config.fold_batchnorm)
     if (stats.graph_hash, stats.placement) != (digest, config.placement):
         what = "placement" if stats.placement != config.placement else "network"
-        raise UserError(f"these statistics were collected on another {what}; run collect(model, batches, placement={config.placement!r}) on this one")
+        folding = "" if config.fold_batchnorm is None else f", fold_batchnorm={config.fold_batchnorm}"
+        raise UserError(f"these statistics were collected on another {what}; run collect(model, batches, placement={config.placement!r}{folding}) on this one")
     names = layers(graph, plan)
     config.check_layers(plan, names)
     inputs = _insert_quantizers(graph, plan, stats, config)
@@ -239,8 +242,12 @@ def _insert_quantizers(graph, plan, stats, config):
 
 
 def choose_edge_qparams(edge, bits, config):
-    """The QParams of an activation edge: its observer's range at that width."""
-    low, high = observers.find_observer(config.observer)(edge, bits, config.act_symmetric)
+    """The QParams of an activation edge: its observer's range at that width.
+
+    Of signed codes on an edge that is never negative only half are of use, as many as one bit less has unsigned: the observer is told so.
+    """
+    half = config.act_symmetric and config.act_signed and edge.minimum >= 0
+    low, high = observers.find_observer(config.observer)(edge, max(bits - half, MIN_BITS), config.act_symmetric)
     return choose_qparams(low, high, bits, symmetric=config.act_symmetric, signed=config.act_signed or edge.minimum < 0)
 
 

@@ -104,7 +104,7 @@ def reconstruct(model, stats, images, config=QuantConfig(), how=ReconstructConfi
     if len(images) < how.batch_size:
         raise UserError(f"{len(images)} calibration images do not fill a batch of {how.batch_size}; give more, or a smaller batch_size")
     qmodel = quantize(model, stats, config).to(device())
-    network = _Task(prepare(model, config.placement)[0], qmodel, images, how)
+    network = _Task(prepare(model, config.placement, config.fold_batchnorm)[0], qmodel, images, how)
     finished = _State(state, images, config, how, stats.graph_hash)
     rows = []
     with exact_float(), tqdm(network.units, desc="reconstruct", unit=" units", disable=not verbose) as progress:
@@ -272,7 +272,7 @@ def iteration_cost(model, stats, images, config=QuantConfig(), how=ReconstructCo
     size: a frame of unit, learning, plain, ratio. They take turns, so that a machine that slows down slows both."""
     images = images if isinstance(images, torch.Tensor) else torch.cat(list(images))
     qmodel = quantize(model, stats, config).to(device())
-    network, rows = _Task(prepare(model, config.placement)[0], qmodel, images, how), []
+    network, rows = _Task(prepare(model, config.placement, config.fold_batchnorm)[0], qmodel, images, how), []
     with exact_float():
         for i, unit in enumerate(network.units):
             network.load_target(i)

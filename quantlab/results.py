@@ -187,7 +187,7 @@ def headline(frame):
 
     A smoke run never enters a headline: rows of the digits are shown only where nothing else is there, and say what they are.
     """
-    frame = current(frame)
+    frame = current(frame[frame.method != "ablation"])  # steps between two methods belong to the notebook that takes them
     swept = equal_widths(frame).index
     summary = summarize(frame[(frame.method != "by hand") | frame.index.isin(swept) | (not len(swept))])
     lines = []
@@ -209,7 +209,7 @@ def label(row):
     if row.method == "float":
         return "fp32 original"
     if row.method != "by hand":
-        return row.method
+        return f"{row.method}: {row.corrections}" if isinstance(row.corrections, str) and row.corrections else row.method
     words = [f"W{'*' if pd.isna(row.weight_bits) else row.weight_bits}A{'*' if pd.isna(row.act_bits) else row.act_bits} {row.observer}"]
     words += [f"weights {row.weight_observer}"] + ([] if pd.isna(row.first_last_bits) else [f"first/last {row.first_last_bits}"])
     for name in ("residual", "input"):

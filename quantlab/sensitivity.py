@@ -32,7 +32,7 @@ def edge_errors(model, qmodel, batches):
     this step adds to what its predecessor on the path had, in dB; the largest is where the network breaks.
     columns: order, edge, role, bits, sqnr, own_sqnr, added_db. batches: float32 [B, C, H, W] each.
     """
-    graph, plan, _ = prepare(model, qmodel.config.placement)
+    graph, plan, _ = prepare(model, qmodel.config.placement, qmodel.config.fold_batchnorm)
     quantizers = {n: qmodel.get_submodule(n.target) for n in qmodel.graph.nodes if n.op == "call_module" and "quantizers." in n.target}
     quantizers = {n: q for n, q in quantizers.items() if isinstance(q, Quantizer)}
     origin = {n: _origin(n) for n in quantizers}

@@ -38,7 +38,7 @@ def tune_end_to_end(model, qmodel, images, iterations=1000, lr=1e-3, batch_size=
     images = images if isinstance(images, torch.Tensor) else torch.cat(list(images))
     if len(images) < batch_size:
         raise UserError(f"{len(images)} calibration images do not fill a batch of {batch_size}; give more, or a smaller batch_size")
-    graph = prepare(model, qmodel.config.placement)[0].to(device()).requires_grad_(False)
+    graph = prepare(model, qmodel.config.placement, qmodel.config.fold_batchnorm)[0].to(device()).requires_grad_(False)
     tuned, learning = copy_quantized(qmodel).to(device()), copy_quantized(qmodel).to(device())
     steps, scales = _swap(learning)
     parameters = [s.log_step for s in steps.values()] + [p for s in scales.values() for p in s.parameters()]

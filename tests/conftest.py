@@ -90,3 +90,8 @@ def image_folder(tmp_path):
 
 def read_text(path):
     return pathlib.Path(path).read_text(encoding="utf-8")
+
+
+def equal_codes(a, b):
+    """True when two dicts of integer codes by edge are the same."""
+    return a.keys() == b.keys() and all(torch.equal(a[edge], b[edge]) for edge in a)

@@ -50,7 +50,7 @@ def _histogram(axes, stats, levels):
     axes.vlines(levels[[0, -1]], floor, top, color=COLOURS["float"], linestyle="--", linewidth=1.4, label="clip range")
     axes.set(yscale="log", ylim=(floor, top), xlabel="value", ylabel="density (log scale)")
     axes.minorticks_off()  # most of the time of a redraw
-    axes.legend(fontsize=7.5, loc="upper right")
+    axes.legend(fontsize=7.5, loc="upper right", frameon=True, edgecolor="none")
 
 
 def _error_curve(axes, stats, bits, low, high, share, colour, marker):

@@ -1,0 +1,256 @@
+"""The fast executor: the same operations, code for code, on int8 tensors in channels-last order.
+
+Unsigned 8-bit codes are stored less 128. Convolutions are matrix products of int8 by torch's integer GEMM, behind im2col or, for 1x1,
+directly on the codes; the zero-point's share, -zero_point * sum(weight), is part of the bias. Bias, multiplication, shift and clamp are one
+pass over the accumulators where torch.compile has a compiler, else they run block by block, so that a block stays in the cache.
+"""
+
+import functools
+import importlib.util
+import os
+import shutil
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from quantlab import integer_ops as ops, integer_pool as pools
+from quantlab.fixedpoint import requantize
+from quantlab.runtime import UserError
+
+BLOCK = 2**16  # elements that uncompiled requantization takes at a time; as int64 half a megabyte
+ACCUMULATORS = 2**19  # int32 results of a matrix product at a time, two megabytes: they need not go through memory on their way to codes
+
+
+# ---- The integer matrix product ---------------------------------------------------------------------------------------------
+
+
+def int_mm(a, b):
+    """int8 [M, K] @ int8 [K, N] -> int32 [M, N], exact; K and N multiples of 8."""
+    if not gemm_is_exact(a.device.type):
+        return a.int() @ b.int()
+    padded = F.pad(a, (0, 0, 0, 17 - len(a))) if len(a) < 17 else a  # CUDA takes no fewer rows
+    return torch._int_mm(padded, b)[: len(a)]
+
+
+@functools.cache
+def gemm_is_exact(device_type):
+    """True when torch._int_mm is there and exact: on CPUs without VNNI a pair of int8 products can saturate at 16 bits, unnoticed."""
+    a = torch.tensor([-128, 127], dtype=torch.int8).repeat_interleave(16).view(32, 1).expand(32, 64).contiguous().to(device_type)
+    b = torch.tensor([-127, 127], dtype=torch.int8).repeat(4).expand(64, 8).contiguous().to(device_type)
+    try:
+        exact = torch.equal(torch._int_mm(a, b).cpu(), a.cpu().int() @ b.cpu().int())
+        why = "saturates on this processor"
+    except (AttributeError, RuntimeError) as error:
+        exact, why = False, str(error).splitlines()[0]
+    if not exact:
+        if device_type != "cpu":
+            raise UserError(f"this {device_type} device has no integer matrix product ({why}); run on the CPU: QUANTLAB_DEVICE=cpu")
+        warnings.warn(f"torch._int_mm {why}: the fast executor multiplies int32 matrices instead, exact but slow", stacklevel=2)
+    return exact
+
+
+def has_compiler():
+    """True where torch.compile can make kernels: a C++ compiler for the CPU, Triton for CUDA."""
+    if torch.cuda.is_available():
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++", "cl"))
+
+
+def im2col(x, kernel, stride, dilation, padding, zero_point, width):
+    """Codes int8 [B, C, H, W] -> (one row a window, int8 [B * Ho * Wo, width], zero behind kh * kw * C; (B, Ho, Wo))."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if any(padding):
+        x = F.pad(x, padding, value=zero_point)
+    x = x.permute(0, 2, 3, 1)
+    batch, height, columns = (x.shape[0], *((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[1:3], kernel, stride, dilation)))
+    channels = x.shape[3]
+    if tuple(kernel) == (1, 1) and channels == width:
+        return x[:, :: stride[0], :: stride[1]].reshape(-1, channels), (batch, height, columns)
+    b, h, w, c = x.stride()
+    shape = (batch, height, columns, *kernel, channels)
+    windows = x.as_strided(shape, (b, h * stride[0], w * stride[1], h * dilation[0], w * dilation[1], c), x.storage_offset())
+    used = kernel[0] * kernel[1] * channels
+    out = (x.new_zeros if used < width else x.new_empty)(batch * height * columns, width)
+    out.view(batch, height, columns, width)[..., :used].unflatten(-1, (*kernel, channels)).copy_(windows)
+    return out, (batch, height, columns)
+
+
+# ---- One pass over rows of accumulators or codes, [M, N] -----------------------------------------------------------------------
+
+
+def store_rows(acc, bias, multiplier, shift, zero_point, low, high, rounding):
+    return requantize(acc + bias, multiplier, shift, zero_point, low, high, rounding).to(torch.int8)
+
+
+def affine_rows(x, zero_point_in, weight, bias, multiplier, shift, zero_point, low, high, rounding):
+    return requantize((x.int() - zero_point_in) * weight + bias, multiplier, shift, zero_point, low, high, rounding).to(torch.int8)
+
+
+def requantize_rows(x, zero_point_in, multiplier, shift, zero_point, low, high, rounding):
+    return requantize(x.int() - zero_point_in, multiplier, shift, zero_point, low, high, rounding).to(torch.int8)
+
+
+def add_rows(a, b, zero_points, multipliers, shifts, multiplier, shift, zero_point, low, high, rounding):
+    acc = ops.add_rescaled(a, b, zero_points, multipliers, shifts, rounding)
+    return requantize(acc, multiplier, shift, zero_point, low, high, rounding).to(torch.int8)
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
+def to_rows(x):
+    """[B, C, H, W] or [..., C] -> [M, C], without a copy in channels-last order."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) if x.dim() == 4 else x.reshape(-1, x.shape[-1])
+
+
+def from_rows(rows, like):
+    if like.dim() == 4:
+        return rows.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
+    return rows.view(*like.shape[:-1], -1)
+
+
+class Fast:
+    """What the fast operations share: `use_compiler` says whether their pass over rows is a compiled kernel."""
+
+    use_compiler = False
+
+    def constants(self):
+        return self.multiplier.flatten(), self.shift.flatten(), self.zero_point, self.low, self.high, self.rounding
+
+    def run(self, function, rows, *constants):
+        """function(*rows, *constants) for [M, N] tensors, int8."""
+        if self.use_compiler:
+            return compiled(function)(*rows, *constants)
+        step = len(rows[0]) if rows[0].is_cuda else max(1, BLOCK // rows[0].shape[1])
+        return torch.cat([function(*(r[i : i + step] for r in rows), *constants) for i in range(0, len(rows[0]), step)])
+
+
+# ---- Operations -------------------------------------------------------------------------------------------------------------
+
+
+class FastLayer(Fast):
+    """A layer as a matrix product; weights that do not fit in int8 (asymmetric, 8 bits) as 2 * (w >> 1) + (w & 1)."""
+
+    def prepare(self):
+        weight = self.weight.flatten(1) if self.weight.dim() == 2 else self.weight.permute(0, 2, 3, 1).flatten(1)
+        bias = self.bias - self.zero_point_in * weight.sum(1)  # wraps as the accumulator does, so their sum is right
+        groups = self.groups = getattr(self, "options", {}).get("groups", 1)
+        self.outputs, inner = len(weight) // groups, weight.shape[1]
+        self.width = -(-inner // 8) * 8
+        weight = F.pad(weight.view(groups, self.outputs, inner), (0, self.width - inner, 0, -self.outputs % 8))
+        self.split = bool(weight.abs().max() > 127)
+        parts = torch.stack([weight >> 1, weight & 1] if self.split else [weight])
+        self.register_buffer("fast_bias", bias.int())
+        self.register_buffer("parts", parts.to(torch.int8))
+
+    def product(self, rows, group=0):
+        """int8 [M, width] -> int32 [M, outputs of one group], without bias."""
+        products = [int_mm(rows, part[group].t())[:, : self.outputs] for part in self.parts]
+        return 2 * products[0] + products[1] if self.split else products[0]
+
+    def blocks(self, rows):
+        """int8 rows -> what `finish` gives, on a CPU block by block."""
+        step = max(64, ACCUMULATORS // self.outputs)
+        if len(rows) <= step or rows.is_cuda or self.out is None:
+            return self.finish(self.product(rows))
+        out = rows.new_empty(len(rows), self.outputs)
+        for i in range(0, len(rows), step):
+            out[i : i + step] = self.finish(self.product(rows[i : i + step]))
+        return out
+
+    def finish(self, acc):
+        """int32 [M, N] without bias -> int8 codes, or with bias as logits."""
+        if self.out is None:
+            return acc + self.fast_bias
+        return self.run(store_rows, (acc,), self.fast_bias, *self.constants())
+
+
+class Linear(FastLayer, ops.Linear):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.prepare()
+
+    def forward(self, x):
+        rows = to_rows_linear(x, self.width)
+        return self.finish(self.product(rows)).view(*x.shape[:-1], -1)
+
+
+def to_rows_linear(x, width):
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.shape[1] == width else F.pad(rows, (0, width - rows.shape[1]))
+
+
+class Conv(FastLayer, ops.Conv):
+    """im2col and a matrix product for each group; a depthwise convolution is a sum over its taps."""
+
+    def __init__(self, name, layer, *rest):
+        super().__init__(name, layer, *rest)
+        self.padding = layer._reversed_padding_repeated_twice  # left, right, top, bottom, also for "same"
+        self.window = {"kernel": layer.kernel_size, "stride": layer.stride, "dilation": layer.dilation}
+        self.depthwise = self.options["groups"] == layer.in_channels and self.weight.shape[0] == layer.in_channels
+        self.prepare()
+
+    def forward(self, x):
+        if self.depthwise:
+            acc, shape = self.sum_over_taps(x)
+            result = self.finish(acc)
+        elif self.groups == 1:
+            rows, shape = im2col(x, **self.window, padding=self.padding, zero_point=self.zero_point_in, width=self.width)
+            result = self.blocks(rows)
+        else:
+            parts = x.chunk(self.groups, 1)
+            columns = [im2col(part, **self.window, padding=self.padding, zero_point=self.zero_point_in, width=self.width) for part in parts]
+            shape = columns[0][1]
+            result = self.finish(torch.cat([self.product(rows, group) for group, (rows, _) in enumerate(columns)], 1))
+        return result.view(*shape, -1).permute(0, 3, 1, 2)
+
+    def sum_over_taps(self, x):
+        """acc [M, C] = sum over the kernel's positions of shifted codes times one weight a channel."""
+        x = F.pad(x.contiguous(memory_format=torch.channels_last), self.padding, value=self.zero_point_in).permute(0, 2, 3, 1)
+        (kh, kw), (sh, sw), (dh, dw) = self.window.values()
+        height, width = ((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[1:3], (kh, kw), (sh, sw), (dh, dw)))
+        acc = x.new_zeros(x.shape[0], height, width, x.shape[3], dtype=torch.int32)
+        for i in range(kh):
+            for j in range(kw):
+                tap = x[:, i * dh : i * dh + (height - 1) * sh + 1 : sh, j * dw : j * dw + (width - 1) * sw + 1 : sw]
+                acc.addcmul_(tap.int(), self.weight[:, 0, i, j])
+        return acc.view(-1, x.shape[3]), (x.shape[0], height, width)
+
+
+class Affine(Fast, ops.Affine):
+    def forward(self, x):
+        weight, bias = self.weight.flatten(), self.bias.flatten()
+        if self.out is None:
+            return self.accumulate(x)
+        return from_rows(self.run(affine_rows, (to_rows(x),), self.zero_point_in, weight, bias, *self.constants()), x)
+
+
+class Requantize(Fast, ops.Requantize):
+    def forward(self, x):
+        return from_rows(self.run(requantize_rows, (to_rows(x),), self.zero_point_in, *self.constants()), x)
+
+
+class Add(Fast, ops.Add):
+    def forward(self, a, b):
+        if self.out is None:
+            return self.accumulate(a, b)
+        a, b = torch.broadcast_tensors(a, b)
+        rows = to_rows(a), to_rows(b)
+        return from_rows(self.run(add_rows, rows, self.zero_points, self.multipliers, self.shifts, *self.constants()), a)
+
+
+class Average(pools.Average):
+    def store(self, acc):
+        return super().store(acc).to(torch.int8)
+
+
+class MaxPool(pools.MaxPool):
+    def forward(self, x):
+        rows = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        return pools.pool(rows, self.windows, torch.maximum, -128, axes=(1, 2)).permute(0, 3, 1, 2)
+
+
+FAST = {c.__name__: c for c in (Conv, Linear, Affine, Requantize, Add, Average, MaxPool)}
