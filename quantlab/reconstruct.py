@@ -360,7 +360,7 @@ class _State:
         self.path, self.rows, self.tensors = path and pathlib.Path(path), [], {}
         settings = dataclasses.asdict(config) | {f"how.{k}": v for k, v in dataclasses.asdict(how).items() if k != "max_cache_bytes"}
         settings |= {"observer": observer_name(config.observer), "network": graph_hash[:16], "n_images": len(images)}
-        settings["images"] = hashlib.sha256(images.contiguous().numpy()).hexdigest()[:16]
+        settings["images"] = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()[:16]
         self.settings = json.loads(json.dumps(settings))
         if self.path and self.path.exists():
             self._read()
