@@ -15,7 +15,7 @@ from torch import nn
 
 from quantlab.activations import Networks
 from quantlab.affine import quantize as to_codes
-from quantlab.graph import find_kinds, fold, readers_of, trace
+from quantlab.graph import call_name, find_kinds, fold, readers_of, trace
 from quantlab.ptq import copy_quantized, find_node, input_qparams, prepare, write_codes
 from quantlab.runtime import UserError, device, exact_float
 
@@ -31,7 +31,7 @@ def equalize(model, rounds=20):
     11), repeated until nothing changes. Pairs are found from the graph: the first's value must reach the second alone, through ReLUs,
     pools and rearranging that keeps channels apart; not through adds, concatenations, or clamps with an upper end. The float output stays.
     """
-    graph = fold(trace(model))
+    graph = fold(trace(model)).cpu()
     pairs = equalizable_pairs(graph)
     for _ in range(rounds):
         change = 0.0
@@ -66,14 +66,18 @@ def equalizable_pairs(graph):
 
 def _keeps_channels(node, kinds, graph):
     """True for an operation f with f(s y) = s f(y) for s > 0, channel by channel, in the order they came."""
-    name = type(graph.get_submodule(node.target)).__name__.lower() if node.op == "call_module" else getattr(node.target, "__name__", node.target)
+    name = _operation(node, graph)
     return kinds[node] in ("maxpool", "average") and name != "mean" or name in ("relu", "flatten", "identity", "contiguous")
 
 
 def _input_ranges(layer):
     """Largest |weight| of every input channel, float64 [C_in]; groups counted."""
-    groups = getattr(layer, "groups", 1)
-    return layer.weight.abs().double().unflatten(0, (groups, -1)).flatten(3).amax(3).amax(1).flatten() if layer.weight.dim() > 2 else layer.weight.abs().double().amax(0)
+    return _grouped(layer).abs().amax((1, 3)).flatten()
+
+
+def _grouped(layer):
+    """The weight in double precision as [groups, C_out / groups, C_in / groups, places]."""
+    return layer.weight.detach().cpu().double().unflatten(0, (getattr(layer, "groups", 1), -1)).unsqueeze(-1).flatten(3)
 
 
 def _divide_outputs(layer, scale):
@@ -81,14 +85,11 @@ def _divide_outputs(layer, scale):
     if layer.bias is not None:
         layer.bias.copy_(layer.bias.double() / scale)
     if (bn := getattr(layer, "folded_batchnorm", None)) is not None:
-        layer.folded_batchnorm = {"mean": bn["mean"] / scale, "std": bn["std"] / scale, "gamma": bn["gamma"] / scale, "eps_share": bn["eps_share"]}
+        layer.folded_batchnorm = bn | {key: bn[key] / scale for key in ("mean", "std", "gamma")}
 
 
 def _multiply_inputs(layer, scale):
-    groups = getattr(layer, "groups", 1)
-    per_group = scale.view(groups, 1, -1, *[1] * (layer.weight.dim() - 2))
-    weight = layer.weight.double().unflatten(0, (groups, -1)) * per_group
-    layer.weight.copy_(weight.flatten(0, 1))
+    layer.weight.copy_((_grouped(layer) * scale.view(getattr(layer, "groups", 1), 1, -1, 1)).view(layer.weight.shape))
 
 
 # ---- Biases -----------------------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def _shift_bias(qmodel, name, error):
 
 @torch.no_grad()
 def correct_bias_analytic(model, qmodel):
-    """Bias correction without data: b_o <- b_o - sum_ck (w_hat - w)_ock E[x_c], E[x] from BatchNorm's parameters (arXiv:1906.04721, sec. 4.2).
+    """Bias correction without data: b_o <- b_o - sum_ck (w_hat - w)_ock E[x_c], E[x] from BatchNorm's parameters (arXiv:1906.04721).
 
     A BatchNormed layer gives N(beta, gamma^2); ReLU and ReLU6 make a clipped normal of it; adds add means and variances; a layer without
     BatchNorm maps them with its weights, as if its inputs were independent. Padding is ignored. The network's input is taken to have
@@ -131,10 +132,8 @@ def correct_bias_analytic(model, qmodel):
     means = _Gaussian(graph).layer_inputs()
     corrected.uncorrected = [name for name in means if means[name] is None or _layer(corrected, name).bias is None]
     for name in [n for n in means if n not in corrected.uncorrected]:
-        error = (_layer(corrected, name).weight.cpu().double() - _layer(graph, name).weight.cpu().double()).flatten(2 if _layer(graph, name).weight.dim() > 2 else 1)
-        error = error.sum(2) if error.dim() > 2 else error
-        groups = getattr(_layer(graph, name), "groups", 1)
-        _shift_bias(corrected, name, torch.einsum("goc,gc->go", error.unflatten(0, (groups, -1)), means[name].view(groups, -1)).flatten())
+        error = (_grouped(_layer(corrected, name)) - _grouped(_layer(graph, name))).sum(3)
+        _shift_bias(corrected, name, torch.einsum("goc,gc->go", error, means[name].view(len(error), -1)).flatten())
     return corrected
 
 
@@ -192,8 +191,7 @@ class _Gaussian:
         if kind == "concat":
             return tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
         if kind == "clamp":
-            module = self.graph.get_submodule(node.target) if node.op == "call_module" else None
-            name = type(module).__name__.lower() if module is not None else getattr(node.target, "__name__", node.target)
+            name = _operation(node, self.graph)
             if name in ("relu", "relu6"):
                 return clipped_normal(inputs[0][0], inputs[0][1].sqrt(), 0.0, 6.0 if name == "relu6" else math.inf)
         return None
@@ -202,12 +200,13 @@ class _Gaussian:
         layer = self.graph.get_submodule(node.target)
         if (bn := getattr(layer, "folded_batchnorm", None)) is not None:
             return bn["mean"], bn["std"] ** 2
-        moments, weight = self._input(node), layer.weight.detach().cpu().double()
-        if moments is None or getattr(layer, "groups", 1) != 1:
+        moments = self._input(node)
+        if moments is None:
             return None
-        weight = weight.flatten(2).sum(2) if weight.dim() > 2 else weight, weight.square().flatten(2).sum(2) if weight.dim() > 2 else weight.square()
+        weight, mean, variance = _grouped(layer), *(m.view(getattr(layer, "groups", 1), -1) for m in moments)
         bias = 0.0 if layer.bias is None else layer.bias.detach().cpu().double()
-        return weight[0] @ moments[0] + bias, weight[1] @ moments[1]
+        mean = torch.einsum("gock,gc->go", weight, mean).flatten() + bias
+        return mean, torch.einsum("gock,gc->go", weight.square(), variance).flatten()
 
 
 # ---- BatchNorm --------------------------------------------------------------------------------------------------------------
@@ -251,6 +250,11 @@ def _rescale(corrected, name, bn, mean, variance):
 
 def _layer(graph, name):
     return graph.get_submodule(find_node(graph, name).target)
+
+
+def _operation(node, graph):
+    """Lower-case name of the module class, function or method that a node calls."""
+    return type(graph.get_submodule(node.target)).__name__.lower() if node.op == "call_module" else call_name(node)
 
 
 def _bias_input(qmodel, name):

@@ -55,7 +55,7 @@ def round_to_step(x, scale, low, high, mask=None):
 
 
 class Masks:
-    """Random masks of ones (probability 1 - drop) and zeros, cut at random offsets from one pool: bernoulli_ costs more than a convolution."""
+    """Random masks of ones (probability 1 - drop) and zeros, cut from one pool at random offsets: bernoulli_ costs as much as a layer."""
 
     def __init__(self, drop, generator):
         self.drop, self.generator, self.pool = drop, generator, torch.empty(0)

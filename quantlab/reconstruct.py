@@ -1,6 +1,6 @@
 """Learned rounding: AdaRound, block reconstruction (BRECQ) and QDrop as one loop.
 
-    how = ReconstructConfig.preset("qdrop", iterations=1000)
+    how = ReconstructConfig.preset("qdrop", iterations=500)
     qmodel = reconstruct(model, stats, images, QuantConfig(4, 4), how)      # images: float32 [N, 3, H, W], or an iterable of batches
     qmodel.reconstruction                                                   # frame: unit, layers, nearest, learned (losses), seconds, note
 
@@ -25,9 +25,10 @@ from torch import fx
 from tqdm.auto import tqdm
 
 from quantlab.activations import BATCH, Networks
+from quantlab.evaluate import evaluate
 from quantlab.learned import Masks, learnable
 from quantlab.observers import observer_name
-from quantlab.ptq import QuantConfig, find_node, input_qparams, prepare, quantize, write_codes
+from quantlab.ptq import QuantConfig, collect, find_node, input_qparams, prepare, quantize, write_codes
 from quantlab.runtime import UserError, device, exact_float, save_tensors
 from quantlab.units import is_quantizer
 
@@ -52,7 +53,7 @@ class ReconstructConfig:
     learn_activation_steps: bool = True
     learn_bias: bool = True
     loss: str = "mse"
-    iterations: int = 1000
+    iterations: int = 500
     batch_size: int = 32
     lr: float = 1e-2
     lr_steps: float = 1e-3
@@ -135,8 +136,7 @@ def _reconstruct_unit(network, i, trace, progress):
     for iteration in range(how.iterations):
         loss = learner.step(iteration)
         if trace:
-            h, steps = {k: r.h.detach().cpu() for k, r in learner.roundings.items()}, {k: s.scale.item() for k, s in learner.steps.items()}
-            trace({"unit": unit.name, "iteration": iteration, "loss": loss.item(), "h": h, "steps": steps})
+            trace({"unit": unit.name, "iteration": iteration, "loss": loss.item()} | learner.snapshot())
     with torch.no_grad():
         learner.write()
     learned = network.quantized_loss(i)
@@ -210,7 +210,7 @@ class _Keep(fx.Interpreter):
 
 
 class UnitLearner:
-    """One unit while it learns: `part` is the unit with LearnedRounding for layers and LearnedStep for Quantizers; step() is an iteration."""
+    """One unit while it learns: `part` has LearnedRounding for layers and LearnedStep for Quantizers, step() is an iteration."""
 
     def __init__(self, network, i):
         self.network, self.i, self.unit, how = network, i, network.units[i], network.how
@@ -251,6 +251,11 @@ class UnitLearner:
         if self.mixing is None or not self.network.how.drop or name in self.network.first:
             return value
         return torch.lerp(cache.rows(exact, index), value, self.mixing.like(value))
+
+    def snapshot(self):
+        """What has been learned so far, for `trace`."""
+        h = {name: rounding.h.detach().cpu() for name, rounding in self.roundings.items()}
+        return {"h": h, "steps": {name: step.scale.item() for name, step in self.steps.items()}}
 
     def write(self):
         """Round for good: codes, biases and steps into the quantized network."""
@@ -306,6 +311,21 @@ def _plain_pass(network, i):
     return run
 
 
+def compare_on_heldout(model, data, settings, n_calibration=1024, seed=0, limit=None):
+    """How the workbook's settings were chosen: name -> (QuantConfig, ReconstructConfig or None for nearest rounding), each measured on
+    data.heldout, never on the test set. A frame of setting, top1, drop (points below float on the same images), n."""
+    batches, rows = list(data.calibration(n_calibration, seed=seed)), []
+    stats, exact = {}, evaluate(model, data.heldout, limit=limit)
+    for name, (config, how) in settings.items():
+        if config.placement not in stats:
+            stats[config.placement] = collect(model, batches, config.placement)
+        found = stats[config.placement]
+        qmodel = reconstruct(model, found, batches, config, how) if how else quantize(model, found, config)
+        result = evaluate(qmodel, data.heldout, limit=limit)
+        rows.append({"setting": name, "top1": result.top1, "drop": exact.top1 - result.top1, "n": result.n})
+    return pd.DataFrame(rows)
+
+
 # ---- Finished units on disk -------------------------------------------------------------------------------------------------
 
 
@@ -340,7 +360,7 @@ class _State:
         self.path, self.rows, self.tensors = path and pathlib.Path(path), [], {}
         settings = dataclasses.asdict(config) | {f"how.{k}": v for k, v in dataclasses.asdict(how).items() if k != "max_cache_bytes"}
         settings |= {"observer": observer_name(config.observer), "network": graph_hash[:16], "n_images": len(images)}
-        settings["images"] = hashlib.sha256(images.contiguous().numpy()).hexdigest()[:16]
+        settings["images"] = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()[:16]
         self.settings = json.loads(json.dumps(settings))
         if self.path and self.path.exists():
             self._read()

@@ -1,5 +1,6 @@
 """End-to-end tuning: the steps and biases of a finished quantized network, learned jointly against the float network's logits."""
 
+import dataclasses
 import math
 
 import torch
@@ -82,6 +83,6 @@ def _write(tuned, steps, scales):
         layer, learned = tuned.get_submodule(find_node(tuned, name).target), scales[name]
         q = layer.weight_qparams
         codes = to_codes(layer.weight.detach().cpu(), q)
-        scaled = type(q)(q.scale * learned.log_scale.exp().cpu().view(q.scale.shape), q.zero_point, q.qmin, q.qmax, q.axis)
+        scaled = dataclasses.replace(q, scale=q.scale * learned.log_scale.exp().cpu().view(q.scale.shape))
         write_codes(layer, codes, scaled, learned.bias, input_qparams(tuned, name) if tuned.config.placement == "fused" else None)
     return tuned

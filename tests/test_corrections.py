@@ -20,7 +20,8 @@ def sequence(channels=(3, 8, 6), depthwise=False, activation=nn.ReLU):
     torch.manual_seed(2)
     a, b, c = channels
     second = nn.Conv2d(b, b, 3, padding=1, groups=b) if depthwise else nn.Conv2d(b, b, 3, padding=1)
-    model = nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), activation(), second, activation(), nn.MaxPool2d(2), nn.Conv2d(b, c, 1))
+    first, third = nn.Conv2d(a, b, 3, padding=1), nn.Conv2d(b, c, 1)
+    model = nn.Sequential(first, nn.BatchNorm2d(b), activation(), second, activation(), nn.MaxPool2d(2), third)
     size = torch.logspace(-2, 1, b).view(-1, 1, 1, 1)  # channels of very different size that matter alike
     model[0].weight.data *= size
     model[3].weight.data /= size if depthwise else size.view(1, -1, 1, 1)
@@ -67,16 +68,16 @@ def test_empirical_correction_leaves_no_mean_error_in_any_layer(resnet20, stats,
     before = copy.deepcopy(qmodel.state_dict())
     corrected = corrections.correct_bias(resnet20, qmodel, images.split(32))
     assert all(torch.equal(v, before[k]) for k, v in qmodel.state_dict().items())  # the argument is left alone
-    exact = {}
-    for graph in (ptq.prepare(resnet20)[0], qmodel, corrected):
-        values = exact.setdefault(id(graph), {})
-        handles = [layer(graph, n).register_forward_hook(lambda m, i, o, n=n, v=values: v.update({n: o.double().transpose(0, 1).flatten(1).mean(1)}))
-                   for n in ptq.layers(qmodel, qmodel.plan)]  # fmt: skip
+
+    def channel_means(graph):
+        found = {}
+        for name in ptq.layers(qmodel, qmodel.plan):
+            layer(graph, name).register_forward_hook(lambda m, i, o, name=name: found.update({name: o.double().transpose(0, 1).flatten(1).mean(1)}))
         with torch.no_grad():
             graph(images)
-        for handle in handles:
-            handle.remove()
-    target, plain, better = exact.values()
+        return found
+
+    target, plain, better = (channel_means(graph) for graph in (ptq.prepare(resnet20)[0], qmodel, corrected))
     for name in ptq.layers(corrected, corrected.plan):
         unit = ptq.input_qparams(corrected, name).scale.double() * layer(corrected, name).weight_qparams.scale.double()
         assert ((better[name] - target[name]).abs() <= 0.51 * unit + 1e-5).all()  # what rounding the bias leaves
@@ -87,8 +88,10 @@ def test_clipped_normal_against_numerical_integration():
     for mean, std, high in ((0.3, 1.0, float("inf")), (-2.0, 0.7, float("inf")), (4.0, 3.0, 6.0), (7.0, 0.5, 6.0)):
         found = corrections.clipped_normal(torch.tensor([mean]).double(), torch.tensor([std]).double(), 0.0, high)
         density = scipy.stats.norm(mean, std)
-        moments = [scipy.integrate.quad(lambda x, p=p: min(max(x, 0.0), high) ** p * density.pdf(x), mean - 9 * std, mean + 9 * std, points=[0.0, min(high, 99)], limit=200)[0]
-                   for p in (1, 2)]  # fmt: skip
+        ends, kinks = (mean - 9 * std, mean + 9 * std), [0.0, min(high, 99)]
+        moments = [
+            scipy.integrate.quad(lambda x, p=p: min(max(x, 0.0), high) ** p * density.pdf(x), *ends, points=kinks, limit=200)[0] for p in (1, 2)
+        ]
         assert found[0].item() == pytest.approx(moments[0], abs=1e-7)
         assert found[1].item() == pytest.approx(moments[1] - moments[0] ** 2, abs=1e-6)
 
@@ -109,7 +112,7 @@ def test_analytic_and_empirical_correction_agree_where_the_answer_is_known():
     model, images = gaussian_toy()
     qmodel = ql.quantize(model, ql.collect(model, [images]), ql.QuantConfig(2, 8))
     mu, sigma = model[1].bias.detach().double(), model[1].weight.detach().double()
-    expected = torch.tensor([scipy.stats.norm.pdf(m / s) * s + m * scipy.stats.norm.cdf(m / s) for m, s in zip(mu.tolist(), sigma.tolist(), strict=True)])
+    expected = torch.from_numpy(scipy.stats.norm.pdf(mu / sigma)) * sigma + mu * torch.from_numpy(scipy.stats.norm.cdf(mu / sigma))
     delta = (layer(qmodel, "_3").weight - model[3].weight).detach().double().flatten(1)
     known = layer(qmodel, "_3").bias.detach() - delta @ expected.double()
     unit = ptq.input_qparams(qmodel, "_3").scale * layer(qmodel, "_3").weight_qparams.scale
@@ -168,7 +171,8 @@ def test_codes_stay_and_biases_are_integers(resnet20, stats, digits, name):
     for n in ptq.layers(qmodel, qmodel.plan):
         old, new = layer(qmodel, n), layer(corrected, n)
         codes = ql.quantize_tensor(new.weight, new.weight_qparams)
-        assert torch.equal(codes, ql.quantize_tensor(old.weight, old.weight_qparams)) and torch.equal(ql.dequantize(codes, new.weight_qparams), new.weight)
+        assert torch.equal(codes, ql.quantize_tensor(old.weight, old.weight_qparams))
+        assert torch.equal(ql.dequantize(codes, new.weight_qparams), new.weight)
         bias = new.bias.double() / (ptq.input_qparams(corrected, n).scale.double() * new.weight_qparams.scale.double())
         assert (bias - bias.round()).abs().max() < 1e-3 * bias.abs().max().clamp(min=1)
         changed += (new.bias - old.bias).abs().sum().item()
