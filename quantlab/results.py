@@ -28,6 +28,11 @@ COLUMNS = ["run_key", *CONFIGURATION, *MEASURED, *PROVENANCE]
 SMOKE = "digits"
 
 
+BEST = "QDrop"  # the correction whose rows the README shows
+ORIGINAL_FLOAT = 93.62  # top-1 in %, ResNet-50 on the official CIFAR-10 files: the original's README, as the next
+ORIGINAL = {"8bit built-in": 93.62, "8bit hist": 93.52, "8bit fake-hist": 93.41, "4bit hist": 64.62, "4bit fake-hist": 88.55, "3bit fake-hist": 50.76}
+
+
 def local_path():
     return root() / "results" / "results.csv"
 
@@ -182,14 +187,17 @@ def summarize(frame):
 # ---- Tables for people ------------------------------------------------------------------------------------------------------
 
 
-def headline(frame):
+def headline(frame, best=None):
     """The original's table and ours: one line a method, in its words, with the interval of the drop; a frame of strings.
 
     A smoke run never enters a headline: rows of the digits are shown only where nothing else is there, and say what they are.
+    best: only the built-in paths, both ends of rounding to nearest, and the rows of this correction ("QDrop"), as the README has them.
     """
+    if best:
+        frame = frame[_is_brief(frame, best)]
     frame = current(frame[frame.method != "ablation"])  # steps between two methods belong to the notebook that takes them
     swept = equal_widths(frame).index
-    summary = summarize(frame[(frame.method != "by hand") | frame.index.isin(swept) | (not len(swept))])
+    summary = summarize(frame[(frame.method != "by hand") | frame.index.isin(swept) | (not len(swept)) | bool(best)])
     lines = []
     family = summary.method.map({"float": 0, "by hand": 2}).fillna(1)
     order = ["dataset", "model", "family", "act_bits", "drop"]
@@ -202,6 +210,42 @@ def headline(frame):
             "n": f"{row.n_test:,}", "Seeds": int(row.seeds),
         })  # fmt: skip
     return pd.DataFrame(lines)
+
+
+def _is_brief(frame, best):
+    """True for the rows of a brief headline."""
+    plain = frame.method.eq("by hand") & frame.residual_bits.eq(8) & frame.input_bits.eq(8) & frame.placement.eq("fused")
+    nearest = (frame.corrections.isna() | frame.corrections.eq("")) & frame.observer.isin(["minmax", "histogram"]) & frame.notebook.eq("03_quantize_by_hand")
+    return frame.method.isin(["float", "eager int8", "PT2E int8", "ONNX Runtime int8"]) | plain & (nearest | frame.corrections.str.startswith(f"{best},", na=False))
+
+
+def original_table(frame):
+    """The original's rows beside ours its way and the right way (notebook 08): a frame of strings; empty before that notebook has run."""
+    frame = current(frame)
+    ours = frame[frame.method.eq("original")]
+    if not len(ours):
+        return pd.DataFrame()
+    own = summarize(ours).set_index("corrections")
+    right = summarize(frame[frame.method.eq("by hand") & frame.notebook.eq("08_original_experiment")]).set_index("weight_bits")
+    built_in = summarize(frame[frame.method.eq("eager int8")])
+    lines = [{"Quantization": "fp32", "Original": f"{ORIGINAL_FLOAT:.2f}", "Its way": f"{own.fp32_top1.iloc[0]:.2f}", "Right way": f"{own.fp32_top1.iloc[0]:.2f}"}]
+    for name, published in ORIGINAL.items():
+        key = next((k for k in own.index if k.startswith(name)), None)
+        same = built_in.top1.iloc[0] if "built-in" in name and len(built_in) else right.top1.get(int(name[0])) if "built-in" not in name else None
+        lines.append({
+            "Quantization": name.replace("bit ", " bits, "), "Original": f"{published:.2f} ({published - ORIGINAL_FLOAT:+.2f})",
+            "Its way": "" if key is None else f"{own.top1[key]:.2f} ({-own['drop'][key]:+.2f})",
+            "Right way": "" if same is None else f"{same:.2f} ({same - own.fp32_top1.iloc[0]:+.2f})",
+        })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def speed_table(frame):
+    """results/bench.csv in words: one line a measurement."""
+    return pd.DataFrame([{
+        "What": row.section, "Network": f"{row.model}, batch {row.batch}", "Measured": row.what, "images/s": f"{row.images_per_s:,.0f}",
+        "Against": row.against, "Time": f"{row.time_ratio:.2f}x [{row.time_ratio_least:.2f}, {row.time_ratio_most:.2f}]",
+    } for row in frame.itertuples() if row.what != row.against])  # fmt: skip
 
 
 def label(row):
@@ -220,7 +264,7 @@ def label(row):
 
 def markdown(table):
     """A frame of strings as a Markdown table, numbers to the right."""
-    right = {"Top-1 %", "Points lost [95 %]", "Weights kB", "n", "Seeds"}
+    right = {"Top-1 %", "Points lost [95 %]", "Weights kB", "n", "Seeds", "Original", "Its way", "Right way", "images/s", "Time"}
     lines = [" | ".join(table.columns), " | ".join("---:" if c in right else "---" for c in table.columns)]
     lines += [" | ".join(str(v) for v in row) for row in table.itertuples(index=False)]
     return "\n".join(f"| {line} |" for line in lines)
@@ -240,21 +284,28 @@ def publish(readme=None):
 
 
 def update_readme(readme=None):
-    """Replace what stands between the README's <!-- table --> marks by the headline table of published.csv."""
+    """Replace what stands between the README's <!-- table:NAME --> marks by tables from published.csv and results/bench.csv."""
     readme = pathlib.Path(readme or root() / "README.md")
-    frame = current(load(published_path()))
+    published, bench = load(published_path()), root() / "results" / "bench.csv"
+    frame = current(published)
     devices, versions = (", ".join(frame[name].unique()) for name in ("device", "torch"))
-    images = " or ".join(f"{n:,}" for n in sorted(frame.n_calibration.unique()) if n)
-    caption = (
+    texts = {"headline": f"{markdown(headline(published, best=BEST))}\n\n" + (
         f"Top-1 on the full test set (n and calibration seeds per row; ± is the deviation between seeds) on {devices}, torch {versions}, "
-        f"calibrated on {images} training images. The interval is paired, against the float network on the same test images. Weights kB: "
-        "packed codes, scales and biases; for built-in int8 the saved state. `python -m quantlab publish` writes this table from "
-        "`results/published.csv`, which `make results DATA=PATH` measures."
-    )
-    text = re.sub(
-        r"(<!-- table:headline -->).*?(<!-- /table -->)",
-        lambda m: f"{m[1]}\n{markdown(headline(frame))}\n\n{caption}\n{m[2]}",
-        readme.read_text(encoding="utf-8"),
-        flags=re.DOTALL,
-    )
+        "1,024 calibration images. The interval is paired, against the float network on the same test images. Weights kB: packed codes, scales "
+        "and biases; for other tools the saved file. `python -m quantlab publish` writes this table from `results/published.csv`, which "
+        "`make results DATA=PATH` measures."
+    )}  # fmt: skip
+    if len(original := original_table(published)):
+        own = frame[frame.method.eq("original")].iloc[0]
+        texts["original"] = f"{markdown(original)}\n\n" + (
+            f"Top-1 in % (and points against float). *Original*: ResNet-50, official CIFAR-10 files, its README, one run. *Its way* and *right way*: "
+            f"{own.model} on {own.dataset}, n = {own.n_test:,}, {frame[frame.method.eq('original')].seed.nunique()} calibration seeds below 8 bits."
+        )
+    if bench.is_file():
+        measured = pd.read_csv(bench)
+        where, version = (", ".join(measured[name].unique()) for name in ("device", "torch"))
+        texts["speed"] = f"{markdown(speed_table(measured))}\n\nMedian over rounds [least, most], {where}, torch {version}: `python -m quantlab bench`."
+    text = readme.read_text(encoding="utf-8")
+    for name, table in texts.items():
+        text = re.sub(rf"(<!-- table:{name} -->).*?(<!-- /table -->)", lambda m, s=table: f"{m[1]}\n{s}\n{m[2]}", text, flags=re.DOTALL)
     write_text(readme, text)
