@@ -1,6 +1,6 @@
 """How fast: every claim of speed as a ratio, both sides measured in turns in one run.
 
-    python -m quantlab bench [collect fakequant int8] [--model resnet50] [--batch 64]
+    python -m quantlab bench [collect fakequant int8 integer reconstruct] [--model resnet50] [--batch 64]
 
 Weights are random, images are noise: neither changes what is computed. All networks run on the CPU with torch's threads.
 """
@@ -15,8 +15,10 @@ import torch
 from tqdm.auto import tqdm
 
 from quantlab import builtin
+from quantlab.integer import to_integer
 from quantlab.models import build
 from quantlab.ptq import QuantConfig, collect, quantize
+from quantlab.reconstruct import ReconstructConfig, iteration_cost
 from quantlab.runtime import UserError, atomic_path, device_name, root
 
 SIZE = 32  # pixels a side, as CIFAR-10
@@ -85,7 +87,38 @@ def bench_int8(model, images, rounds, compiled):
     return compare("int8", "float", networks, images, rounds)
 
 
-SECTIONS = {"collect": bench_collect, "fakequant": bench_fakequant, "int8": bench_int8}
+def bench_integer(model, images, rounds, compiled):
+    """The network in integers alone (8 bits, fast executor) against float, PyTorch's built-in int8 and ONNX Runtime's."""
+    ours = quantize(model, collect(model, [images]), QuantConfig())
+    networks = {"float": model, "integer only": to_integer(ours, executor="fast", compile=compiled)}
+    if compiled:
+        networks["float, compiled"] = torch.compile(model)
+    if builtin.backends()[0].available:
+        networks["eager int8"] = builtin.eager_int8(model, [images])
+    try:
+        from quantlab.onnx_runtime import onnxruntime_float, onnxruntime_int8
+
+        networks |= {"ONNX Runtime float": onnxruntime_float(model), "ONNX Runtime int8": onnxruntime_int8(model, [images])}
+    except (ImportError, UserError) as error:
+        print(f"ONNX Runtime: {error}")
+    return compare("integer", "float", networks, images, rounds)
+
+
+def bench_reconstruct(model, images, rounds, compiled):
+    """An iteration of learning (QDrop, W4A4) against the plain float forward and backward pass of the same units, batch 32, summed over units."""
+    images = images.repeat(-(-64 // len(images)), 1, 1, 1)
+    cost = iteration_cost(model, collect(model, [images]), images, QuantConfig(4, 4), ReconstructConfig(), repeats=4 * rounds)
+    ratios = cost.learning / cost.plain
+    return pd.DataFrame([{
+        "section": "reconstruct", "what": what, "images_per_s": ReconstructConfig().batch_size / cost[column].sum(), "against": "float units",
+        "time_ratio": cost[column].sum() / cost.plain.sum(), "time_ratio_least": least, "time_ratio_most": most,
+        "throughput_ratio": cost.plain.sum() / cost[column].sum(),
+    } for what, column, least, most in (("float units", "plain", 1.0, 1.0), ("learning units", "learning", ratios.min(), ratios.max()))])  # fmt: skip
+
+
+SECTIONS = {
+    "collect": bench_collect, "fakequant": bench_fakequant, "int8": bench_int8, "integer": bench_integer, "reconstruct": bench_reconstruct,
+}  # fmt: skip
 
 
 def bench(sections=(), model="resnet50", batch=64, rounds=5, compiled=None):
