@@ -12,9 +12,8 @@
 #
 # **Question.** How much of what 4, 3 and 2 bits cost can be won back without training, by which method, and why do papers disagree about it?
 #
-# **Cost.** A minute on the digits. The full preset learns methods x widths x seeds networks and takes hours on two CPU cores; every
-# row is recorded when it is measured and not measured again, so it can be stopped, continued and run in pieces (`widths`, `methods`,
-# `sections`).
+# **Cost.** A minute on the digits. The full preset learns about 35 networks of two to three minutes each on two CPU cores. Every row is recorded
+# when it is measured and not measured again, so the notebook can be stopped, continued and run in pieces (`widths`, `methods`, `sections`).
 
 # %%
 import os
@@ -51,25 +50,24 @@ preset = "auto"  # smoke, full, or auto: smoke on the digits
 widths = "auto"  # weights/activations[/first and last layer], comma-separated, as in 4/4,2/2/8
 methods = "auto"  # comma-separated names of section 3, or auto: all
 best_method = "QDrop"  # a method of section 3, for the targets and the comparison with other tools
-iterations = 0  # of learning a unit; 0: 5 in a smoke run, 1,000 in a full one
+iterations = 0  # of learning a unit; 0: 5 in a smoke run, 500 in a full one
 n_calibration = 0  # 0: 64 in a smoke run, 1,024 in a full one
-n_seeds = 0  # calibration seeds in section 3; 0: one in a smoke run, three in a full one
+n_seeds = 0  # calibration seeds in section 3; 0: one in a smoke run, three in a full one, for nearest and best_method
 sections = "methods,rivals,fisher,sensitivity,pareto,conventions,tools"  # what is measured
 rivals = "auto"  # pt2e and onnxruntime, comma-separated; auto: onnxruntime in a smoke run, because compiling takes long, else both
 pareto_method = "nearest"  # a method of section 3
-convention_method = "auto"  # a method of section 3; auto: nearest in a smoke run, else best_method
+convention_method = "nearest"  # a method of section 3
 
 # %%
 images = ql.load_data(data)
 smoke = images.smoke if preset == "auto" else preset == "smoke"
 limit = 1000 if smoke else None  # test images
 n_calibration = n_calibration or min(64 if smoke else 1024, len(images.train))
-n_seeds, iterations = n_seeds or (1 if smoke else 3), iterations or (5 if smoke else 1000)
+n_seeds, iterations = n_seeds or (1 if smoke else 3), iterations or (5 if smoke else 500)
 network, card = ql.load_trained(model, images, checkpoint)
 baseline = ql.evaluate(network, images.test, limit=limit)
 sections, seeds = sections.split(","), range(seed, seed + n_seeds)
 widths = ("4/4,2/2" if smoke else "8/8,4/8,4/4,3/3,2/4,2/2,2/2/8") if widths == "auto" else widths
-convention_method = ("nearest" if smoke else best_method) if convention_method == "auto" else convention_method
 
 # %% [markdown]
 # ## 1. Rounding that is learned
@@ -263,10 +261,13 @@ def name_of(width):
 
 
 # %%
-def is_measured(width, method):  # a smoke run learns at its narrowest width only
-    return not smoke or method.split(" + ")[0] not in LEARNED or width == widths.split(",")[-1]
+def is_measured(width, method, s):
+    """Nearest and the best method everywhere; others with the first seed; learned ones at two widths, in a smoke run at the narrowest."""
+    if smoke and method.split(" + ")[0] in LEARNED:
+        return width == widths.split(",")[-1]
+    return method in ("nearest", best_method) or s == seed and (method.split(" + ")[0] not in LEARNED or width in ("4/4", "3/3"))
 
-grid = [(width, method, s) for width in widths.split(",") for s in seeds for method in methods if is_measured(width, method)]
+grid = [(width, method, s) for width in widths.split(",") for s in seeds for method in methods if is_measured(width, method, s)]
 grid = grid if "methods" in sections else []
 rows = [measure(method, config_of(width), s) | {"width": name_of(width), "name": method} for width, method, s in tqdm(grid, desc="networks")]
 frame = pd.DataFrame(rows)
@@ -344,7 +345,7 @@ def fisher_gain(width, s):
     return found | {"gain": gain, "gain_low": low, "gain_high": high}
 
 fisher_widths = [w for w in widths.split(",") if w in ("4/4", "3/3", "2/2")][-1 if smoke else 0:]
-fisher = pd.DataFrame([fisher_gain(w, s) for w in fisher_widths for s in seeds] if "fisher" in sections else [])
+fisher = pd.DataFrame([fisher_gain(w, s) for w in fisher_widths for s in seeds[:1]] if "fisher" in sections else [])
 fisher.groupby("width", sort=False).mean().drop(columns="seed").round(2) if len(fisher) else "not measured"
 
 # %% [markdown]

@@ -36,7 +36,7 @@ def parser():
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters", help="a parameter of the notebooks")
     run.add_argument("--data", help="auto, cifar10, digits, images or a path, for the notebooks that use data")
     run.add_argument("--force", action="store_true", help="run again what is complete")
-    run.add_argument("--time-limit", type=int, default=3600, metavar="SECONDS", help="per notebook (default: %(default)s)")
+    run.add_argument("--time-limit", type=int, default=3 * 3600, metavar="SECONDS", help="per notebook (default: %(default)s)")
     add("list", _list, "list the notebooks and their parameters")
     add("report", _report, "rebuild results/report.html from the results there are")
     add("publish", _publish, "move local results of real data sets into published.csv and the README's table")

@@ -11,7 +11,7 @@ import pandas as pd
 from quantlab import data, imageset, results, workbook
 from quantlab.runtime import PACKAGE, UserError, atomic_path, root, sha256, write_text
 
-TIME_LIMIT = 3600  # seconds a notebook
+TIME_LIMIT = 3 * 3600  # seconds a notebook
 
 
 def runs_folder():
