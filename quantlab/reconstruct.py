@@ -1,6 +1,6 @@
 """Learned rounding: AdaRound, block reconstruction (BRECQ) and QDrop as one loop.
 
-    how = ReconstructConfig.preset("qdrop", iterations=500)
+    how = ReconstructConfig.preset("qdrop", iterations=800)
     qmodel = reconstruct(model, stats, images, QuantConfig(4, 4), how)      # images: float32 [N, 3, H, W], or an iterable of batches
     qmodel.reconstruction                                                   # frame: unit, layers, nearest, learned (losses), seconds, note
 
@@ -53,7 +53,7 @@ class ReconstructConfig:
     learn_activation_steps: bool = True
     learn_bias: bool = True
     loss: str = "mse"
-    iterations: int = 500
+    iterations: int = 800
     batch_size: int = 32
     lr: float = 1e-2
     lr_steps: float = 1e-3

@@ -29,7 +29,7 @@ class _LearnedScale(nn.Module):
         return torch.func.functional_call(self.layer[0], values | ({} if self.bias is None else {"bias": self.bias}), x)
 
 
-def tune_end_to_end(model, qmodel, images, iterations=1000, lr=1e-3, batch_size=64, temperature=1.0, flip=False, seed=0, verbose=True):
+def tune_end_to_end(model, qmodel, images, iterations=300, lr=1e-3, batch_size=64, temperature=4.0, flip=False, seed=0, verbose=True):
     """A copy of qmodel with activation steps, weight scales and biases learned together; every weight keeps its code.
 
     loss = KL(softmax(z / T) || softmax(z_q / T)) T^2 between the float network's logits z and the quantized one's, on random batches of

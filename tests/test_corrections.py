@@ -23,10 +23,9 @@ def sequence(channels=(3, 8, 6), depthwise=False, activation=nn.ReLU):
     first, third = nn.Conv2d(a, b, 3, padding=1), nn.Conv2d(b, c, 1)
     model = nn.Sequential(first, nn.BatchNorm2d(b), activation(), second, activation(), nn.MaxPool2d(2), third)
     size = torch.logspace(-2, 1, b).view(-1, 1, 1, 1)  # channels of very different size that matter alike
-    model[0].weight.data *= size
     model[3].weight.data /= size if depthwise else size.view(1, -1, 1, 1)
     model[1].running_mean, model[1].running_var = torch.randn(b) * 0.2, torch.rand(b) + 0.5
-    model[1].weight.data, model[1].bias.data = torch.rand(b) + 0.5, torch.randn(b) * 0.3 * size.flatten()
+    model[1].weight.data, model[1].bias.data = (torch.rand(b) + 0.5) * size.flatten(), torch.randn(b) * 0.3 * size.flatten()
     return model.eval()
 
 
