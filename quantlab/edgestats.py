@@ -110,25 +110,36 @@ def _count(x, level, first, size):
         counts, zeros = map(sum, zip(*_pool(threads).map(lambda share: _count_share(share, level, first, size), x.chunk(threads))))
     if first == 0:  # nothing negative: only a zero rounds up to 0
         return counts[1:].cpu(), int(counts[0])
-    counts[-first] -= int(zeros)  # they were counted in bin -1, which ends at 0
-    return counts[1:].cpu(), int(zeros)
+    counts[-first] -= zeros  # they were counted in bin -1, which ends at 0
+    return counts[1:].cpu(), zeros
 
 
 def _count_share(x, level, first, size):
-    """Counts int64 [size + 1] of ceil(x / w) - first, which is exact: the division only changes the exponent. A piece stays in a core's cache."""
-    piece = min(len(x), len(x) if x.is_cuda else PIECE)
-    buffer = x.new_empty(piece)
+    """Counts int64 [size + 1] of ceil(x / w) - first, which is exact: the division only changes the exponent; and the number of zeros."""
+    buffer = _buffer(x)
     codes = buffer.view(torch.int32)  # the same memory: each value is read before it is overwritten
-    counts, zeros = torch.zeros(size + 1, dtype=torch.int64, device=x.device), 0.0
-    for part in x.split(piece):
-        b, c = (buffer, codes) if len(part) == piece else (buffer[: len(part)], codes[: len(part)])
+    counts, zeros = torch.zeros(size + 1, dtype=torch.int64, device=x.device), 0
+    for part in x.split(len(buffer)):
+        b, c = (buffer, codes) if len(part) == len(buffer) else (buffer[: len(part)], codes[: len(part)])
         if first:
-            zeros += torch.eq(part, 0, out=b).sum(dtype=torch.float64)
+            zeros += int(torch.eq(part, 0, out=b).sum(dtype=torch.float64 if x.is_cuda else None))  # a piece has fewer than 2^24 values
         torch.mul(part, 2.0**-level, out=b).ceil_()
         if first:
             b.sub_(first)
         counts += torch.bincount(c.copy_(b), minlength=size + 1)
     return counts, zeros
+
+
+def _buffer(x):
+    """Room for a piece: as large as x on an accelerator, else PIECE values that stay in a core's cache, kept for the thread's next share."""
+    if x.is_cuda:
+        return torch.empty_like(x)
+    if not hasattr(_local, "buffer"):
+        _local.buffer = torch.empty(PIECE)
+    return _local.buffer
+
+
+_local = threading.local()
 
 
 @functools.cache
