@@ -216,7 +216,7 @@ def _is_brief(frame, best):
     """True for the rows of a brief headline."""
     corrections = frame.corrections.fillna("").astype(str)
     plain = frame.method.eq("by hand") & frame.weight_bits.ne(6) & frame.residual_bits.eq(8) & frame.input_bits.eq(8) & frame.placement.eq("fused")
-    nearest = corrections.eq("") & frame.observer.isin(["minmax", "histogram"]) & frame.notebook.eq("03_quantize_by_hand")
+    nearest = corrections.eq("") & frame.observer.isin(["minmax", "histogram"]) & frame.weight_bits.eq(frame.act_bits)
     other = frame.method.isin(["float", "eager int8", "PT2E int8", "ONNX Runtime int8"])
     return other | plain.fillna(False).astype(bool) & (nearest | corrections.str.startswith(f"{best},"))
 
