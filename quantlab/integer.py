@@ -17,8 +17,10 @@ from torch import fx, nn
 from quantlab import integer_ops as ops
 from quantlab.affine import quantize
 from quantlab.fixedpoint import check_rounding
+from quantlab.graph import call_name
 from quantlab.integer_convert import EXECUTORS, Converter
 from quantlab.integer_fast import has_compiler
+from quantlab.ptq import find_node
 from quantlab.runtime import UserError
 
 
@@ -41,7 +43,7 @@ def to_integer(qmodel, rounding="single", executor="reference", compile=None):
         raise UserError(f"placement {plan.placement!r} is simulation only: it rounds where no integer machine stores a value; use 'fused'")
     if plan.floats:
         others = f" (nor have {', '.join(plan.floats[1:5])})" if plan.floats[1:] else ""
-        raise UserError(f"node {plan.floats[0]} has no integer form{others}; replace the operation")
+        raise UserError(f"node {plan.floats[0]} ({_operation(qmodel, plan.floats[0])}) has no integer form here{others}; replace the operation")
     residual = [name for name, role in plan.stores.items() if role == "residual"]
     if config.residual_bits is None and residual:
         raise UserError(f"node {residual[0]} is stored as float (residual_bits=None), which is simulation only; use 2 to 8 bits")
@@ -52,6 +54,11 @@ def to_integer(qmodel, rounding="single", executor="reference", compile=None):
     with torch.no_grad():
         parts = Converter(qmodel, rounding, executor, bool(compile)).convert()
     return IntegerModel(*parts, rounding, executor).eval().to(next(qmodel.parameters()).device)
+
+
+def _operation(qmodel, name):
+    node = find_node(qmodel, name)
+    return type(qmodel.get_submodule(node.target)).__name__ if node.op == "call_module" else call_name(node)
 
 
 class IntegerModel(nn.Module):

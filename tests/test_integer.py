@@ -154,7 +154,7 @@ def test_simulation_only_is_refused_by_name(resnet20, stats, digits):
 
 
 @pytest.mark.parametrize("layers, message", [
-    ([nn.Conv2d(3, 4, 1), nn.Hardswish(), nn.Conv2d(4, 2, 1)], "node _1 has no integer form; replace"),
+    ([nn.Conv2d(3, 4, 1), nn.Hardswish(), nn.Conv2d(4, 2, 1)], r"node _1 \(Hardswish\) has no integer form here"),
     ([nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(4, 2, 1)], r"node _0 \(Conv2d\) has no integer form here"),
     ([nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Conv1d(4, 2, 1)], r"node _2 \(Conv1d\) ends|node _2 \(Conv1d\) has no integer form here"),
     ([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 2, 1)], r"node _1 \(BatchNorm2d\) has no integer form here"),
