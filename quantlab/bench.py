@@ -54,13 +54,15 @@ def compare(section, baseline, networks, images, rounds):
 
 
 def bench_collect(model, images, rounds, compiled):
-    """A calibration pass over all edges, all values counted, against the plain forward pass and torch.ao's HistogramObserver."""
-    networks = {"float": model, "collect": lambda x: collect(model, [x])}
+    """A calibration pass (four batches, all edges, all values counted) against plain forward passes and torch.ao's HistogramObserver."""
+    networks = {"float": model}
     if builtin.backends()[0].available:
         networks["torch.ao HistogramObserver"] = builtin.observed(model, images[:1])
     if compiled:
         networks["float, compiled"] = torch.compile(model)
-    return compare("collect", "float", networks, images, rounds)
+    passes = {name: lambda batches, f=f: [f(x) for x in batches.split(len(images))] for name, f in networks.items()}
+    passes["collect"] = lambda batches: collect(model, batches.split(len(images)))
+    return compare("collect", "float", passes, images.repeat(4, 1, 1, 1), rounds)
 
 
 def bench_fakequant(model, images, rounds, compiled):
