@@ -135,7 +135,8 @@ def _buffer(x):
     if x.is_cuda:
         return torch.empty_like(x)
     if not hasattr(_local, "buffer"):
-        _local.buffer = torch.empty(PIECE)
+        with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside it
+            _local.buffer = torch.empty(PIECE)
     return _local.buffer
 
 

@@ -67,6 +67,9 @@ def test_large_tensors_are_counted_in_pieces_on_several_threads(shift):
     assert stats.zeros == int((values == 0).sum()) and threads == torch.get_num_threads()
     assert np.array_equal(stats.bins.numpy(), np.bincount(index[values.numpy() != 0], minlength=len(stats.bins)))
     assert same(observe(*values.split(1000)), stats)
+    with torch.inference_mode():
+        assert same(observe(values), stats)
+    assert same(observe(values), stats), "what one mode leaves behind serves the other"
 
 
 @given(st.floats(-80, 80), st.floats(0, 1))
