@@ -55,7 +55,8 @@ def _run_one(notebook, parameters, force, time_limit):
     try:
         out = runs_folder() / f"{notebook.path.stem}-{run_key(notebook, parameters)}.ipynb"
         is_report = "data" not in notebook.parameters
-        recorded = is_report or notebook.path.stem in set(results.load().notebook)  # its rows may have been moved away
+        has_rows = "results.record(" in (source := notebook.path.read_text(encoding="utf-8")) or "results.once(" in source
+        recorded = not has_rows or notebook.path.stem in set(results.load().notebook)  # its rows may have been moved away
         complete = out.exists() and recorded and not force
         if not complete:
             print(f"\n{notebook.path.stem}: {notebook.title}", flush=True)
