@@ -238,6 +238,7 @@ evaluations, rows = {}, []
 def add_row(result, method, name, s, n, size, **more):
     rows.append(results.make_row(data=images, model=model, card=card, baseline=baseline, result=result, method=method, corrections=name, seed=s,
                                  n_calibration=n, bytes=size, notebook="08_original_experiment", **more))
+    results.record(rows[-1:])  # at once: a run that is stopped keeps them
 
 
 # %%
@@ -464,8 +465,7 @@ grids = pd.DataFrame({case: {o: snr(o, *options) for o in ("minmax", "histogram"
 grids.rename_axis("W4A4, dB").round(1)
 
 # %%
-frame = results.record(rows)
-print(f"{len(frame)} rows recorded")
+print(f"{len(rows)} rows recorded")
 
 # %% [markdown]
 # ## What we learned

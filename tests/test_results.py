@@ -110,7 +110,8 @@ def test_the_readme_shows_what_is_published():
     assert len(published) and results.SMOKE not in set(published.dataset)
     readme = read_text(CHECKOUT / "README.md")
     assert results.markdown(results.headline(published, best=results.BEST)) in readme
-    assert results.markdown(results.original_table(published)) in readme
+    if len(original := results.original_table(published)):
+        assert results.markdown(original) in readme
     assert pd.to_datetime(published.created).notna().all() and (published.n_test == 10_000).all()
 
 
