@@ -215,7 +215,7 @@ def headline(frame, best=None):
 def _is_brief(frame, best):
     """True for the rows of a brief headline."""
     corrections = frame.corrections.fillna("").astype(str)
-    plain = frame.method.eq("by hand") & frame.weight_bits.ne(6) & frame.residual_bits.eq(8) & frame.input_bits.eq(8) & frame.placement.eq("fused")
+    plain = frame.method.eq("by hand") & frame.weight_bits.isin([8, 4, 3, 2]) & frame.residual_bits.eq(8) & frame.input_bits.eq(8) & frame.placement.eq("fused")
     nearest = corrections.eq("") & frame.observer.isin(["minmax", "histogram"]) & frame.weight_bits.eq(frame.act_bits)
     other = frame.method.isin(["float", "eager int8", "PT2E int8", "ONNX Runtime int8"])
     return other | plain.fillna(False).astype(bool) & (nearest | corrections.str.startswith(f"{best},"))
@@ -290,7 +290,7 @@ def update_readme(readme=None):
     readme = pathlib.Path(readme or root() / "README.md")
     published, bench = load(published_path()), root() / "results" / "bench.csv"
     frame = current(published)
-    devices, versions = (", ".join(frame[name].unique()) for name in ("device", "torch"))
+    devices, versions = (" and ".join(frame[name].unique()) for name in ("device", "torch"))
     texts = {"headline": f"{markdown(headline(published, best=BEST))}\n\n" + (
         f"Top-1 on the full test set (n and calibration seeds per row; ± is the deviation between seeds) on {devices}, torch {versions}, "
         "1,024 calibration images. The interval is paired, against the float network on the same test images. Weights kB: packed codes, scales "
