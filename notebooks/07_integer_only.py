@@ -103,6 +103,8 @@ multiplier, shift = (t.view(-1, 1, 1) for t in fixed_point(unit / q_y.scale.doub
 product = acc.long() * multiplier
 rounded = (product + (1 << (30 - shift.long()))) >> (31 - shift.long())
 y = (rounded + z_y).clamp(z_y.item(), q_y.qmax)
+
+# %%
 steps = {"input codes": x, "input codes - zero point": x - z_x, "weight codes": w, "sum of products": sums, "bias codes": bias, "accumulator": acc,
          "multiplier": multiplier, "accumulator * multiplier": product, "shifted": rounded, "output codes": y}
 assert not any(t.is_floating_point() for t in steps.values())
