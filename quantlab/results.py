@@ -217,7 +217,7 @@ def _is_brief(frame, best):
     corrections = frame.corrections.fillna("").astype(str)
     plain = frame.method.eq("by hand") & frame.weight_bits.isin([8, 4, 3, 2]) & frame.residual_bits.eq(8) & frame.input_bits.eq(8) & frame.placement.eq("fused")
     nearest = corrections.eq("") & frame.observer.isin(["minmax", "histogram"]) & frame.weight_bits.eq(frame.act_bits)
-    other = frame.method.isin(["float", "eager int8", "PT2E int8", "ONNX Runtime int8"])
+    other = frame.method.isin(["float", "eager int8", "PT2E int8", "ONNX Runtime int8"]) | frame.method.str.fullmatch("integer only .*single rounding")
     return other | plain.fillna(False).astype(bool) & (nearest | corrections.str.startswith(f"{best},"))
 
 
