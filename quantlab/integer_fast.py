@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import time
 import warnings
 
 import torch
@@ -27,27 +28,38 @@ ACCUMULATORS = 2**19  # int32 results of a matrix product at a time, two megabyt
 
 def int_mm(a, b):
     """int8 [M, K] @ int8 [K, N] -> int32 [M, N], exact; K and N multiples of 8."""
-    if not gemm_is_exact(a.device.type):
+    if not has_integer_gemm(a.device.type):
         return a.int() @ b.int()
     padded = F.pad(a, (0, 0, 0, 17 - len(a))) if len(a) < 17 else a  # CUDA takes no fewer rows
     return torch._int_mm(padded, b)[: len(a)]
 
 
 @functools.cache
-def gemm_is_exact(device_type):
-    """True when torch._int_mm is there and exact: on CPUs without VNNI a pair of int8 products can saturate at 16 bits, unnoticed."""
-    a = torch.tensor([-128, 127], dtype=torch.int8).repeat_interleave(16).view(32, 1).expand(32, 64).contiguous().to(device_type)
+def has_integer_gemm(device_type):
+    """True when torch._int_mm is there, exact and a kernel: on CPUs without VNNI a pair of int8 products can saturate at 16 bits, unnoticed,
+    or torch multiplies in a plain loop that takes several times as long as int32 matrices."""
+    a = torch.tensor([-128, 127], dtype=torch.int8).repeat_interleave(512).view(1024, 1).expand(1024, 64).contiguous().to(device_type)
     b = torch.tensor([-127, 127], dtype=torch.int8).repeat(4).expand(64, 8).contiguous().to(device_type)
     try:
         exact = torch.equal(torch._int_mm(a, b).cpu(), a.cpu().int() @ b.cpu().int())
-        why = "saturates on this processor"
+        why = "has no kernel for this processor" if exact else "saturates on this processor"
     except (AttributeError, RuntimeError) as error:
         exact, why = False, str(error).splitlines()[0]
-    if not exact:
-        if device_type != "cpu":
-            raise UserError(f"this {device_type} device has no integer matrix product ({why}); run on the CPU: QUANTLAB_DEVICE=cpu")
+    if device_type != "cpu" and not exact:
+        raise UserError(f"this {device_type} device has no integer matrix product ({why}); run on the CPU: QUANTLAB_DEVICE=cpu")
+    useful = exact and (device_type != "cpu" or _least_seconds(torch._int_mm, a, b) < _least_seconds(torch.matmul, a.int(), b.int()))
+    if not useful:
         warnings.warn(f"torch._int_mm {why}: the fast executor multiplies int32 matrices instead, exact but slow", stacklevel=2)
-    return exact
+    return useful
+
+
+def _least_seconds(function, a, b, repeats=5):
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function(a, b)
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def has_compiler():

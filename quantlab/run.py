@@ -12,6 +12,8 @@ from quantlab import data, imageset, results, workbook
 from quantlab.runtime import PACKAGE, UserError, atomic_path, root, sha256, write_text
 
 TIME_LIMIT = 3 * 3600  # seconds a notebook
+# glibc gives every large tensor back to the system, and each new one is mapped page by page; kept, evaluation takes a fifth less time.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": 2**25, "MALLOC_TRIM_THRESHOLD_": 2**30, "MALLOC_TOP_PAD_": 2**27}  # bytes; 2^25 is the largest allowed
 
 
 def runs_folder():
@@ -99,6 +101,8 @@ def execute(source, out, parameters, time_limit=TIME_LIMIT):
     deadline = time.monotonic() + time_limit
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # or every kernel start prints a debugger's warning
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow a busy machine by 20 times
+    for name, size in ALLOCATOR.items():
+        os.environ.setdefault(name, str(size))
     failed = out.parent / f"{source.stem}.failed.ipynb"
     with atomic_path(out) as temporary:
         try:

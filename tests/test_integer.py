@@ -1,5 +1,7 @@
 """The whole network in integers: two executors and the simulation agree, no float exists inside, and what cannot be done is named."""
 
+import time
+
 import pytest
 import torch
 from conftest import equal_codes
@@ -65,17 +67,27 @@ def test_compiled_requantization_agrees(qmodel, digits):
     assert equal_codes(to_integer(qmodel, executor="fast", compile=True).codes(x), to_integer(qmodel).codes(x))
 
 
-def test_without_the_integer_gemm_the_result_is_the_same(qmodel, digits, monkeypatch):
+def saturating(a, b):  # as a processor without VNNI may
+    return (a.int() @ b.int()).clamp(-(2**15), 2**15 - 1)
+
+
+def plain_loop(a, b):  # as torch does where no library has a kernel
+    time.sleep(0.05)
+    return a.int() @ b.int()
+
+
+@pytest.mark.parametrize("product, why", [(saturating, "saturates on this processor"), (plain_loop, "has no kernel for this processor")])
+def test_without_the_integer_gemm_the_result_is_the_same(qmodel, digits, monkeypatch, product, why):
     x = next(iter(digits.calibration(4, seed=3)))
     expected = to_integer(qmodel).codes(x)
-    integer_fast.gemm_is_exact.cache_clear()
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.int() @ b.int()).clamp(-(2**15), 2**15 - 1))  # as a processor without VNNI may
+    integer_fast.has_integer_gemm.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", product)
     try:
-        with pytest.warns(UserWarning, match="saturates on this processor.*exact but slow"):
+        with pytest.warns(UserWarning, match=f"{why}.*exact but slow"):
             codes = to_integer(qmodel, executor="fast", compile=False).codes(x)
         assert equal_codes(codes, expected)
     finally:
-        integer_fast.gemm_is_exact.cache_clear()
+        integer_fast.has_integer_gemm.cache_clear()
 
 
 def test_a_missing_compiler_is_said(qmodel, monkeypatch):
