@@ -135,16 +135,23 @@ def bench(sections=(), model="resnet50", batch=64, rounds=5, compiled=None):
     compiled = has_compiler if compiled is None else compiled
     torch.manual_seed(0)
     network, images = build(model).eval(), torch.randn(batch, 3, SIZE, SIZE)
-    where = f"{model}, batch {batch}, {SIZE} x {SIZE}, {device_name(torch.device('cpu'))}, torch {torch.__version__}"
+    where = f"{model}, batch {batch}, {SIZE} x {SIZE}, {processor()}, torch {torch.__version__}"
     print(f"{where}; median of {rounds} rounds, [least, most]; {'eager and compiled' if compiled else 'eager'}")
     frames = []
     for name in sections or SECTIONS:
         frame = SECTIONS[name](network, images, rounds, compiled)
         print("\n" + table(frame), flush=True)
-        frames.append(frame.assign(model=model, batch=batch, rounds=rounds, device=device_name(torch.device("cpu")), torch=torch.__version__))
+        frames.append(frame.assign(model=model, batch=batch, rounds=rounds, device=processor(), torch=torch.__version__))
     frame = pd.concat(frames)
     _store(frame)
     return frame
+
+
+def processor():
+    """The CPU in words, its thread count, and whether it multiplies int8 in one instruction (VNNI), which decides what integers are worth."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    named = [name for name in ("avx512_vnni", "avx_vnni", "amx_int8") if capabilities.get(name)]
+    return f"{device_name(torch.device('cpu'))}, {' and '.join(named) or 'no VNNI'}"
 
 
 def table(frame):
@@ -157,9 +164,9 @@ def table(frame):
 
 
 def _store(frame):
-    """Replace the rows of these sections, model and batch in results/bench.csv."""
+    """Replace the rows of these sections, model, batch and processor in results/bench.csv."""
     path = root() / "results" / "bench.csv"
-    keys = ["section", "model", "batch"]
+    keys = ["section", "model", "batch", "device"]
     if path.exists():
         old = pd.read_csv(path)
         fresh = frame[keys].drop_duplicates().assign(fresh=True)
