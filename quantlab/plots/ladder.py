@@ -42,20 +42,21 @@ def waterfall(table, seeds, text):
     names = list(dict.fromkeys(table.step))
     figure, axes = plt.subplots(1, len(widths), figsize=(11, 0.42 * len(names) + 1.5), sharey=True)
     for panel, bits in zip(np.atleast_1d(axes), widths):
-        part = table[table.bits == bits].reset_index(drop=True)
+        part, dots = table[table.bits == bits].reset_index(drop=True), seeds[seeds.bits == bits]
         before = (part.top1 - part.change).fillna(0)
         colours = [COLOURS["float"] if np.isnan(c) else COLOURS["histogram"] if c >= 0 else ERROR_COLOUR for c in part.change]
         panel.barh(part.index, part.top1 - before, left=before, color=colours, height=0.62)
         for i, row in part.iterrows():
             panel.plot([row.top1] * 2, [i - 0.31, min(i + 1.31, len(part) - 0.69)], color=COLOURS["float"], linewidth=0.8)
+            ends = [row.top1, before[i], *dots.top1[dots.step == row.step]]  # a label clears the dots too
             if np.isnan(row.change):
-                panel.annotate(f"{row.top1:.1f} %", (0, i), xytext=(6, 0), textcoords="offset points", color="white", fontsize=7.5, va="center")
+                x, colour = (0, "white") if row.top1 > 25 else (max(ends), "black")
+                panel.annotate(f"{row.top1:.1f} %", (x, i), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=7.5, va="center")
                 continue
-            left, right = sorted((row.top1, before[i]))
+            left, right = min(ends), max(ends)
             x, side, colour = (right, "left", "black") if right < 62 else (left, "right", "black") if left > 38 else ((left + right) / 2, "center", "white")
             panel.annotate(f"{row.change:+.1f} [{row.low:+.1f}, {row.high:+.1f}]", (x, i), xytext=({"left": 8, "right": -8, "center": 0}[side], 0),
                            textcoords="offset points", fontsize=7.5, va="center", ha=side, color=colour)  # fmt: skip
-        dots = seeds[seeds.bits == bits]
         panel.plot(dots.top1, [names.index(s) for s in dots.step], "o", color="white", markeredgecolor="black", markersize=3.5, linestyle="none", markeredgewidth=0.7)
         panel.set(xlabel="top-1 accuracy, %", xlim=(0, 100), title=f"{bits} bits: {part.top1.iloc[0]:.1f} % to {part.top1.iloc[-1]:.1f} %")
         panel.grid(axis="y", visible=False)
