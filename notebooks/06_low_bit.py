@@ -322,10 +322,8 @@ rival_frame[["method", "top1", "drop", "drop_low", "drop_high"]].round(2)
 def known():
     """One row a method, width and seed, the newest: columns of results.csv, `name` and `width`."""
     rows = results.newest(pd.concat([results.load(results.published_path()), results.load()])).reset_index(drop=True)
-    like = results.describe(ql.QuantConfig()) | {"checkpoint_sha": card.sha256[:12], "data_sha": images.fingerprint[:12], "n_test": baseline.n,
-                                                 "n_calibration": n_calibration, "method": "by hand"}
-    free = ("weight_bits", "act_bits", "first_last_bits")
-    rows = rows[np.logical_and.reduce([(rows[k] == v).fillna(False) for k, v in like.items() if k not in free]) & rows.weight_bits.notna() & rows.act_bits.notna()]
+    same = (rows.checkpoint_sha == card.sha256[:12]) & (rows.data_sha == images.fingerprint[:12]) & (rows.n_test == baseline.n) & (rows.n_calibration == n_calibration)
+    rows = rows[same & results.is_default(rows, ("weight_bits", "act_bits", "first_last_bits")) & rows.weight_bits.notna() & rows.act_bits.notna()].copy()
     rows["name"] = rows.corrections.fillna("").str.removesuffix(f", {iterations} iterations").replace("", "nearest")
     outer = rows.first_last_bits.map(lambda b: "" if pd.isna(b) else f"/{b}")
     rows["width"] = (rows.weight_bits.astype(str) + "/" + rows.act_bits.astype(str) + outer).map(lambda w: name_of(w) if w in widths.split(",") else "")

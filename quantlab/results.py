@@ -76,6 +76,13 @@ def describe(config):
     }
 
 
+def is_default(frame, free=("weight_bits", "act_bits")):
+    """True for the rows by hand whose configuration is QuantConfig()'s, but for the columns in `free`."""
+    like = {"method": "by hand"} | {k: v for k, v in describe(QuantConfig()).items() if k not in free}
+    same = [frame[k].isna() if v is None else frame[k].eq(v).fillna(False).astype(bool) for k, v in like.items()]
+    return pd.concat(same, axis=1).all(axis=1)
+
+
 def run_key(row):
     """Twelve hex digits of everything but the seed that decides a number."""
     settings = json.dumps([str(row.get(column)) for column in CONFIGURATION])
@@ -228,7 +235,8 @@ def original_table(frame):
     if not len(ours):
         return pd.DataFrame()
     own = summarize(ours).set_index("corrections")
-    right = summarize(frame[frame.method.eq("by hand") & frame.notebook.eq("08_original_experiment")]).set_index("weight_bits")
+    plain = is_default(frame) & frame.corrections.fillna("").eq("") & frame.weight_bits.eq(frame.act_bits).fillna(False).astype(bool)
+    right = summarize(frame[plain]).set_index("weight_bits")
     built_in = summarize(frame[frame.method.eq("eager int8")])
     lines = [{"Quantization": "fp32", "Original": f"{ORIGINAL_FLOAT:.2f}", "Its way": f"{own.fp32_top1.iloc[0]:.2f}", "Right way": f"{own.fp32_top1.iloc[0]:.2f}"}]
     for name, published in ORIGINAL.items():
