@@ -8,8 +8,6 @@ integer_convert.py builds the graph; integer_ops.py and integer_pool.py hold its
 Jacob et al. 2018 (arXiv:1712.05877).
 """
 
-import warnings
-
 import pandas as pd
 import torch
 from torch import fx, nn
@@ -28,8 +26,8 @@ def to_integer(qmodel, rounding="single", executor="reference", compile=None):
     """An IntegerModel that computes what `qmodel` simulates.
 
     rounding: "single" (TensorFlow Lite today) or "double" (gemmlowp), of every requantization. executor: "reference" (int32 tensors on the
-    CPU, readable) or "fast" (int8 matrix products and fused requantization, CPU and CUDA); both give the same codes. compile: whether the
-    fast one compiles its requantization at the first call, which takes seconds; None: where there is a compiler.
+    CPU, readable) or "fast" (int8 codes, CPU and CUDA); both give the same codes. compile: whether the fast one uses compiled kernels, on the
+    CPU in C, which takes a second once a machine, on CUDA by torch.compile, seconds at the first call; None: where there is a compiler.
     Raises UserError, naming the node, for what is simulation only (placement "inputs", a float residual stream, operations without an
     integer form), for an edge without parameters, and where 32 bits are not enough.
     """
@@ -48,9 +46,7 @@ def to_integer(qmodel, rounding="single", executor="reference", compile=None):
     if config.residual_bits is None and residual:
         raise UserError(f"node {residual[0]} is stored as float (residual_bits=None), which is simulation only; use 2 to 8 bits")
     if compile is None and executor == "fast":
-        compile = has_compiler()
-        if not compile:
-            warnings.warn("no C++ compiler was found: the fast executor requantizes uncompiled, exact but slower", stacklevel=2)
+        compile = has_compiler(next(qmodel.parameters()).device.type)
     with torch.no_grad():
         parts = Converter(qmodel, rounding, executor, bool(compile)).convert()
     return IntegerModel(*parts, rounding, executor).eval().to(next(qmodel.parameters()).device)

@@ -1,21 +1,20 @@
 """The fast executor: the same operations, code for code, on int8 tensors in channels-last order.
 
-Unsigned 8-bit codes are stored less 128. Convolutions are matrix products of int8 by torch's integer GEMM, behind im2col or, for 1x1,
-directly on the codes; the zero-point's share, -zero_point * sum(weight), is part of the bias. Bias, multiplication, shift and clamp are one
-pass over the accumulators where torch.compile has a compiler, else they run block by block, so that a block stays in the cache.
+Unsigned 8-bit codes are stored less 128. On a CPU with a C compiler the work is done by integer_kernels.c. Elsewhere convolutions are matrix
+products of int8 by torch's integer GEMM, behind im2col or, for 1x1, directly on the codes; the zero-point's share, -zero_point * sum(weight),
+is part of the bias. Bias, multiplication, shift and clamp are then one pass over the accumulators on CUDA with torch.compile, else they run
+block by block, so that a block stays in the cache.
 """
 
 import functools
 import importlib.util
-import os
-import shutil
 import time
 import warnings
 
 import torch
 import torch.nn.functional as F
 
-from quantlab import integer_ops as ops, integer_pool as pools
+from quantlab import integer_native as native, integer_ops as ops, integer_pool as pools
 from quantlab.fixedpoint import requantize
 from quantlab.runtime import UserError
 
@@ -62,11 +61,9 @@ def _least_seconds(function, a, b, repeats=5):
     return min(times)
 
 
-def has_compiler():
-    """True where torch.compile can make kernels: a C++ compiler for the CPU, Triton for CUDA."""
-    if torch.cuda.is_available():
-        return importlib.util.find_spec("triton") is not None
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++", "cl"))
+def has_compiler(device_type):
+    """True where kernels can be made: by a C compiler for the CPU, by torch.compile with Triton for CUDA."""
+    return native.library() is not None if device_type == "cpu" else importlib.util.find_spec("triton") is not None
 
 
 def im2col(x, kernel, stride, dilation, padding, zero_point, width):
@@ -125,16 +122,23 @@ def from_rows(rows, like):
 
 
 class Fast:
-    """What the fast operations share: `use_compiler` says whether their pass over rows is a compiled kernel."""
+    """What the fast operations share: `use_compiler` says whether they run compiled kernels, which are C on the CPU."""
 
     use_compiler = False
+
+    def use_native(self, x):
+        return self.use_compiler and not x.is_cuda and native.library() is not None
 
     def constants(self):
         return self.multiplier.flatten(), self.shift.flatten(), self.zero_point, self.low, self.high, self.rounding
 
+    @functools.cached_property
+    def packed(self):
+        return native.pack_constants(self.multiplier, self.shift, self.rounding, (self.zero_point, self.low, self.high))
+
     def run(self, function, rows, *constants):
         """function(*rows, *constants) for [M, N] tensors, int8."""
-        if self.use_compiler:
+        if self.use_compiler and rows[0].is_cuda:
             return compiled(function)(*rows, *constants)
         step = len(rows[0]) if rows[0].is_cuda else max(1, BLOCK // rows[0].shape[1])
         return torch.cat([function(*(r[i : i + step] for r in rows), *constants) for i in range(0, len(rows[0]), step)])
@@ -157,6 +161,9 @@ class FastLayer(Fast):
         parts = torch.stack([weight >> 1, weight & 1] if self.split else [weight])
         self.register_buffer("fast_bias", bias.int())
         self.register_buffer("parts", parts.to(torch.int8))
+
+    def native_constants(self):
+        return None if self.out is None else (self.multiplier, self.shift, self.rounding, (self.zero_point, self.low, self.high))
 
     def product(self, rows, group=0):
         """int8 [M, width] -> int32 [M, outputs of one group], without bias."""
@@ -185,7 +192,13 @@ class Linear(FastLayer, ops.Linear):
         super().__init__(*arguments)
         self.prepare()
 
+    @functools.cached_property
+    def kernel(self):
+        return native.Layer(self.weight[:, :, None, None], self.bias, self.zero_point_in, self.native_constants())
+
     def forward(self, x):
+        if self.use_native(x):
+            return self.kernel(x.reshape(-1, 1, 1, x.shape[-1])).view(*x.shape[:-1], -1)
         rows = to_rows_linear(x, self.width)
         return self.finish(self.product(rows)).view(*x.shape[:-1], -1)
 
@@ -205,7 +218,14 @@ class Conv(FastLayer, ops.Conv):
         self.depthwise = self.options["groups"] == layer.in_channels and self.weight.shape[0] == layer.in_channels
         self.prepare()
 
+    @functools.cached_property
+    def kernel(self):
+        window = {"stride": self.window["stride"], "dilation": self.window["dilation"], "padding": self.padding, "groups": self.groups}
+        return native.Layer(self.weight, self.bias, self.zero_point_in, self.native_constants(), **window)
+
     def forward(self, x):
+        if self.use_native(x):
+            return self.kernel(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if self.depthwise:
             acc, shape = self.sum_over_taps(x)
             result = self.finish(acc)
@@ -237,20 +257,30 @@ class Affine(Fast, ops.Affine):
         weight, bias = self.weight.flatten(), self.bias.flatten()
         if self.out is None:
             return self.accumulate(x)
+        if self.use_native(x):
+            return from_rows(native.affine(to_rows(x).contiguous(), self.zero_point_in, weight, bias, self.packed), x)
         return from_rows(self.run(affine_rows, (to_rows(x),), self.zero_point_in, weight, bias, *self.constants()), x)
 
 
 class Requantize(Fast, ops.Requantize):
     def forward(self, x):
+        if self.use_native(x):
+            return from_rows(native.requantize(to_rows(x).contiguous(), self.zero_point_in, self.packed), x)
         return from_rows(self.run(requantize_rows, (to_rows(x),), self.zero_point_in, *self.constants()), x)
 
 
 class Add(Fast, ops.Add):
+    @functools.cached_property
+    def operands(self):
+        return native.pack_constants(self.multipliers, self.shifts, self.rounding)
+
     def forward(self, a, b):
         if self.out is None:
             return self.accumulate(a, b)
         a, b = torch.broadcast_tensors(a, b)
-        rows = to_rows(a), to_rows(b)
+        rows = to_rows(a).contiguous(), to_rows(b).contiguous()
+        if self.use_native(a):
+            return from_rows(native.add(*rows, self.zero_points, self.operands, self.packed), a)
         return from_rows(self.run(add_rows, rows, self.zero_points, self.multipliers, self.shifts, *self.constants()), a)
 
 

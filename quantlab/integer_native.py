@@ -1,0 +1,203 @@
+"""integer_kernels.c from Python: compiled by the system's C compiler at first use, kept in the user's cache, called on torch tensors.
+
+ctypes lets go of the interpreter during a call, so work is split over torch.get_num_threads() Python threads.
+"""
+
+import concurrent.futures
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from quantlab.runtime import PACKAGE, UserError, atomic_path, sha256, write_text
+
+SOURCE = PACKAGE / "integer_kernels.c"
+FLAGS = ("-O3", "-march=native", "-fwrapv", "-shared", "-fPIC")
+OUT = 16  # channels that the kernels compute at a time, as in the source
+BAND = 2**18  # bytes of widened codes that a task works on: they and a block of weights stay in the cache
+THREADED = 2**22  # multiplications below which threads cost more than they save
+ELEMENTS = 2**17  # the same for a pass over codes
+LARGEST_SHIFT = 12  # a multiplier of 2^11 saturates every 8-bit code, as any larger one does
+
+
+# ---- Compiled once, loaded --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def library():
+    """The kernels as a ctypes library, or None, after a warning that says why, where there is no compiler or it fails."""
+    compiler = shlex.split(os.environ.get("CC", "")) or next(([c] for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
+    try:
+        if compiler is None:
+            raise OSError("no C compiler (cc, gcc, clang or $CC) was found")
+        with tempfile.TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True) as temporary:  # loaded, it may go
+            try:
+                return _load(cache_folder(), compiler)
+            except (UserError, OSError):
+                return _load(pathlib.Path(temporary), compiler)  # the cache cannot be written or allows no libraries
+    except OSError as error:
+        why = str(error)
+    except subprocess.CalledProcessError as error:
+        why = f"{shlex.join(compiler)} fails: {(error.stderr.strip().splitlines() or [error])[0]}"
+    warnings.warn(f"the fast executor runs without its C kernels, exact but slower: {why}", stacklevel=2)
+    return None
+
+
+def cache_folder():
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "quantlab"
+
+
+def _load(folder, compiler):
+    """The library in `folder`, compiled if it is not there or not what was written; its name is a hash of all that decides it."""
+    version = _output([*compiler, "--version"])
+    key = "\0".join([SOURCE.read_text(encoding="utf-8"), *compiler, version, *FLAGS, _processor()])
+    path = folder / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+    digest = path.with_suffix(".sha256")
+    if not (path.exists() and digest.exists() and digest.read_text() == sha256(path)):  # loading a damaged one would end the process
+        with atomic_path(path) as temporary:
+            _output([*compiler, *FLAGS, str(SOURCE), "-o", str(temporary)])
+        write_text(digest, sha256(path))
+    return ctypes.CDLL(str(path))
+
+
+def _output(command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _processor():
+    """What -march=native looks at."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})) or platform.processor()
+
+
+# ---- Calls ------------------------------------------------------------------------------------------------------------------
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in """images height width channels rows columns outputs groups kernel_h kernel_w stride_h
+        stride_w dilation_h dilation_w top left zero_point depthwise band_images band_rows stretches stretch""".split()]  # fmt: skip
+
+
+def pack_constants(multiplier, shift, rounding, grid=(0, 0, 0), groups=0):
+    """int32 [4 + 4 * channels]: Output of integer_kernels.c, from which it computes fixedpoint.requantize; grid: zero_point, low, high.
+
+    groups: of a layer, whose channels are padded as its weights are.
+    """
+    q, shift = multiplier.flatten().int(), shift.flatten().clamp(max=LARGEST_SHIFT)
+    away = (shift < 0) & (rounding == "double")
+    up, down = torch.where(away, 0, (shift + 1).clamp(min=0)), (-shift - 1).clamp(min=0)
+    rows = torch.stack([q, up, down, away]).int()
+    zero_point, low, high = (int(end) for end in grid)
+    head = torch.tensor([zero_point, low - zero_point, high - zero_point, away.any()], dtype=torch.int32)
+    return torch.cat([head, (pad_outputs(rows, 1, groups) if groups else rows).flatten()])
+
+
+def pad_outputs(x, dim, groups):
+    """Zeros behind every group along `dim`, so that it fills the kernel's blocks."""
+    x = x.unflatten(dim, (groups, -1)).movedim(dim + 1, -1)
+    return F.pad(x, (0, -x.shape[-1] % OUT)).movedim(-1, dim + 1).flatten(dim, dim + 1)
+
+
+class Layer:
+    """A convolution on int8 [B, H, W, C]; a linear layer is one of images of one pixel. weight: int32 [O, C / groups, kh, kw].
+
+    padding: left, right, top, bottom; constants: multiplier, shift, rounding, grid of `pack_constants`, None for int32 logits.
+    """
+
+    def __init__(self, weight, bias, zero_point, constants=None, stride=(1, 1), dilation=(1, 1), padding=(0, 0, 0, 0), groups=1):
+        outputs, inner, kh, kw = weight.shape
+        depthwise = inner == 1 and groups == outputs
+        blocks = 1 if depthwise else groups
+        self.padding, self.macs, self.sizes = padding, weight.numel(), {}
+        neighbours = groups == 1 and dilation[1] == 1  # codes under a row of the kernel are one stretch
+        stretches, stretch = (1, kw * inner) if neighbours and not depthwise else (kw, inner)
+        rows = weight.permute(0, 2, 3, 1).reshape(outputs, kh, stretches, stretch)
+        if not depthwise:
+            rows = F.pad(rows, (0, stretch % 2))
+        rows = pad_outputs(rows, 0, blocks).to(torch.int16).view(-1, OUT, kh * stretches, -(-rows.shape[-1] // 2), rows.shape[-1] if depthwise else 2)
+        self.weight = rows.permute(0, 2, 3, 1, 4).contiguous()  # [blocks of channels, taps, pairs, OUT, 2]; depthwise: one instead of pairs
+        self.bias = pad_outputs(bias, 0, blocks).int().contiguous()
+        self.constants = None if constants is None else pack_constants(*constants, groups=blocks)
+        self.shape = Shape(outputs=outputs, groups=groups, kernel_h=kh, kernel_w=kw, zero_point=zero_point, depthwise=depthwise,
+                           stride_h=stride[0], stride_w=stride[1], dilation_h=dilation[0], dilation_w=dilation[1],
+                           left=padding[0], top=padding[2], stretches=stretches, stretch=stretch if depthwise else stretch + stretch % 2)  # fmt: skip
+
+    def sized(self, images, height, width, channels, threads):
+        """The Shape for inputs of this size; bands: whole images, or rows of one, that fit BAND."""
+        s = Shape.from_buffer_copy(self.shape)
+        s.images, s.height, s.width, s.channels = images, height, width, channels
+        left, right, top, bottom = self.padding
+        s.rows = (height + top + bottom - s.dilation_h * (s.kernel_h - 1) - 1) // s.stride_h + 1
+        s.columns = (width + left + right - s.dilation_w * (s.kernel_w - 1) - 1) // s.stride_w + 1
+        row = 2 * channels * ((s.columns - 1) * s.stride_w + s.dilation_w * (s.kernel_w - 1) + 1)
+        lines = (BAND // row - s.dilation_h * (s.kernel_h - 1) - 1) // s.stride_h + 1  # output rows
+        s.band_rows = max(1, min(s.rows, lines, s.rows if images >= threads else -(-s.rows // threads)))
+        s.band_images = max(1, min(lines // s.rows, -(-images // threads)))
+        return s
+
+    def __call__(self, x):
+        """int8 codes [B, Ho, Wo, O], or int32 logits."""
+        key = x.shape, torch.get_num_threads()
+        if key not in self.sizes:
+            self.sizes[key] = self.sized(*x.shape, key[1])
+        s, logits = self.sizes[key], self.constants is None
+        y = x.new_empty(s.images, s.rows, s.columns, s.outputs, dtype=torch.int32 if logits else torch.int8)
+        tasks = -(-s.images // s.band_images) * -(-s.rows // s.band_rows)
+        results = (None, y) if logits else (y, None)
+        call("conv", (s, x.contiguous(), self.weight, self.bias, self.constants, *results), tasks, y.numel() // s.outputs * self.macs, THREADED)
+        return y
+
+
+def call(name, arguments, n, work, enough):
+    """The kernel `name` for parts of range(n), in threads where there is work for them; arguments: contiguous tensors, None, integers."""
+    function = getattr(library(), name)
+    passed = [_c(argument) for argument in arguments]  # `arguments` keeps the tensors alive
+    threads = min(torch.get_num_threads(), n) if work >= enough else 1
+    ends = [ctypes.c_int64(n * i // threads) for i in range(threads + 1)]
+    others = [_threads(os.getpid()).submit(function, *passed, *part) for part in zip(ends[1:], ends[2:])]
+    failed = function(*passed, *ends[:2])
+    if any([failed, *(other.result() for other in others)]):
+        raise MemoryError(f"no memory for the kernel {name}")
+
+
+def _c(argument):
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.byref(argument) if isinstance(argument, Shape) else ctypes.c_int64(argument) if isinstance(argument, int) else argument
+
+
+@functools.cache
+def _threads(process):
+    return concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+
+
+def requantize(x, zero_point, constants):
+    """int8 codes to int8 codes of another grid, any shape."""
+    y = torch.empty_like(x)
+    call("requantize", (x, zero_point, constants, y), x.numel(), x.numel(), ELEMENTS)
+    return y
+
+
+def add(a, b, zero_points, operands, constants):
+    """int8 codes + int8 codes -> int8 codes, equal shapes; zero_points: int32 [2]; operands: pack_constants of both."""
+    y = torch.empty_like(a)
+    call("add", (a, b, zero_points, operands, constants, y), a.numel(), a.numel(), ELEMENTS)
+    return y
+
+
+def affine(x, zero_point, weight, bias, constants):
+    """int8 [M, C] times int32 [C] plus int32 [C] -> int8 codes."""
+    y = torch.empty_like(x)
+    call("affine", (x, x.shape[1], zero_point, weight, bias, constants, y), len(x), x.numel(), ELEMENTS)
+    return y
