@@ -258,6 +258,7 @@ class Affine(Fast, ops.Affine):
         if self.out is None:
             return self.accumulate(x)
         if self.use_native(x):
+            weight, bias = native.pad_outputs(weight), native.pad_outputs(bias)
             return from_rows(native.affine(to_rows(x).contiguous(), self.zero_point_in, weight, bias, self.packed), x)
         return from_rows(self.run(affine_rows, (to_rows(x),), self.zero_point_in, weight, bias, *self.constants()), x)
 
@@ -271,8 +272,11 @@ class Requantize(Fast, ops.Requantize):
 
 class Add(Fast, ops.Add):
     @functools.cached_property
-    def operands(self):
-        return native.pack_constants(self.multipliers, self.shifts, self.rounding)
+    def smaller(self):
+        """(which operand has the smaller scale, its constants for the C kernel, both zero points, the larger one's first)."""
+        small = int(self.multipliers[1].double().ldexp(self.shifts[1]) <= self.multipliers[0].double().ldexp(self.shifts[0]))
+        zero_points = self.zero_points.tolist()
+        return small, native.pack_constants(self.multipliers[small], self.shifts[small], self.rounding), zero_points if small else zero_points[::-1]
 
     def forward(self, a, b):
         if self.out is None:
@@ -280,7 +284,8 @@ class Add(Fast, ops.Add):
         a, b = torch.broadcast_tensors(a, b)
         rows = to_rows(a).contiguous(), to_rows(b).contiguous()
         if self.use_native(a):
-            return from_rows(native.add(*rows, self.zero_points, self.operands, self.packed), a)
+            small, operand, zero_points = self.smaller
+            return from_rows(native.add(*rows[:: 1 if small else -1], zero_points, operand, self.packed), a)
         return from_rows(self.run(add_rows, rows, self.zero_points, self.multipliers, self.shifts, *self.constants()), a)
 
 

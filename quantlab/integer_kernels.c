@@ -13,28 +13,13 @@
 #endif
 
 enum { OUT = 16 };  // channels computed at a time; weights and constants are padded to a multiple
+#define EACH(i) _Pragma("GCC unroll 1") for (int i = 0; i < OUT; i++)  // not unrolled, or gcc no longer sees a vector
 
 // ---- Fixed point ------------------------------------------------------------------------------------------------------------
 
-// round(x * q * 2^(shift - 31)) in halves: h = floor of the product at one binary digit too many, then (h + 1) >> 1.
-//   single rounding, and double where shift >= 0:  up = max(shift + 1, 0), down = max(-shift - 1, 0), away = 0
-//       floor((x * q + 2^(30 - shift)) / 2^(31 - shift)) = ((x * 2^up * q >> 31 >> down) + 1) >> 1
-//   double rounding where shift < 0:               up = 0, down = -shift - 1, away = 1
-//       the first rounding adds 2^30 to the product; the second one sends ties away from zero: a negative h is one less.
-// h fits in 32 bits since |q| < 2^31. An x that would leave 32 bits is clamped first: its code is saturated anyway.
-static inline int32_t rescale(int32_t x, int32_t q, int32_t up, int32_t down, int32_t away) {
-    int32_t most = INT32_MAX >> up;
-    x = x > most ? most : x;
-    x = x < ~most ? ~most : x;
-    int64_t product = (int64_t)(x << up) * q + ((int64_t)away << 30);
-    int32_t h = (int32_t)((uint64_t)product >> 31);  // unsigned, for AVX2 has no other 64-bit shift: the 32 bits kept are the same
-    h += (h >> 31) & -away;
-    return ((h >> down) + 1) >> 1;
-}
-
-// What becomes of accumulators: arrays of n channels, and a clamp to low and high, which are less zero_point; twice: some `away` is 1.
+// What becomes of accumulators: arrays of n channels, and a clamp to low and high, which are less zero_point; plain: all up and away are 0.
 typedef struct {
-    int32_t zero_point, low, high, twice;
+    int32_t zero_point, low, high, plain;
     const int32_t *q, *up, *down, *away;
 } Output;
 
@@ -43,19 +28,49 @@ static inline Output unpack(const int32_t *constants, int64_t n) {
     return (Output){constants[0], constants[1], constants[2], constants[3], q, q + n, q + 2 * n, q + 3 * n};
 }
 
-static inline int8_t code(int32_t acc, const Output *o, int64_t c, int32_t away) {
-    int32_t v = rescale(acc, o->q[c], o->up[c], o->down[c], away);
-    v = v < o->low ? o->low : v;
-    v = v > o->high ? o->high : v;
-    return (int8_t)(v + o->zero_point);
+// round(x * q * 2^(shift - 31)) in two steps: h = floor of the product at one binary digit too many, then (h + 1) >> 1.
+//   single rounding, and double where shift >= 0:  up = max(shift + 1, 0), down = max(-shift - 1, 0), away = 0, from
+//       (x * q + 2^(30 - shift)) >> (31 - shift) = ((x * 2^up * q >> 31 >> down) + 1) >> 1
+//   double rounding where shift < 0:               up = 0, down = -shift - 1, away = 1
+//       the first rounding adds 2^30 to the product; the second sends ties away from zero, which takes one from a negative h.
+// h fits in 32 bits since q < 2^31. An x that leaves 32 bits with x * 2^up is clamped before: its code is saturated anyway.
+static inline int32_t rescale_one(int32_t x, int32_t q, int32_t up, int32_t down, int32_t away) {
+    int32_t most = INT32_MAX >> up;
+    x = x > most ? most : x < ~most ? ~most : x;
+    int32_t h = (uint64_t)((int64_t)(x << up) * q + ((int64_t)away << 30)) >> 31;  // unsigned: AVX2 has no other; the 32 bits kept are the same
+    h += (h >> 31) & -away;
+    return ((h >> down) + 1) >> 1;
 }
 
+// y[i] = round(x[i] * M) for OUT channels from c.
+static inline void rescale(const int32_t *x, const Output *o, int64_t c, int32_t *y) {
+    const int32_t *q = o->q + c, *up = o->up + c, *down = o->down + c, *away = o->away + c;
+    if (!o->plain) {
+        EACH(i) y[i] = rescale_one(x[i], q[i], up[i], down[i], away[i]);
+        return;
+    }
+#if defined(__AVX2__)  // what no compiler finds: products of even and odd lanes apart, and of either the bits 31 .. 62
+    for (int i = 0; i < OUT; i += 8) {
+        __m256i a = _mm256_loadu_si256((const __m256i *)(x + i)), m = _mm256_loadu_si256((const __m256i *)(q + i));
+        __m256i even = _mm256_mul_epi32(a, m), odd = _mm256_mul_epi32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(m, 32));
+        __m256i h = _mm256_blend_epi32(_mm256_srli_epi64(even, 31), _mm256_slli_epi64(odd, 1), 0xAA);
+        h = _mm256_add_epi32(_mm256_srav_epi32(h, _mm256_loadu_si256((const __m256i *)(down + i))), _mm256_set1_epi32(1));
+        _mm256_storeu_si256((__m256i *)(y + i), _mm256_srai_epi32(h, 1));
+    }
+#else
+    EACH(i) y[i] = rescale_one(x[i], q[i], 0, down[i], 0);
+#endif
+}
+
+// Codes of OUT accumulators, of which n are stored.
 static inline void store(const int32_t *acc, const Output *o, int64_t c, int8_t *y, int64_t n) {
+    int32_t v[OUT];
     int8_t codes[OUT];
-    if (o->twice)
-        for (int i = 0; i < OUT; i++) codes[i] = code(acc[i], o, c + i, o->away[c + i]);
-    else
-        for (int i = 0; i < OUT; i++) codes[i] = code(acc[i], o, c + i, 0);
+    rescale(acc, o, c, v);
+    EACH(i) {
+        v[i] = v[i] < o->low ? o->low : v[i];
+        codes[i] = (v[i] > o->high ? o->high : v[i]) + o->zero_point;
+    }
     if (n >= OUT) memcpy(y, codes, OUT);
     else memcpy(y, codes, n);
 }
@@ -69,13 +84,15 @@ typedef struct {
     int64_t stretches, stretch;      // a row of the kernel touches `stretches` runs of `stretch` neighbouring codes, an even number
 } Shape;
 
-// acc[i][j] += x[i][k] * w[j][k] + x[i][k + 1] * w[j][k + 1], PIXELS windows times OUT channels; weights are [k / 2][OUT][2].
+// PIXELS windows x OUT channels; weights w are [k / 2][OUT][2]:   acc[i][j] += x[i][k] * w[k / 2][j][0] + x[i][k + 1] * w[k / 2][j][1]
+// depthwise: one weight a channel and tap, and a zero beside it:    acc[i][j] += x[i][k + j] * w[k / 2][j][0]
 #if defined(__AVX512VNNI__)
 enum { PIXELS = 12, VECTORS = 1 };
 typedef __m512i vec;
 #define LOAD(p) _mm512_loadu_si512(p)
 #define STORE(p, v) _mm512_storeu_si512(p, v)
 #define PAIR(i) _mm512_set1_epi32(i)
+#define WIDEN(p) _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
 #define DOT(acc, a, b) _mm512_dpwssd_epi32(acc, a, b)
 #elif defined(__AVX2__)
 enum { PIXELS = 6, VECTORS = 2 };
@@ -83,13 +100,14 @@ typedef __m256i vec;
 #define LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
 #define STORE(p, v) _mm256_storeu_si256((__m256i *)(p), v)
 #define PAIR(i) _mm256_set1_epi32(i)
+#define WIDEN(p) _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(p)))
 #define DOT(acc, a, b) _mm256_add_epi32(acc, _mm256_madd_epi16(a, b))
 #else
 enum { PIXELS = 4 };
 #endif
 
-static void tile(const Shape *s, const int16_t *const *x, int64_t row, int64_t column, const int16_t *w, const int32_t *bias,
-                 int32_t (*out)[OUT]) {
+static inline void tile(const Shape *s, const int16_t *const *x, int64_t row, int64_t column, const int16_t *w, const int32_t *bias,
+                        int32_t (*out)[OUT], int depthwise) {
 #if defined(DOT)
     vec acc[PIXELS][VECTORS];
     for (int i = 0; i < PIXELS; i++)
@@ -107,27 +125,19 @@ static void tile(const Shape *s, const int16_t *const *x, int64_t row, int64_t c
                 for (int i = 0; i < PIXELS; i++) {
                     int32_t pair;
                     memcpy(&pair, x[i] + k, 4);
-                    for (int v = 0; v < VECTORS; v++) acc[i][v] = DOT(acc[i][v], PAIR(pair), weight[v]);
+                    for (int v = 0; v < VECTORS; v++)
+                        acc[i][v] = DOT(acc[i][v], depthwise ? WIDEN(x[i] + k + v * (OUT / VECTORS)) : PAIR(pair), weight[v]);
                 }
 #else
                 for (int i = 0; i < PIXELS; i++)
-                    for (int j = 0; j < OUT; j++) out[i][j] += x[i][k] * w[2 * j] + x[i][k + 1] * w[2 * j + 1];
+                    for (int j = 0; j < OUT; j++)
+                        out[i][j] += depthwise ? x[i][k + j] * w[2 * j] : x[i][k] * w[2 * j] + x[i][k + 1] * w[2 * j + 1];
 #endif
             }
 #if defined(DOT)
     for (int i = 0; i < PIXELS; i++)
         for (int v = 0; v < VECTORS; v++) STORE(out[i] + v * (OUT / VECTORS), acc[i][v]);
 #endif
-}
-
-// One weight a channel and tap, [tap][OUT].
-static void depthwise_tile(const Shape *s, const int16_t *x, int64_t row, int64_t column, const int16_t *w, const int32_t *bias, int32_t *out) {
-    int32_t acc[OUT];
-    memcpy(acc, bias, sizeof acc);
-    for (int64_t u = 0; u < s->kernel_h; u++)
-        for (int64_t t = 0; t < s->kernel_w; t++, w += OUT)
-            for (int j = 0; j < OUT; j++) acc[j] += (int32_t)x[u * row + t * column + j] * w[j];
-    memcpy(out, acc, sizeof acc);
 }
 
 // int16 differences code - zero_point of one image's rows first .. first + rows, with zeros for padding; [rows][width][channels].
@@ -178,10 +188,8 @@ int conv(const Shape *s, const int8_t *x, const int16_t *weight, const int32_t *
                     const int16_t *in[PIXELS];
                     int32_t acc[PIXELS][OUT];
                     for (int i = 0; i < PIXELS; i++) in[i] = window[p + i] + (s->depthwise ? n : g * (s->channels / s->groups));
-                    if (s->depthwise)
-                        for (int i = 0; i < PIXELS; i++)
-                            depthwise_tile(s, in[i], row, column, weight + n / OUT * size, bias + n, acc[i]);
-                    else tile(s, in, row, column, weight + channel / OUT * size, bias + channel, acc);
+                    if (s->depthwise) tile(s, in, row, column, weight + channel / OUT * size, bias + channel, acc, 1);
+                    else tile(s, in, row, column, weight + channel / OUT * size, bias + channel, acc, 0);
                     for (int i = 0; i < PIXELS && p + i < pixels; i++) {
                         int64_t at = (start + p + i) * s->outputs + g * per_group + n;
                         if (logits) memcpy(logits + at, acc[i], 4 * left);
@@ -196,35 +204,55 @@ int conv(const Shape *s, const int8_t *x, const int16_t *weight, const int32_t *
     return failed;
 }
 
-// ---- Passes over codes, elements begin .. end -------------------------------------------------------------------------------
+// ---- Passes over codes; arrays of constants are padded to a multiple of OUT ------------------------------------------------------
 
-// code(x - zero_point_in), one multiplier for all.
-int requantize(const int8_t *x, int64_t zero_point_in, const int32_t *constants, int8_t *y, int64_t begin, int64_t end) {
-    Output o = unpack(constants, 1);
-    for (int64_t i = begin; i < end; i++) y[i] = code(x[i] - (int32_t)zero_point_in, &o, 0, o.away[0]);
-    return 0;
+enum { CHUNK = 4 * OUT };  // elements at a time, in loops that compilers turn into vectors
+
+// n <= CHUNK codes less their zero point, shifted left.
+static inline void load(const int8_t *x, int64_t n, int32_t zero_point, int shift, int32_t *v) {
+    for (int64_t i = 0; i < n; i++) v[i] = (x[i] - zero_point) << shift;
 }
 
-// code(rescaled a + rescaled b): both with 20 fractional bits, on a common scale. 
-int add(const int8_t *a, const int8_t *b, const int32_t *zero_points, const int32_t *operands, const int32_t *constants, int8_t *y,
-        int64_t begin, int64_t end) {
-    Output in = unpack(operands, 2), o = unpack(constants, 1);
-    for (int64_t i = begin; i < end; i++) {
-        int32_t left = rescale((a[i] - zero_points[0]) << 20, in.q[0], in.up[0], in.down[0], in.away[0]);
-        int32_t right = rescale((b[i] - zero_points[1]) << 20, in.q[1], in.up[1], in.down[1], in.away[1]);
-        y[i] = code(left + right, &o, 0, o.away[0]);
+// code of x - zero_point_in, elements begin .. end with one multiplier, OUT times.
+int requantize(const int8_t *x, int64_t zero_point_in, const int32_t *constants, int8_t *y, int64_t begin, int64_t end) {
+    Output o = unpack(constants, OUT);
+    int32_t acc[CHUNK] = {0};
+    for (int64_t i = begin; i < end; i += CHUNK) {
+        int64_t n = end - i < CHUNK ? end - i : CHUNK;
+        load(x + i, n, zero_point_in, 0, acc);
+        for (int64_t c = 0; c < n; c += OUT) store(acc + c, &o, 0, y + i + c, n - c);
     }
     return 0;
 }
 
-// code((x - zero_point_in) * weight + bias), one of each a channel; begin and end count rows of `channels`.
+// code of a + b, each less its zero point, with 20 fractional bits, on the scale 2 * s_a: as s_a >= s_b, a is halved, which is exact.
+// operand: constants of b.
+int add(const int8_t *a, const int8_t *b, int64_t zero_point_a, int64_t zero_point_b, const int32_t *operand, const int32_t *constants, int8_t *y,
+        int64_t begin, int64_t end) {
+    Output in = unpack(operand, OUT), o = unpack(constants, OUT);
+    int32_t large[CHUNK] = {0}, small[CHUNK] = {0};
+    for (int64_t i = begin; i < end; i += CHUNK) {
+        int64_t n = end - i < CHUNK ? end - i : CHUNK;
+        load(a + i, n, zero_point_a, 19, large);
+        load(b + i, n, zero_point_b, 20, small);
+        for (int64_t c = 0; c < n; c += OUT) rescale(small + c, &in, 0, small + c);
+        for (int64_t j = 0; j < CHUNK; j++) large[j] += small[j];
+        for (int64_t c = 0; c < n; c += OUT) store(large + c, &o, 0, y + i + c, n - c);
+    }
+    return 0;
+}
+
+// code of (x - zero_point_in) * weight + bias, rows begin .. end of [rows][channels].
 int affine(const int8_t *x, int64_t channels, int64_t zero_point_in, const int32_t *weight, const int32_t *bias, const int32_t *constants,
            int8_t *y, int64_t begin, int64_t end) {
-    Output o = unpack(constants, channels);
-    for (int64_t m = begin; m < end; m++)
-        for (int64_t c = 0; c < channels; c++) {
-            int64_t i = m * channels + c;
-            y[i] = code((x[i] - (int32_t)zero_point_in) * weight[c] + bias[c], &o, c, o.away[c]);
+    Output o = unpack(constants, (channels + OUT - 1) / OUT * OUT);
+    int32_t acc[CHUNK] = {0};
+    for (int64_t i = begin * channels; i < end * channels; i += channels)
+        for (int64_t c = 0; c < channels; c += CHUNK) {
+            int64_t n = channels - c < CHUNK ? channels - c : CHUNK;
+            load(x + i + c, n, zero_point_in, 0, acc);
+            for (int64_t j = 0; j < n; j++) acc[j] = acc[j] * weight[c + j] + bias[c + j];
+            for (int64_t j = 0; j < n; j += OUT) store(acc + j, &o, c + j, y + i + c + j, n - j);
         }
     return 0;
 }

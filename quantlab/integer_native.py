@@ -89,24 +89,23 @@ class Shape(ctypes.Structure):
         stride_w dilation_h dilation_w top left zero_point depthwise band_images band_rows stretches stretch""".split()]  # fmt: skip
 
 
-def pack_constants(multiplier, shift, rounding, grid=(0, 0, 0), groups=0):
-    """int32 [4 + 4 * channels]: Output of integer_kernels.c, from which it computes fixedpoint.requantize; grid: zero_point, low, high.
+def pack_constants(multiplier, shift, rounding, grid=(0, 0, 0), groups=1):
+    """int32 [4 + 4 * channels]: Output of integer_kernels.c, from which it computes fixedpoint.requantize.
 
-    groups: of a layer, whose channels are padded as its weights are.
+    multiplier, shift: int32 of one value or one a channel; grid: zero_point, low, high; groups: into which a layer's channels are padded.
     """
-    q, shift = multiplier.flatten().int(), shift.flatten().clamp(max=LARGEST_SHIFT)
+    q, shift = (x.flatten().int().expand(OUT if x.numel() == 1 and groups == 1 else x.numel()) for x in (multiplier, shift.clamp(max=LARGEST_SHIFT)))
     away = (shift < 0) & (rounding == "double")
     up, down = torch.where(away, 0, (shift + 1).clamp(min=0)), (-shift - 1).clamp(min=0)
-    rows = torch.stack([q, up, down, away]).int()
     zero_point, low, high = (int(end) for end in grid)
-    head = torch.tensor([zero_point, low - zero_point, high - zero_point, away.any()], dtype=torch.int32)
-    return torch.cat([head, (pad_outputs(rows, 1, groups) if groups else rows).flatten()])
+    head = torch.tensor([zero_point, low - zero_point, high - zero_point, not (up.any() or away.any())], dtype=torch.int32)
+    return torch.cat([head, *(pad_outputs(x.int(), groups) for x in (q, up, down, away))])
 
 
-def pad_outputs(x, dim, groups):
-    """Zeros behind every group along `dim`, so that it fills the kernel's blocks."""
-    x = x.unflatten(dim, (groups, -1)).movedim(dim + 1, -1)
-    return F.pad(x, (0, -x.shape[-1] % OUT)).movedim(-1, dim + 1).flatten(dim, dim + 1)
+def pad_outputs(x, groups=1):
+    """[channels, ...] with zeros behind every group, so that it fills the kernels' blocks."""
+    x = x.unflatten(0, (groups, -1))
+    return torch.cat([x, x.new_zeros(groups, -x.shape[1] % OUT, *x.shape[2:])], 1).flatten(0, 1).contiguous()
 
 
 class Layer:
@@ -122,16 +121,14 @@ class Layer:
         self.padding, self.macs, self.sizes = padding, weight.numel(), {}
         neighbours = groups == 1 and dilation[1] == 1  # codes under a row of the kernel are one stretch
         stretches, stretch = (1, kw * inner) if neighbours and not depthwise else (kw, inner)
-        rows = weight.permute(0, 2, 3, 1).reshape(outputs, kh, stretches, stretch)
-        if not depthwise:
-            rows = F.pad(rows, (0, stretch % 2))
-        rows = pad_outputs(rows, 0, blocks).to(torch.int16).view(-1, OUT, kh * stretches, -(-rows.shape[-1] // 2), rows.shape[-1] if depthwise else 2)
-        self.weight = rows.permute(0, 2, 3, 1, 4).contiguous()  # [blocks of channels, taps, pairs, OUT, 2]; depthwise: one instead of pairs
-        self.bias = pad_outputs(bias, 0, blocks).int().contiguous()
+        rows = F.pad(weight.permute(0, 2, 3, 1).reshape(outputs, kh * stretches, stretch), (0, stretch % 2))
+        rows = pad_outputs(rows, blocks).to(torch.int16).view(-1, OUT, rows.shape[1] * rows.shape[2] // 2, 2)
+        self.weight = rows.transpose(1, 2).contiguous()  # [blocks of channels, pairs, OUT, 2]; depthwise: a weight and a zero
+        self.bias = pad_outputs(bias.int(), blocks)
         self.constants = None if constants is None else pack_constants(*constants, groups=blocks)
         self.shape = Shape(outputs=outputs, groups=groups, kernel_h=kh, kernel_w=kw, zero_point=zero_point, depthwise=depthwise,
                            stride_h=stride[0], stride_w=stride[1], dilation_h=dilation[0], dilation_w=dilation[1],
-                           left=padding[0], top=padding[2], stretches=stretches, stretch=stretch if depthwise else stretch + stretch % 2)  # fmt: skip
+                           left=padding[0], top=padding[2], stretches=stretches, stretch=stretch + stretch % 2)  # fmt: skip
 
     def sized(self, images, height, width, channels, threads):
         """The Shape for inputs of this size; bands: whole images, or rows of one, that fit BAND."""
@@ -161,6 +158,8 @@ class Layer:
 
 def call(name, arguments, n, work, enough):
     """The kernel `name` for parts of range(n), in threads where there is work for them; arguments: contiguous tensors, None, integers."""
+    if n == 0:
+        return
     function = getattr(library(), name)
     passed = [_c(argument) for argument in arguments]  # `arguments` keeps the tensors alive
     threads = min(torch.get_num_threads(), n) if work >= enough else 1
@@ -189,15 +188,15 @@ def requantize(x, zero_point, constants):
     return y
 
 
-def add(a, b, zero_points, operands, constants):
-    """int8 codes + int8 codes -> int8 codes, equal shapes; zero_points: int32 [2]; operands: pack_constants of both."""
+def add(a, b, zero_points, operand, constants):
+    """int8 codes + int8 codes -> int8 codes, equal shapes, the scale of a the larger; operand: pack_constants of b."""
     y = torch.empty_like(a)
-    call("add", (a, b, zero_points, operands, constants, y), a.numel(), a.numel(), ELEMENTS)
+    call("add", (a, b, *zero_points, operand, constants, y), a.numel(), a.numel(), ELEMENTS)
     return y
 
 
 def affine(x, zero_point, weight, bias, constants):
-    """int8 [M, C] times int32 [C] plus int32 [C] -> int8 codes."""
+    """int8 [M, C] times int32 [C] plus int32 [C] -> int8 codes; weight, bias and constants padded by pad_outputs."""
     y = torch.empty_like(x)
     call("affine", (x, x.shape[1], zero_point, weight, bias, constants, y), len(x), x.numel(), ELEMENTS)
     return y
