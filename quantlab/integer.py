@@ -84,7 +84,7 @@ class IntegerModel(nn.Module):
 
     def dequantize(self, acc, node):
         """int32 logits -> float32 logits, through what the network does with them."""
-        unit = self.operations[node.name].unit.to(acc.device)
+        unit = self.network.get_submodule(node.target).unit.to(acc.device)
         return self.tail((acc * unit).float())
 
     @torch.no_grad()
@@ -114,22 +114,40 @@ class IntegerModel(nn.Module):
         return pd.DataFrame(_report_rows(self.network, run.values))
 
 
-class IntegerRun(fx.Interpreter):
-    """Runs the integer graph and refuses every tensor that is not an integer."""
+class IntegerRun:
+    """Runs the integer graph node by node and refuses every tensor that is not an integer.
+
+    values: name of a node -> what it computed; with `keep` all of them, else those that are still to be read.
+    """
 
     def __init__(self, network, keep=False):
-        super().__init__(network, garbage_collect_values=not keep)
-        self.extra_traceback = False
-        self.values, self.keep, self.last = {}, keep, next(n for n in network.graph.nodes if n.op == "output").args[0]
+        self.network, self.keep, self.values = network, keep, {}
+        self.last = next(n for n in reversed(network.graph.nodes) if n.op == "output").args[0]
 
-    def run_node(self, node):
-        value = super().run_node(node)
+    def run(self, codes):
+        """int32 logits."""
+        values, readers = self.values, {}
+        for node in self.network.graph.nodes:
+            if node.op == "output":
+                return values[self.last.name]
+            values[node.name] = value = codes if node.op == "placeholder" else self._compute(node)
+            self._check(node, value)
+            readers[node] = len(node.users)
+            for source in node.all_input_nodes if not self.keep else ():
+                readers[source] -= 1
+                if not readers[source]:
+                    del values[source.name]
+
+    def _compute(self, node):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n.name])
+        if node.op == "call_module":
+            return getattr(self.network, node.target)(*args, **kwargs)  # the converter names them without dots
+        return getattr(args[0], node.target)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)
+
+    def _check(self, node, value):
         for tensor in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
                 raise AssertionError(f"{node.name} is {tensor.dtype}: only integers may exist between the input's codes and the logits")
-        if self.keep:
-            self.values[node.name] = value
-        return value
 
 
 def _report_rows(network, values):

@@ -121,6 +121,14 @@ def from_rows(rows, like):
     return rows.view(*like.shape[:-1], -1)
 
 
+def channels_last(x):
+    return x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+
+
+def channels_second(x):
+    return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
+
+
 class Fast:
     """What the fast operations share: `use_compiler` says whether they run compiled kernels, which are C on the CPU."""
 
@@ -134,7 +142,7 @@ class Fast:
 
     @functools.cached_property
     def packed(self):
-        return native.pack_constants(self.multiplier, self.shift, self.rounding, (self.zero_point, self.low, self.high))
+        return native.pack_constants(*self.constants())
 
     def run(self, function, rows, *constants):
         """function(*rows, *constants) for [M, N] tensors, int8."""
@@ -161,9 +169,6 @@ class FastLayer(Fast):
         parts = torch.stack([weight >> 1, weight & 1] if self.split else [weight])
         self.register_buffer("fast_bias", bias.int())
         self.register_buffer("parts", parts.to(torch.int8))
-
-    def native_constants(self):
-        return None if self.out is None else (self.multiplier, self.shift, self.rounding, (self.zero_point, self.low, self.high))
 
     def product(self, rows, group=0):
         """int8 [M, width] -> int32 [M, outputs of one group], without bias."""
@@ -194,7 +199,7 @@ class Linear(FastLayer, ops.Linear):
 
     @functools.cached_property
     def kernel(self):
-        return native.Layer(self.weight[:, :, None, None], self.bias, self.zero_point_in, self.native_constants())
+        return native.Layer(self.weight[:, :, None, None], self.bias, self.zero_point_in, None if self.out is None else self.constants())
 
     def forward(self, x):
         if self.use_native(x):
@@ -221,11 +226,11 @@ class Conv(FastLayer, ops.Conv):
     @functools.cached_property
     def kernel(self):
         window = {"stride": self.window["stride"], "dilation": self.window["dilation"], "padding": self.padding, "groups": self.groups}
-        return native.Layer(self.weight, self.bias, self.zero_point_in, self.native_constants(), **window)
+        return native.Layer(self.weight, self.bias, self.zero_point_in, None if self.out is None else self.constants(), **window)
 
     def forward(self, x):
         if self.use_native(x):
-            return self.kernel(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return channels_second(self.kernel(channels_last(x)))
         if self.depthwise:
             acc, shape = self.sum_over_taps(x)
             result = self.finish(acc)
@@ -259,14 +264,14 @@ class Affine(Fast, ops.Affine):
             return self.accumulate(x)
         if self.use_native(x):
             weight, bias = native.pad_outputs(weight), native.pad_outputs(bias)
-            return from_rows(native.affine(to_rows(x).contiguous(), self.zero_point_in, weight, bias, self.packed), x)
+            return channels_second(native.affine(channels_last(x), self.zero_point_in, weight, bias, self.packed))
         return from_rows(self.run(affine_rows, (to_rows(x),), self.zero_point_in, weight, bias, *self.constants()), x)
 
 
 class Requantize(Fast, ops.Requantize):
     def forward(self, x):
         if self.use_native(x):
-            return from_rows(native.requantize(to_rows(x).contiguous(), self.zero_point_in, self.packed), x)
+            return channels_second(native.requantize(channels_last(x), self.zero_point_in, self.packed))
         return from_rows(self.run(requantize_rows, (to_rows(x),), self.zero_point_in, *self.constants()), x)
 
 
@@ -276,20 +281,44 @@ class Add(Fast, ops.Add):
         """(which operand has the smaller scale, its constants for the C kernel, both zero points, the larger one's first)."""
         small = int(self.multipliers[1].double().ldexp(self.shifts[1]) <= self.multipliers[0].double().ldexp(self.shifts[0]))
         zero_points = self.zero_points.tolist()
-        return small, native.pack_constants(self.multipliers[small], self.shifts[small], self.rounding), zero_points if small else zero_points[::-1]
+        return small, native.pack_constants(self.multipliers[small], self.shifts[small], 0, 0, 0, self.rounding), zero_points if small else zero_points[::-1]
 
     def forward(self, a, b):
         if self.out is None:
             return self.accumulate(a, b)
-        a, b = torch.broadcast_tensors(a, b)
-        rows = to_rows(a).contiguous(), to_rows(b).contiguous()
+        if a.shape != b.shape:
+            a, b = torch.broadcast_tensors(a, b)
         if self.use_native(a):
             small, operand, zero_points = self.smaller
-            return from_rows(native.add(*rows[:: 1 if small else -1], zero_points, operand, self.packed), a)
+            a, b = (channels_last(x) for x in ((a, b) if small else (b, a)))
+            return channels_second(native.add(a, b, zero_points, operand, self.packed))
+        rows = to_rows(a), to_rows(b)
         return from_rows(self.run(add_rows, rows, self.zero_points, self.multipliers, self.shifts, *self.constants()), a)
 
 
-class Average(pools.Average):
+class Average(Fast, pools.Average):
+    """The mean of a whole image is a depthwise convolution by ones, as large as the image."""
+
+    def forward(self, x):
+        whole = self.dims in ((2, 3), (-2, -1)) if self.windows is None else all(w.output == 1 for w in self.windows)
+        if self.out is None or not whole or not self.use_native(x):
+            return super().forward(x)
+        if self.size != x.shape[1:]:
+            self._set_size(x.shape)
+        y = self.kernel(channels_last(x))
+        return channels_second(y) if self.keepdim or self.windows else y.flatten(1)
+
+    def _set_size(self, shape):
+        super()._set_size(shape)
+        self.__dict__.pop("kernel", None)
+
+    @functools.cached_property
+    def kernel(self):
+        channels = self.size[0]
+        ones, zeros = torch.ones(channels, 1, *self.size[1:], dtype=torch.int32), torch.zeros(channels, dtype=torch.int32)
+        multiplier, shift, *rest = self.constants()
+        return native.Layer(ones, zeros, self.zero_point_in, (multiplier.expand(channels), shift.expand(channels), *rest), groups=channels)
+
     def store(self, acc):
         return super().store(acc).to(torch.int8)
 

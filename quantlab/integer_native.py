@@ -42,9 +42,9 @@ def library():
             raise OSError("no C compiler (cc, gcc, clang or $CC) was found")
         with tempfile.TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True) as temporary:  # loaded, it may go
             try:
-                return _load(cache_folder(), compiler)
+                return declared(_load(cache_folder(), compiler))
             except (UserError, OSError):
-                return _load(pathlib.Path(temporary), compiler)  # the cache cannot be written or allows no libraries
+                return declared(_load(pathlib.Path(temporary), compiler))  # the cache cannot be written or allows no libraries
     except OSError as error:
         why = str(error)
     except subprocess.CalledProcessError as error:
@@ -81,6 +81,13 @@ def _processor():
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})) or platform.processor()
 
 
+def declared(library):
+    """With the types of the kernels' arguments, for speed: p a pointer, i an int64; all end in begin and end."""
+    for name, arguments in (("conv", "ppppppp"), ("requantize", "pipp"), ("add", "ppiippp"), ("affine", "piipppp")):
+        getattr(library, name).argtypes = [{"p": ctypes.c_void_p, "i": ctypes.c_int64}[a] for a in arguments + "ii"]
+    return library
+
+
 # ---- Calls ------------------------------------------------------------------------------------------------------------------
 
 
@@ -89,15 +96,15 @@ class Shape(ctypes.Structure):
         stride_w dilation_h dilation_w top left zero_point depthwise band_images band_rows stretches stretch""".split()]  # fmt: skip
 
 
-def pack_constants(multiplier, shift, rounding, grid=(0, 0, 0), groups=1):
+def pack_constants(multiplier, shift, zero_point, low, high, rounding, groups=1):
     """int32 [4 + 4 * channels]: Output of integer_kernels.c, from which it computes fixedpoint.requantize.
 
-    multiplier, shift: int32 of one value or one a channel; grid: zero_point, low, high; groups: into which a layer's channels are padded.
+    multiplier, shift: int32 of one value or one a channel; groups: into which a layer's channels are padded.
     """
     q, shift = (x.flatten().int().expand(OUT if x.numel() == 1 and groups == 1 else x.numel()) for x in (multiplier, shift.clamp(max=LARGEST_SHIFT)))
     away = (shift < 0) & (rounding == "double")
     up, down = torch.where(away, 0, (shift + 1).clamp(min=0)), (-shift - 1).clamp(min=0)
-    zero_point, low, high = (int(end) for end in grid)
+    zero_point, low, high = int(zero_point), int(low), int(high)
     head = torch.tensor([zero_point, low - zero_point, high - zero_point, not (up.any() or away.any())], dtype=torch.int32)
     return torch.cat([head, *(pad_outputs(x.int(), groups) for x in (q, up, down, away))])
 
@@ -111,14 +118,14 @@ def pad_outputs(x, groups=1):
 class Layer:
     """A convolution on int8 [B, H, W, C]; a linear layer is one of images of one pixel. weight: int32 [O, C / groups, kh, kw].
 
-    padding: left, right, top, bottom; constants: multiplier, shift, rounding, grid of `pack_constants`, None for int32 logits.
+    padding: left, right, top, bottom; constants: the arguments of `pack_constants`, None for int32 logits.
     """
 
     def __init__(self, weight, bias, zero_point, constants=None, stride=(1, 1), dilation=(1, 1), padding=(0, 0, 0, 0), groups=1):
         outputs, inner, kh, kw = weight.shape
         depthwise = inner == 1 and groups == outputs
         blocks = 1 if depthwise else groups
-        self.padding, self.macs, self.sizes = padding, weight.numel(), {}
+        self.padding, self.work, self.sizes = padding, weight[0].numel(), {}
         neighbours = groups == 1 and dilation[1] == 1  # codes under a row of the kernel are one stretch
         stretches, stretch = (1, kw * inner) if neighbours and not depthwise else (kw, inner)
         rows = F.pad(weight.permute(0, 2, 3, 1).reshape(outputs, kh * stretches, stretch), (0, stretch % 2))
@@ -131,7 +138,7 @@ class Layer:
                            left=padding[0], top=padding[2], stretches=stretches, stretch=stretch + stretch % 2)  # fmt: skip
 
     def sized(self, images, height, width, channels, threads):
-        """The Shape for inputs of this size; bands: whole images, or rows of one, that fit BAND."""
+        """(Shape, size of the result, number of tasks) for inputs of this size; a task is whole images, or rows of one, that fit BAND."""
         s = Shape.from_buffer_copy(self.shape)
         s.images, s.height, s.width, s.channels = images, height, width, channels
         left, right, top, bottom = self.padding
@@ -141,39 +148,31 @@ class Layer:
         lines = (BAND // row - s.dilation_h * (s.kernel_h - 1) - 1) // s.stride_h + 1  # output rows
         s.band_rows = max(1, min(s.rows, lines, s.rows if images >= threads else -(-s.rows // threads)))
         s.band_images = max(1, min(lines // s.rows, -(-images // threads)))
-        return s
+        return s, (s.images, s.rows, s.columns, s.outputs), -(-s.images // s.band_images) * -(-s.rows // s.band_rows)
 
     def __call__(self, x):
         """int8 codes [B, Ho, Wo, O], or int32 logits."""
         key = x.shape, torch.get_num_threads()
         if key not in self.sizes:
             self.sizes[key] = self.sized(*x.shape, key[1])
-        s, logits = self.sizes[key], self.constants is None
-        y = x.new_empty(s.images, s.rows, s.columns, s.outputs, dtype=torch.int32 if logits else torch.int8)
-        tasks = -(-s.images // s.band_images) * -(-s.rows // s.band_rows)
+        s, size, tasks = self.sizes[key]
+        logits = self.constants is None
+        y = torch.empty(size, dtype=torch.int32 if logits else torch.int8)
         results = (None, y) if logits else (y, None)
-        call("conv", (s, x.contiguous(), self.weight, self.bias, self.constants, *results), tasks, y.numel() // s.outputs * self.macs, THREADED)
+        call("conv", (ctypes.byref(s), x.contiguous(), self.weight, self.bias, self.constants, *results), tasks, y.numel() * self.work, THREADED)
         return y
 
 
 def call(name, arguments, n, work, enough):
-    """The kernel `name` for parts of range(n), in threads where there is work for them; arguments: contiguous tensors, None, integers."""
-    if n == 0:
-        return
+    """The kernel `name` for parts of range(n), in threads where there is `enough` work; arguments: contiguous tensors, None, integers."""
     function = getattr(library(), name)
-    passed = [_c(argument) for argument in arguments]  # `arguments` keeps the tensors alive
-    threads = min(torch.get_num_threads(), n) if work >= enough else 1
-    ends = [ctypes.c_int64(n * i // threads) for i in range(threads + 1)]
+    passed = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+    threads = min(torch.get_num_threads(), n) if work >= enough else min(1, n)
+    ends = [n * i // threads for i in range(threads + 1)] if threads > 1 else (0, n)
     others = [_threads(os.getpid()).submit(function, *passed, *part) for part in zip(ends[1:], ends[2:])]
-    failed = function(*passed, *ends[:2])
+    failed = n and function(*passed, *ends[:2])
     if any([failed, *(other.result() for other in others)]):
         raise MemoryError(f"no memory for the kernel {name}")
-
-
-def _c(argument):
-    if isinstance(argument, torch.Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.byref(argument) if isinstance(argument, Shape) else ctypes.c_int64(argument) if isinstance(argument, int) else argument
 
 
 @functools.cache
@@ -183,6 +182,7 @@ def _threads(process):
 
 def requantize(x, zero_point, constants):
     """int8 codes to int8 codes of another grid, any shape."""
+    x = x.contiguous()
     y = torch.empty_like(x)
     call("requantize", (x, zero_point, constants, y), x.numel(), x.numel(), ELEMENTS)
     return y
@@ -190,13 +190,15 @@ def requantize(x, zero_point, constants):
 
 def add(a, b, zero_points, operand, constants):
     """int8 codes + int8 codes -> int8 codes, equal shapes, the scale of a the larger; operand: pack_constants of b."""
+    a, b = a.contiguous(), b.contiguous()
     y = torch.empty_like(a)
     call("add", (a, b, *zero_points, operand, constants, y), a.numel(), a.numel(), ELEMENTS)
     return y
 
 
 def affine(x, zero_point, weight, bias, constants):
-    """int8 [M, C] times int32 [C] plus int32 [C] -> int8 codes; weight, bias and constants padded by pad_outputs."""
-    y = torch.empty_like(x)
-    call("affine", (x, x.shape[1], zero_point, weight, bias, constants, y), len(x), x.numel(), ELEMENTS)
+    """int8 [..., C] times int32 [C] plus int32 [C] -> int8 codes; weight, bias and constants padded by pad_outputs."""
+    x = x.contiguous()
+    y, channels = torch.empty_like(x), x.shape[-1]
+    call("affine", (x, channels, zero_point, weight, bias, constants, y), x.numel() // channels, x.numel(), ELEMENTS)
     return y

@@ -41,7 +41,7 @@ def random_multipliers(generator, n, low=-34.0, high=14.0):
 
 def requantized(acc, q, shift, grid, rounding):
     """Codes of arbitrary accumulators: the biases of a layer without weights."""
-    layer = native.Layer(torch.zeros(len(acc), 1, 1, 1, dtype=torch.int32), acc, 0, (q, shift, rounding, grid))
+    layer = native.Layer(torch.zeros(len(acc), 1, 1, 1, dtype=torch.int32), acc, 0, (q, shift, *grid, rounding))
     return layer(torch.zeros(1, 1, 1, 1, dtype=torch.int8)).flatten()
 
 
@@ -111,7 +111,7 @@ def test_any_convolution(case, rounding):
     options = {"stride": stride, "groups": groups}
     acc = F.conv2d(F.pad(x - zero_point, padding), ops.dilate(weight, dilation), bias, **options)
     grid = (-5, -128, 120)
-    constants = None if rounding is None else (q, shift, rounding, grid)
+    constants = None if rounding is None else (q, shift, *grid, rounding)
     expected = acc if rounding is None else fixedpoint.requantize(acc, q.view(-1, 1, 1), shift.view(-1, 1, 1), *grid, rounding)
     layer = native.Layer(weight, bias, zero_point, constants, dilation=dilation, padding=padding, **options)
     result = run_in_threads(threads, lambda: layer(x.to(torch.int8).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
@@ -156,20 +156,20 @@ def test_passes_over_codes(shape, rounding):
         a, b = (random_codes(generator, shape) for _ in range(2))
         za, zb, grid = -128 + seed, 17 - seed, (seed, -100, 127)
         q, shift = random_multipliers(generator, 1, -30.0, -20.0 if seed % 3 else 1.0)
-        packed = native.pack_constants(q, shift, rounding, grid)
+        packed = native.pack_constants(q, shift, *grid, rounding)
         codes = native.requantize(a.to(torch.int8), za, packed).int()
         assert torch.equal(codes, fixedpoint.requantize(a - za, q, shift, *grid, rounding))
 
         scales = torch.tensor([0.7, 0.7 * (1.0 if seed == 0 else float(torch.rand(1, generator=generator)))], dtype=torch.float64)
         multipliers, shifts = fixedpoint.fixed_point(scales / (2 * scales.max()))
         q, shift = random_multipliers(generator, 1, -24.0, -18.0)
-        packed, operand = native.pack_constants(q, shift, rounding, grid), native.pack_constants(multipliers[1], shifts[1], rounding)
+        packed, operand = native.pack_constants(q, shift, *grid, rounding), native.pack_constants(multipliers[1], shifts[1], 0, 0, 0, rounding)
         expected = fixedpoint.requantize(ops.add_rescaled(a, b, torch.tensor([za, zb]), multipliers, shifts, rounding), q, shift, *grid, rounding)
         assert torch.equal(native.add(a.to(torch.int8), b.to(torch.int8), (za, zb), operand, packed).int(), expected)
 
         weight, bias = (random_codes(generator, shape[1:], -(2**k), 2**k) for k in (20, 30))
         q, shift = random_multipliers(generator, shape[1], -30.0, -16.0)
-        packed = native.pack_constants(q, shift, rounding, grid)
+        packed = native.pack_constants(q, shift, *grid, rounding)
         affine = native.affine(a.to(torch.int8), za, native.pad_outputs(weight), native.pad_outputs(bias), packed)
         assert torch.equal(affine.int(), fixedpoint.requantize((a - za) * weight + bias, q, shift, *grid, rounding))
 
