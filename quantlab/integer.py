@@ -4,7 +4,8 @@
     logits = imodel(images)                      # float32 images -> codes -> ... -> int32 logits, times their unit
     codes  = imodel.codes(images)                # edge -> the integer codes stored there
 
-integer_convert.py builds the graph; integer_ops.py and integer_pool.py hold its operations, integer_fast.py the fast ones.
+integer_convert.py builds the graph; integer_ops.py and integer_pool.py hold its operations, integer_fast.py the fast ones, whose kernels are
+one page of C, integer_kernels.c.
 Jacob et al. 2018 (arXiv:1712.05877).
 """
 

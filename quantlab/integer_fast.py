@@ -63,7 +63,15 @@ def _least_seconds(function, a, b, repeats=5):
 
 def has_compiler(device_type):
     """True where kernels can be made: by a C compiler for the CPU, by torch.compile with Triton for CUDA."""
-    return native.library() is not None if device_type == "cpu" else importlib.util.find_spec("triton") is not None
+    return native.library() is not None if device_type == "cpu" else has_triton()
+
+
+@functools.cache
+def has_triton():
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn("Triton is not installed: on CUDA the fast executor requantizes uncompiled, exact but slower", stacklevel=2)
+        return False
+    return True
 
 
 def im2col(x, kernel, stride, dilation, padding, zero_point, width):
@@ -135,7 +143,7 @@ class Fast:
     use_compiler = False
 
     def use_native(self, x):
-        return self.use_compiler and not x.is_cuda and native.library() is not None
+        return self.use_compiler and x.is_cpu and native.library() is not None
 
     def constants(self):
         return self.multiplier.flatten(), self.shift.flatten(), self.zero_point, self.low, self.high, self.rounding
@@ -146,7 +154,7 @@ class Fast:
 
     def run(self, function, rows, *constants):
         """function(*rows, *constants) for [M, N] tensors, int8."""
-        if self.use_compiler and rows[0].is_cuda:
+        if self.use_compiler and rows[0].is_cuda and has_triton():
             return compiled(function)(*rows, *constants)
         step = len(rows[0]) if rows[0].is_cuda else max(1, BLOCK // rows[0].shape[1])
         return torch.cat([function(*(r[i : i + step] for r in rows), *constants) for i in range(0, len(rows[0]), step)])
@@ -301,7 +309,7 @@ class Average(Fast, pools.Average):
 
     def forward(self, x):
         whole = self.dims in ((2, 3), (-2, -1)) if self.windows is None else all(w.output == 1 for w in self.windows)
-        if self.out is None or not whole or not self.use_native(x):
+        if self.out is None or not whole or x.dim() != 4 or not self.use_native(x):
             return super().forward(x)
         if self.size != x.shape[1:]:
             self._set_size(x.shape)

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from quantlab.runtime import PACKAGE, UserError, atomic_path, sha256, write_text
 
 SOURCE = PACKAGE / "integer_kernels.c"
-FLAGS = ("-O3", "-march=native", "-fwrapv", "-shared", "-fPIC")
+ARM = platform.machine().lower() in ("arm64", "aarch64")
+FLAGS = ("-O3", "-mcpu=native" if ARM else "-march=native", "-fwrapv", "-shared", "-fPIC")
 OUT = 16  # channels that the kernels compute at a time, as in the source
-BAND = 2**18  # bytes of widened codes that a task works on: they and a block of weights stay in the cache
+BAND = 2**17  # bytes of widened codes that a task works on: they and a block of weights stay in the cache
 THREADED = 2**22  # multiplications below which threads cost more than they save
 ELEMENTS = 2**17  # the same for a pass over codes
 LARGEST_SHIFT = 12  # a multiplier of 2^11 saturates every 8-bit code, as any larger one does
@@ -54,7 +55,7 @@ def library():
 
 
 def cache_folder():
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "quantlab"
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "quantlab"
 
 
 def _load(folder, compiler):
@@ -75,7 +76,7 @@ def _output(command):
 
 
 def _processor():
-    """What -march=native looks at."""
+    """What the compiler looks at for "native"."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})) or platform.processor()

@@ -1,5 +1,7 @@
 """The C kernels: equal to the reference, code for code, whatever the layer; and what happens without them."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,8 @@ from conftest import equal_codes
 from hypothesis import given, settings, strategies as st
 
 import quantlab as ql
-from quantlab import fixedpoint, integer_native as native, integer_ops as ops
+from quantlab import fixedpoint, integer_fast, integer_native as native, integer_ops as ops, integer_pool as pools
+from quantlab.affine import choose_qparams
 from quantlab.integer import to_integer
 
 INT32 = (-(2**31), 2**31 - 1)
@@ -172,6 +175,21 @@ def test_passes_over_codes(shape, rounding):
         packed = native.pack_constants(q, shift, *grid, rounding)
         affine = native.affine(a.to(torch.int8), za, native.pad_outputs(weight), native.pad_outputs(bias), packed)
         assert torch.equal(affine.int(), fixedpoint.requantize((a - za) * weight + bias, q, shift, *grid, rounding))
+
+
+@pytest.mark.parametrize("rounding", fixedpoint.ROUNDINGS)
+@pytest.mark.parametrize("options", [{"windows": (pools.Windows(output=1),) * 2}, {"dims": (2, 3)}, {"dims": (-2, -1), "keepdim": True},
+                                     {"dims": (2,)}, {"windows": (pools.Windows(output=2),) * 2}], ids=str)  # fmt: skip
+def test_averages(options, rounding):
+    need_compiler()
+    grid, out = (ops.Grid.of(choose_qparams(*ends, 8), 128) for ends in ((-1.0, 3.0), (-0.4, 1.1)))
+    with torch.inference_mode():
+        average, expected = (c("average", grid, out, rounding, **options) for c in (integer_fast.Average, pools.Average))
+        average.use_compiler = True
+        for size in ((3, 5, 7, 6), (2, 19, 4, 4), (2, 19, 4, 4), (1, 5, 7, 6)):
+            x = torch.randint(-128, 128, size, dtype=torch.int8)
+            assert torch.equal(average(x).int(), expected(x)) and average(x).dtype == torch.int8
+    assert torch.equal(copy.deepcopy(average)(x), average(x))
 
 
 # ---- The compiler ----------------------------------------------------------------------------------------------------------------
