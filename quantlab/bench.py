@@ -92,7 +92,7 @@ def bench_int8(model, images, rounds, compiled):
 def bench_integer(model, images, rounds, compiled):
     """The network in integers alone (8 bits, fast executor) against float, PyTorch's built-in int8 and ONNX Runtime's."""
     ours = quantize(model, collect(model, [images]), QuantConfig())
-    networks = {"float": model, "integer only": to_integer(ours, executor="fast", compile=compiled)}
+    networks = {"float": model, "integer only": to_integer(ours, executor="fast")}
     if compiled:
         networks["float, compiled"] = torch.compile(model)
     if builtin.backends()[0].available:

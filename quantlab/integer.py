@@ -4,11 +4,10 @@
     logits = imodel(images)                      # float32 images -> codes -> ... -> int32 logits, times their unit
     codes  = imodel.codes(images)                # edge -> the integer codes stored there
 
-integer_convert.py builds the graph; integer_ops.py and integer_pool.py hold its operations, integer_fast.py the fast ones.
+integer_convert.py builds the graph; integer_ops.py and integer_pool.py hold its operations, integer_fast.py the fast ones, whose kernels are
+one page of C, integer_kernels.c.
 Jacob et al. 2018 (arXiv:1712.05877).
 """
-
-import warnings
 
 import pandas as pd
 import torch
@@ -28,8 +27,8 @@ def to_integer(qmodel, rounding="single", executor="reference", compile=None):
     """An IntegerModel that computes what `qmodel` simulates.
 
     rounding: "single" (TensorFlow Lite today) or "double" (gemmlowp), of every requantization. executor: "reference" (int32 tensors on the
-    CPU, readable) or "fast" (int8 matrix products and fused requantization, CPU and CUDA); both give the same codes. compile: whether the
-    fast one compiles its requantization at the first call, which takes seconds; None: where there is a compiler.
+    CPU, readable) or "fast" (int8 codes, CPU and CUDA); both give the same codes. compile: whether the fast one uses compiled kernels, on the
+    CPU in C, which takes a second once a machine, on CUDA by torch.compile, seconds at the first call; None: where there is a compiler.
     Raises UserError, naming the node, for what is simulation only (placement "inputs", a float residual stream, operations without an
     integer form), for an edge without parameters, and where 32 bits are not enough.
     """
@@ -48,9 +47,7 @@ def to_integer(qmodel, rounding="single", executor="reference", compile=None):
     if config.residual_bits is None and residual:
         raise UserError(f"node {residual[0]} is stored as float (residual_bits=None), which is simulation only; use 2 to 8 bits")
     if compile is None and executor == "fast":
-        compile = has_compiler()
-        if not compile:
-            warnings.warn("no C++ compiler was found: the fast executor requantizes uncompiled, exact but slower", stacklevel=2)
+        compile = has_compiler(next(qmodel.parameters()).device.type)
     with torch.no_grad():
         parts = Converter(qmodel, rounding, executor, bool(compile)).convert()
     return IntegerModel(*parts, rounding, executor).eval().to(next(qmodel.parameters()).device)
@@ -88,7 +85,7 @@ class IntegerModel(nn.Module):
 
     def dequantize(self, acc, node):
         """int32 logits -> float32 logits, through what the network does with them."""
-        unit = self.operations[node.name].unit.to(acc.device)
+        unit = self.network.get_submodule(node.target).unit.to(acc.device)
         return self.tail((acc * unit).float())
 
     @torch.no_grad()
@@ -118,22 +115,40 @@ class IntegerModel(nn.Module):
         return pd.DataFrame(_report_rows(self.network, run.values))
 
 
-class IntegerRun(fx.Interpreter):
-    """Runs the integer graph and refuses every tensor that is not an integer."""
+class IntegerRun:
+    """Runs the integer graph node by node and refuses every tensor that is not an integer.
+
+    values: name of a node -> what it computed; with `keep` all of them, else those that are still to be read.
+    """
 
     def __init__(self, network, keep=False):
-        super().__init__(network, garbage_collect_values=not keep)
-        self.extra_traceback = False
-        self.values, self.keep, self.last = {}, keep, next(n for n in network.graph.nodes if n.op == "output").args[0]
+        self.network, self.keep, self.values = network, keep, {}
+        self.last = next(n for n in reversed(network.graph.nodes) if n.op == "output").args[0]
 
-    def run_node(self, node):
-        value = super().run_node(node)
+    def run(self, codes):
+        """int32 logits."""
+        values, readers = self.values, {}
+        for node in self.network.graph.nodes:
+            if node.op == "output":
+                return values[self.last.name]
+            values[node.name] = value = codes if node.op == "placeholder" else self._compute(node)
+            self._check(node, value)
+            readers[node] = len(node.users)
+            for source in node.all_input_nodes if not self.keep else ():
+                readers[source] -= 1
+                if not readers[source]:
+                    del values[source.name]
+
+    def _compute(self, node):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n.name])
+        if node.op == "call_module":
+            return getattr(self.network, node.target)(*args, **kwargs)  # the converter names them without dots
+        return getattr(args[0], node.target)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)
+
+    def _check(self, node, value):
         for tensor in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
                 raise AssertionError(f"{node.name} is {tensor.dtype}: only integers may exist between the input's codes and the logits")
-        if self.keep:
-            self.values[node.name] = value
-        return value
 
 
 def _report_rows(network, values):

@@ -1,21 +1,20 @@
 """The fast executor: the same operations, code for code, on int8 tensors in channels-last order.
 
-Unsigned 8-bit codes are stored less 128. Convolutions are matrix products of int8 by torch's integer GEMM, behind im2col or, for 1x1,
-directly on the codes; the zero-point's share, -zero_point * sum(weight), is part of the bias. Bias, multiplication, shift and clamp are one
-pass over the accumulators where torch.compile has a compiler, else they run block by block, so that a block stays in the cache.
+Unsigned 8-bit codes are stored less 128. On a CPU with a C compiler the work is done by integer_kernels.c. Elsewhere convolutions are matrix
+products of int8 by torch's integer GEMM, behind im2col or, for 1x1, directly on the codes; the zero-point's share, -zero_point * sum(weight),
+is part of the bias. Bias, multiplication, shift and clamp are then one pass over the accumulators on CUDA with torch.compile, else they run
+block by block, so that a block stays in the cache.
 """
 
 import functools
 import importlib.util
-import os
-import shutil
 import time
 import warnings
 
 import torch
 import torch.nn.functional as F
 
-from quantlab import integer_ops as ops, integer_pool as pools
+from quantlab import integer_native as native, integer_ops as ops, integer_pool as pools
 from quantlab.fixedpoint import requantize
 from quantlab.runtime import UserError
 
@@ -62,11 +61,17 @@ def _least_seconds(function, a, b, repeats=5):
     return min(times)
 
 
-def has_compiler():
-    """True where torch.compile can make kernels: a C++ compiler for the CPU, Triton for CUDA."""
-    if torch.cuda.is_available():
-        return importlib.util.find_spec("triton") is not None
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++", "cl"))
+def has_compiler(device_type):
+    """True where kernels can be made: by a C compiler for the CPU, by torch.compile with Triton for CUDA."""
+    return native.library() is not None if device_type == "cpu" else has_triton()
+
+
+@functools.cache
+def has_triton():
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn("Triton is not installed: on CUDA the fast executor requantizes uncompiled, exact but slower", stacklevel=2)
+        return False
+    return True
 
 
 def im2col(x, kernel, stride, dilation, padding, zero_point, width):
@@ -124,17 +129,32 @@ def from_rows(rows, like):
     return rows.view(*like.shape[:-1], -1)
 
 
+def channels_last(x):
+    return x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+
+
+def channels_second(x):
+    return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
+
+
 class Fast:
-    """What the fast operations share: `use_compiler` says whether their pass over rows is a compiled kernel."""
+    """What the fast operations share: `use_compiler` says whether they run compiled kernels, which are C on the CPU."""
 
     use_compiler = False
+
+    def use_native(self, x):
+        return self.use_compiler and x.is_cpu and native.library() is not None
 
     def constants(self):
         return self.multiplier.flatten(), self.shift.flatten(), self.zero_point, self.low, self.high, self.rounding
 
+    @functools.cached_property
+    def packed(self):
+        return native.pack_constants(*self.constants())
+
     def run(self, function, rows, *constants):
         """function(*rows, *constants) for [M, N] tensors, int8."""
-        if self.use_compiler:
+        if self.use_compiler and rows[0].is_cuda and has_triton():
             return compiled(function)(*rows, *constants)
         step = len(rows[0]) if rows[0].is_cuda else max(1, BLOCK // rows[0].shape[1])
         return torch.cat([function(*(r[i : i + step] for r in rows), *constants) for i in range(0, len(rows[0]), step)])
@@ -185,7 +205,13 @@ class Linear(FastLayer, ops.Linear):
         super().__init__(*arguments)
         self.prepare()
 
+    @functools.cached_property
+    def kernel(self):
+        return native.Layer(self.weight[:, :, None, None], self.bias, self.zero_point_in, None if self.out is None else self.constants())
+
     def forward(self, x):
+        if self.use_native(x):
+            return self.kernel(x.reshape(-1, 1, 1, x.shape[-1])).view(*x.shape[:-1], -1)
         rows = to_rows_linear(x, self.width)
         return self.finish(self.product(rows)).view(*x.shape[:-1], -1)
 
@@ -205,7 +231,14 @@ class Conv(FastLayer, ops.Conv):
         self.depthwise = self.options["groups"] == layer.in_channels and self.weight.shape[0] == layer.in_channels
         self.prepare()
 
+    @functools.cached_property
+    def kernel(self):
+        window = {"stride": self.window["stride"], "dilation": self.window["dilation"], "padding": self.padding, "groups": self.groups}
+        return native.Layer(self.weight, self.bias, self.zero_point_in, None if self.out is None else self.constants(), **window)
+
     def forward(self, x):
+        if self.use_native(x):
+            return channels_second(self.kernel(channels_last(x)))
         if self.depthwise:
             acc, shape = self.sum_over_taps(x)
             result = self.finish(acc)
@@ -237,24 +270,63 @@ class Affine(Fast, ops.Affine):
         weight, bias = self.weight.flatten(), self.bias.flatten()
         if self.out is None:
             return self.accumulate(x)
+        if self.use_native(x):
+            weight, bias = native.pad_outputs(weight), native.pad_outputs(bias)
+            return channels_second(native.affine(channels_last(x), self.zero_point_in, weight, bias, self.packed))
         return from_rows(self.run(affine_rows, (to_rows(x),), self.zero_point_in, weight, bias, *self.constants()), x)
 
 
 class Requantize(Fast, ops.Requantize):
     def forward(self, x):
+        if self.use_native(x):
+            return channels_second(native.requantize(channels_last(x), self.zero_point_in, self.packed))
         return from_rows(self.run(requantize_rows, (to_rows(x),), self.zero_point_in, *self.constants()), x)
 
 
 class Add(Fast, ops.Add):
+    @functools.cached_property
+    def smaller(self):
+        """(which operand has the smaller scale, its constants for the C kernel, both zero points, the larger one's first)."""
+        small = int(self.multipliers[1].double().ldexp(self.shifts[1]) <= self.multipliers[0].double().ldexp(self.shifts[0]))
+        zero_points = self.zero_points.tolist()
+        return small, native.pack_constants(self.multipliers[small], self.shifts[small], 0, 0, 0, self.rounding), zero_points if small else zero_points[::-1]
+
     def forward(self, a, b):
         if self.out is None:
             return self.accumulate(a, b)
-        a, b = torch.broadcast_tensors(a, b)
+        if a.shape != b.shape:
+            a, b = torch.broadcast_tensors(a, b)
+        if self.use_native(a):
+            small, operand, zero_points = self.smaller
+            a, b = (channels_last(x) for x in ((a, b) if small else (b, a)))
+            return channels_second(native.add(a, b, zero_points, operand, self.packed))
         rows = to_rows(a), to_rows(b)
         return from_rows(self.run(add_rows, rows, self.zero_points, self.multipliers, self.shifts, *self.constants()), a)
 
 
-class Average(pools.Average):
+class Average(Fast, pools.Average):
+    """The mean of a whole image is a depthwise convolution by ones, as large as the image."""
+
+    def forward(self, x):
+        whole = self.dims in ((2, 3), (-2, -1)) if self.windows is None else all(w.output == 1 for w in self.windows)
+        if self.out is None or not whole or x.dim() != 4 or not self.use_native(x):
+            return super().forward(x)
+        if self.size != x.shape[1:]:
+            self._set_size(x.shape)
+        y = self.kernel(channels_last(x))
+        return channels_second(y) if self.keepdim or self.windows else y.flatten(1)
+
+    def _set_size(self, shape):
+        super()._set_size(shape)
+        self.__dict__.pop("kernel", None)
+
+    @functools.cached_property
+    def kernel(self):
+        channels = self.size[0]
+        ones, zeros = torch.ones(channels, 1, *self.size[1:], dtype=torch.int32), torch.zeros(channels, dtype=torch.int32)
+        multiplier, shift, *rest = self.constants()
+        return native.Layer(ones, zeros, self.zero_point_in, (multiplier.expand(channels), shift.expand(channels), *rest), groups=channels)
+
     def store(self, acc):
         return super().store(acc).to(torch.int8)
 

@@ -81,7 +81,7 @@ def _is_newer(file, other):
 def run_key(notebook, parameters):
     """Sixteen hex digits of everything that decides what a notebook computes."""
     parts = [notebook.path.read_text(encoding="utf-8"), json.dumps({**notebook.parameters, **parameters}, sort_keys=True)]
-    parts += [file.read_text(encoding="utf-8") for file in sorted(PACKAGE.rglob("*.py"))]
+    parts += [file.read_text(encoding="utf-8") for file in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.c")])]
     if "data" in notebook.parameters:
         place = data.find_data(parameters.get("data", notebook.parameters["data"]))
         parts.append(json.dumps(imageset.state(pathlib.Path(place)) if pathlib.Path(place).exists() else place))

@@ -1,5 +1,6 @@
 """The whole network in integers: two executors and the simulation agree, no float exists inside, and what cannot be done is named."""
 
+import copy
 import time
 
 import pytest
@@ -32,9 +33,9 @@ class OnlyIntegers(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("executor", ["reference", "fast"])
-def test_no_operator_inside_gives_a_float(qmodel, digits, executor):
-    imodel = to_integer(qmodel, executor=executor, compile=False)
+@pytest.mark.parametrize("executor, compile", [("reference", False), ("fast", False), ("fast", None)])
+def test_no_operator_inside_gives_a_float(qmodel, digits, executor, compile):
+    imodel = to_integer(qmodel, executor=executor, compile=compile)
     codes = imodel.input_codes(next(iter(digits.calibration(2))))
     imodel.network(codes)  # the average's multipliers are made at the first image of a size
     with OnlyIntegers():
@@ -60,11 +61,17 @@ def test_executors_agree_on_256_images(qmodel, digits):
     assert all(equal_codes(reference.codes(batch), fast.codes(batch)) for batch in batches)
 
 
-def test_compiled_requantization_agrees(qmodel, digits):
-    if not integer_fast.has_compiler():
-        pytest.skip("no compiler for torch.compile")
-    x = next(iter(digits.calibration(16, seed=3)))
-    assert equal_codes(to_integer(qmodel, executor="fast", compile=True).codes(x), to_integer(qmodel).codes(x))
+@pytest.mark.parametrize("rounding", ["single", "double"])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_compiled_kernels_agree(resnet20, stats, digits, config, rounding):
+    if not integer_fast.has_compiler("cpu"):
+        pytest.skip("no C compiler")
+    qmodel = ql.quantize(resnet20, stats, config)
+    imodel = copy.deepcopy(to_integer(qmodel, rounding, "fast"))
+    for seed, batch in ((3, 16), (4, 1)):
+        x = next(iter(digits.calibration(batch, seed=seed)))
+        assert equal_codes(imodel.codes(x), to_integer(qmodel, rounding).codes(x))
+    assert equal_codes(copy.deepcopy(imodel).codes(x), imodel.codes(x)), "a copy after a run is as good"
 
 
 def saturating(a, b):  # as a processor without VNNI may
@@ -88,12 +95,6 @@ def test_without_the_integer_gemm_the_result_is_the_same(qmodel, digits, monkeyp
         assert equal_codes(codes, expected)
     finally:
         integer_fast.has_integer_gemm.cache_clear()
-
-
-def test_a_missing_compiler_is_said(qmodel, monkeypatch):
-    monkeypatch.setattr("quantlab.integer.has_compiler", lambda: False)
-    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
-        to_integer(qmodel, executor="fast")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -53,7 +53,8 @@ def test_a_network_of_everything(config):
     assert frame.max_difference.max() <= 1 and frame.share.max() < 2e-3
     for rounding in ("single", "double"):
         reference = to_integer(qmodel, rounding).codes(x)
-        assert equal_codes(to_integer(qmodel, rounding, "fast", compile=False).codes(x), reference)
+        for compile in (False, None):
+            assert equal_codes(to_integer(qmodel, rounding, "fast", compile=compile).codes(x), reference)
     loss = (to_integer(qmodel)(x) - qmodel(x)).abs().max() / qmodel(x).abs().max()
     assert loss < 0.1
 
@@ -70,7 +71,7 @@ def test_torchvision_networks(name):
         model.classifier[0], model.classifier[3], model.classifier[6] = nn.Linear(25088, 64), nn.Linear(64, 64), nn.Linear(64, 10)
     build, x = random_network(model, 64)
     qmodel = build(ql.QuantConfig(8, 8, weight_observer="minmax"))
-    imodel = to_integer(qmodel, executor="fast", compile=False)
+    imodel = to_integer(qmodel, executor="fast")
     frame = proof.per_operation(qmodel, imodel, [x])
     assert frame.max_difference.max() <= 1, frame.nlargest(3, "share").to_string()
     unexplained = (frame.differing - frame.ties) / frame["values"]  # the average of four codes on their own grid is a tie every fourth time
