@@ -127,11 +127,11 @@ class IntegerRun:
 
     def run(self, codes):
         """int32 logits."""
-        values, readers = self.values, {}
+        self.input, values, readers = codes, self.values, {}
         for node in self.network.graph.nodes:
             if node.op == "output":
                 return values[self.last.name]
-            values[node.name] = value = codes if node.op == "placeholder" else self._compute(node)
+            values[node.name] = value = self.run_node(node)
             self._check(node, value)
             readers[node] = len(node.users)
             for source in node.all_input_nodes if not self.keep else ():
@@ -139,8 +139,14 @@ class IntegerRun:
                 if not readers[source]:
                     del values[source.name]
 
-    def _compute(self, node):
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n.name])
+    def arguments(self, node):
+        """(args, kwargs) with values for nodes."""
+        return fx.map_arg((node.args, node.kwargs), lambda n: self.values[n.name])
+
+    def run_node(self, node):
+        if node.op == "placeholder":
+            return self.input
+        args, kwargs = self.arguments(node)
         if node.op == "call_module":
             return getattr(self.network, node.target)(*args, **kwargs)  # the converter names them without dots
         return getattr(args[0], node.target)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)

@@ -288,8 +288,8 @@ class Add(Fast, ops.Add):
     def smaller(self):
         """(which operand has the smaller scale, its constants for the C kernel, both zero points, the larger one's first)."""
         small = int(self.multipliers[1].double().ldexp(self.shifts[1]) <= self.multipliers[0].double().ldexp(self.shifts[0]))
-        zero_points = self.zero_points.tolist()
-        return small, native.pack_constants(self.multipliers[small], self.shifts[small], 0, 0, 0, self.rounding), zero_points if small else zero_points[::-1]
+        constants = native.pack_constants(self.multipliers[small], self.shifts[small], 0, 0, 0, self.rounding)
+        return small, constants, self.zero_points.tolist()[:: 1 if small else -1]
 
     def forward(self, a, b):
         if self.out is None:

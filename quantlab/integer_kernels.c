@@ -37,7 +37,8 @@ static inline Output unpack(const int32_t *constants, int64_t n) {
 static inline int32_t rescale_one(int32_t x, int32_t q, int32_t up, int32_t down, int32_t away) {
     int32_t most = INT32_MAX >> up;
     x = x > most ? most : x < ~most ? ~most : x;
-    int32_t h = (uint64_t)((int64_t)(x << up) * q + ((int64_t)away << 30)) >> 31;  // unsigned: AVX2 has no other; the 32 bits kept are the same
+    uint64_t product = (int64_t)(x << up) * q + ((int64_t)away << 30);  // unsigned, for AVX2 shifts no other; the 32 bits kept are the same
+    int32_t h = product >> 31;
     h += (h >> 31) & -away;
     return ((h >> down) + 1) >> 1;
 }
@@ -157,7 +158,7 @@ static void widen(const Shape *s, const int8_t *x, int64_t first, int64_t rows, 
 }
 
 // Tasks begin .. end of a convolution; a task is a band of rows, or a few whole images. Of codes and logits one is given.
-// bias: one a channel; weight: [groups][outputs of a group / OUT][kernel_h][stretches][stretch / 2][OUT][2]. Returns 0, or 1 without memory.
+// weight: [groups][outputs of a group / OUT][kernel_h][stretches][stretch / 2][OUT][2]. Returns 0, or 1 where memory is short.
 int conv(const Shape *s, const int8_t *x, const int16_t *weight, const int32_t *bias, const int32_t *constants, int8_t *codes,
          int32_t *logits, int64_t begin, int64_t end) {
     int64_t width = (s->columns - 1) * s->stride_w + (s->kernel_w - 1) * s->dilation_w + 1;
@@ -177,7 +178,8 @@ int conv(const Shape *s, const int8_t *x, const int16_t *weight, const int32_t *
             int16_t *in = wide + i * height * width * s->channels;
             widen(s, x + (image + i) * s->height * s->width * s->channels, first * s->stride_h - s->top, height, width, in);
             for (int64_t r = 0; r < rows; r++)
-                for (int64_t c = 0; c < s->columns; c++) window[pixels++] = in + (r * s->stride_h * width + c * s->stride_w) * s->channels;
+                for (int64_t c = 0; c < s->columns; c++)
+                    window[pixels++] = in + (r * s->stride_h * width + c * s->stride_w) * s->channels;
         }
         for (int i = 0; i < PIXELS; i++) window[pixels + i] = window[pixels - 1];  // so that the last tile is a whole one
         int64_t start = (image * s->rows + first) * s->columns;
@@ -227,8 +229,8 @@ int requantize(const int8_t *x, int64_t zero_point_in, const int32_t *constants,
 
 // code of a + b, each less its zero point, with 20 fractional bits, on the scale 2 * s_a: as s_a >= s_b, a is halved, which is exact.
 // operand: constants of b.
-int add(const int8_t *a, const int8_t *b, int64_t zero_point_a, int64_t zero_point_b, const int32_t *operand, const int32_t *constants, int8_t *y,
-        int64_t begin, int64_t end) {
+int add(const int8_t *a, const int8_t *b, int64_t zero_point_a, int64_t zero_point_b, const int32_t *operand, const int32_t *constants,
+        int8_t *y, int64_t begin, int64_t end) {
     Output in = unpack(operand, OUT), o = unpack(constants, OUT);
     int32_t large[CHUNK] = {0}, small[CHUNK] = {0};
     for (int64_t i = begin; i < end; i += CHUNK) {

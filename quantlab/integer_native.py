@@ -78,8 +78,8 @@ def _output(command):
 def _processor():
     """What the compiler looks at for "native"."""
     info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})) or platform.processor()
+    lines = set(info.read_text().splitlines()) if info.exists() else ()
+    return "\n".join(sorted(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))) or platform.processor()
 
 
 def declared(library):
@@ -102,7 +102,8 @@ def pack_constants(multiplier, shift, zero_point, low, high, rounding, groups=1)
 
     multiplier, shift: int32 of one value or one a channel; groups: into which a layer's channels are padded.
     """
-    q, shift = (x.flatten().int().expand(OUT if x.numel() == 1 and groups == 1 else x.numel()) for x in (multiplier, shift.clamp(max=LARGEST_SHIFT)))
+    channels = OUT if multiplier.numel() == 1 and groups == 1 else multiplier.numel()
+    q, shift = (x.flatten().int().expand(channels) for x in (multiplier, shift.clamp(max=LARGEST_SHIFT)))
     away = (shift < 0) & (rounding == "double")
     up, down = torch.where(away, 0, (shift + 1).clamp(min=0)), (-shift - 1).clamp(min=0)
     zero_point, low, high = int(zero_point), int(low), int(high)
@@ -160,7 +161,8 @@ class Layer:
         logits = self.constants is None
         y = torch.empty(size, dtype=torch.int32 if logits else torch.int8)
         results = (None, y) if logits else (y, None)
-        call("conv", (ctypes.byref(s), x.contiguous(), self.weight, self.bias, self.constants, *results), tasks, y.numel() * self.work, THREADED)
+        arguments = ctypes.byref(s), x.contiguous(), self.weight, self.bias, self.constants, *results
+        call("conv", arguments, tasks, y.numel() * self.work, THREADED)
         return y
 
 

@@ -66,14 +66,14 @@ class _Forced(IntegerRun):
         return expected.to(value.dtype)
 
     def _kind(self, node):
-        return getattr(self.module.get_submodule(node.target), "kind", "") if node.op == "call_module" else node.target.__name__
+        return getattr(self.network.get_submodule(node.target), "kind", "") if node.op == "call_module" else node.target.__name__
 
     def _explain(self, count, node, where):
         """How far from a tie the exact values are that were rounded differently, in codes."""
-        op = self.module.get_submodule(node.target) if node.op == "call_module" else None
+        op = self.network.get_submodule(node.target) if node.op == "call_module" else None
         if not isinstance(op, Operation):
             return
-        acc = op.accumulate(*self.fetch_args_kwargs_from_env(node)[0])
+        acc = op.accumulate(*self.arguments(node)[0])
         exact = (acc.double() * (op.unit.to(acc.device) / op.out.scale))[where]
         distance = (exact - exact.floor() - 0.5).abs()
         count["ties"] += int((distance < TIE).sum())
