@@ -251,11 +251,13 @@ def original_table(frame):
 
 
 def speed_table(frame):
-    """results/bench.csv in words: one line a measurement."""
-    return pd.DataFrame([{
-        "What": row.section, "Network": f"{row.model}, batch {row.batch}", "Measured": row.what, "images/s": f"{row.images_per_s:,.0f}",
-        "Against": row.against, "Time": f"{row.time_ratio:.2f}x [{row.time_ratio_least:.2f}, {row.time_ratio_most:.2f}]", "On": row.device,
-    } for row in frame.itertuples() if row.what != row.against])  # fmt: skip
+    """results/bench.csv in words: throughput against the side named "against", one column a network, one line a measurement and processor."""
+    frame = frame[frame.what != frame.against]
+    frame = frame.assign(
+        Network=frame.model + ", batch " + frame.batch.astype(str), What=frame.section, Measured=frame.what, On=frame.device,
+        ratio=[f"{1 / r.time_ratio:.2f} [{1 / r.time_ratio_most:.2f}, {1 / r.time_ratio_least:.2f}]" for r in frame.itertuples()],
+    )  # fmt: skip
+    return frame.pivot_table("ratio", ["What", "Measured", "On"], "Network", aggfunc="last", sort=False, fill_value="").reset_index()
 
 
 def label(row):
@@ -274,7 +276,7 @@ def label(row):
 
 def markdown(table):
     """A frame of strings as a Markdown table, numbers to the right."""
-    right = {"Top-1 %", "Points lost [95 %]", "Weights kB", "n", "Seeds", "Original", "Its way", "Right way", "images/s", "Time"}
+    right = {"Top-1 %", "Points lost [95 %]", "Weights kB", "n", "Seeds", "Original", "Its way", "Right way"}
     lines = [" | ".join(table.columns), " | ".join("---:" if c in right else "---" for c in table.columns)]
     lines += [" | ".join(str(v) for v in row) for row in table.itertuples(index=False)]
     return "\n".join(f"| {line} |" for line in lines)
@@ -314,7 +316,10 @@ def update_readme(readme=None):
     if bench.is_file():
         measured = pd.read_csv(bench)
         version = ", ".join(measured.torch.unique())
-        texts["speed"] = f"{markdown(speed_table(measured))}\n\nMedian over rounds [least, most], torch {version}: `python -m quantlab bench`."
+        texts["speed"] = f"{markdown(speed_table(measured))}\n\n" + (
+            f"How many times the images a second of float, eager (`reconstruct`: iterations against those of the float unit); median over rounds [least, most], "
+            f"torch {version}: `python -m quantlab bench` measures both sides in turn, `results/bench.csv` has images a second."
+        )
     text = readme.read_text(encoding="utf-8")
     for name, table in texts.items():
         text = re.sub(rf"(<!-- table:{name} -->).*?(<!-- /table -->)", lambda m, s=table: f"{m[1]}\n{s}\n{m[2]}", text, flags=re.DOTALL)

@@ -112,6 +112,7 @@ def test_the_readme_shows_what_is_published():
     assert results.markdown(results.headline(published, best=results.BEST)) in readme
     if len(original := results.original_table(published)):
         assert results.markdown(original) in readme
+    assert results.markdown(results.speed_table(pd.read_csv(CHECKOUT / "results" / "bench.csv"))) in readme
     assert pd.to_datetime(published.created).notna().all() and (published.n_test == 10_000).all()
 
 
