@@ -136,8 +136,7 @@ print(f"exact {float(exact):.4f}, rounded {found}")
 
 # %%
 compared = list(images.calibration(n_compared, seed + 2))
-executor = dict(executor="fast", compile=not smoke)  # compiling takes longer than a smoke run
-imodels = {(w, r): ql.to_integer(q, r, **executor) for (w, q), r in itertools.product(qmodels.items(), ("single", "double"))}
+imodels = {(w, r): ql.to_integer(q, r, executor="fast") for (w, q), r in itertools.product(qmodels.items(), ("single", "double"))}
 alone = pd.concat(proof.per_operation(qmodels[w], imodel, compared).assign(network=w, rounding=r) for (w, r), imodel in tqdm(imodels.items()))
 report = imodels[low, "single"].report(batch.shape[1:])
 layers = alone[alone.network == low].merge(report[["layer", "multiplier"]], on="layer")
@@ -172,7 +171,8 @@ print(f"{len(codes)} edges; logits {codes['logits'].dtype}, {codes['logits'].min
 report.drop(columns=["bops", "live_bytes"]).head(6).round(4)
 
 # %% [markdown]
-# The reference runs int32 tensors and is made to be read. The fast executor runs int8 matrix products; it must give the same codes.
+# The reference runs int32 tensors and is made to be read. The fast executor keeps int8 codes in memory and accumulators in registers (a page of
+# C, `quantlab/integer_kernels.c`, or torch's integer matrix product); it must give the same codes.
 
 # %%
 count = equal = 0
@@ -208,7 +208,7 @@ why.assign(per_million=lambda f: 1e6 * f.differing / f["values"])
 baseline = ql.evaluate(network, images.test, limit=limit)
 simulated = {w: ql.evaluate(q, images.test, limit=limit) for w, q in qmodels.items()}
 for imodel in imodels.values():
-    imodel(batch)  # compiled where that is asked for, before the clock runs
+    imodel(batch)  # what is compiled at the first call is compiled before the clock runs
 measured = {key: ql.evaluate(imodel, images.test, limit=limit) for key, imodel in tqdm(imodels.items())}
 agreement = pd.DataFrame([{
     "network": w, "rounding": r, "simulated": simulated[w].top1, "integer": result.top1, "n": result.n,
