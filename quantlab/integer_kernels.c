@@ -68,10 +68,18 @@ static inline void store(const int32_t *acc, const Output *o, int64_t c, int8_t 
     int32_t v[OUT];
     int8_t codes[OUT];
     rescale(acc, o, c, v);
+#if defined(__AVX2__)  // packing to 16 bits saturates beyond low and high
+    __m256i h = _mm256_packs_epi32(_mm256_loadu_si256((const __m256i *)v), _mm256_loadu_si256((const __m256i *)(v + 8)));
+    h = _mm256_min_epi16(_mm256_max_epi16(h, _mm256_set1_epi16(o->low)), _mm256_set1_epi16(o->high));
+    h = _mm256_add_epi16(h, _mm256_set1_epi16(o->zero_point));
+    h = _mm256_packs_epi16(h, h);  // the halves of 4 and 4 codes lie crosswise
+    _mm_storeu_si128((__m128i *)codes, _mm_unpacklo_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
+#else
     EACH(i) {
         v[i] = v[i] < o->low ? o->low : v[i];
         codes[i] = (v[i] > o->high ? o->high : v[i]) + o->zero_point;
     }
+#endif
     if (n >= OUT) memcpy(y, codes, OUT);
     else memcpy(y, codes, n);
 }

@@ -170,11 +170,14 @@ def call(name, arguments, n, work, enough):
     """The kernel `name` for parts of range(n), in threads where there is `enough` work; arguments: contiguous tensors, None, integers."""
     function = getattr(library(), name)
     passed = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-    threads = min(torch.get_num_threads(), n) if work >= enough else min(1, n)
-    ends = [n * i // threads for i in range(threads + 1)] if threads > 1 else (0, n)
-    others = [_threads(os.getpid()).submit(function, *passed, *part) for part in zip(ends[1:], ends[2:])]
-    failed = n and function(*passed, *ends[:2])
-    if any([failed, *(other.result() for other in others)]):
+    threads = min(torch.get_num_threads(), n) if work >= enough else 1
+    if threads <= 1:
+        failed = n and function(*passed, 0, n)
+    else:
+        ends = [n * i // threads for i in range(threads + 1)]
+        others = [_threads(os.getpid()).submit(function, *passed, *part) for part in zip(ends[1:], ends[2:])]
+        failed = any([function(*passed, *ends[:2]), *(other.result() for other in others)])
+    if failed:
         raise MemoryError(f"no memory for the kernel {name}")
 
 
