@@ -5,6 +5,7 @@
 Weights are random, images are noise: neither changes what is computed. All networks run on the CPU with torch's threads.
 """
 
+import collections
 import copy
 import shutil
 import statistics
@@ -15,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from quantlab import builtin
-from quantlab.integer import to_integer
+from quantlab.integer import IntegerRun, to_integer
 from quantlab.models import build
 from quantlab.ptq import QuantConfig, collect, quantize
 from quantlab.reconstruct import ReconstructConfig, iteration_cost
@@ -103,7 +104,31 @@ def bench_integer(model, images, rounds, compiled):
         networks |= {"ONNX Runtime float": onnxruntime_float(model), "ONNX Runtime int8": onnxruntime_int8(model, [images])}
     except (ImportError, UserError) as error:
         print(f"ONNX Runtime: {error}")
-    return compare("integer", "float", networks, images, rounds)
+    frame = compare("integer", "float", networks, images, rounds)
+    shares = time_by_operation(networks["integer only"], images, rounds)
+    print("integer only, where the time goes: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
+    return frame
+
+
+def time_by_operation(imodel, images, rounds):
+    """Share of an IntegerModel's time that each kind of operation takes, the largest first; a dict that adds up to 1."""
+    seconds = collections.Counter()
+    for turn in range(rounds + 1):
+        started = time.perf_counter()
+        run, codes = IntegerRun(imodel.network), imodel.input_codes(images)
+        spent = collections.Counter({"images to codes": time.perf_counter() - started})
+
+        def timed(node, compute=run.run_node, spent=spent):
+            started = time.perf_counter()
+            value = compute(node)
+            kind = imodel.network.get_submodule(node.target).kind if node.op == "call_module" else "views"
+            spent[kind] += time.perf_counter() - started
+            return value
+
+        run.run_node = timed
+        run.run(codes)
+        seconds += spent if turn else collections.Counter()  # the first is a warm-up
+    return {kind: value / seconds.total() for kind, value in seconds.most_common()}
 
 
 def bench_reconstruct(model, images, rounds, compiled):

@@ -118,5 +118,6 @@ def test_bench_ratios_are_taken_round_by_round(monkeypatch):
 def test_bench_runs_its_sections_and_refuses_others(workbook, capsys):
     frame = bench.bench(["collect", "fakequant", "integer", "reconstruct"], model="resnet20", batch=2, rounds=1, compiled=False)
     assert set(frame.section) == {"collect", "fakequant", "integer", "reconstruct"} and {"float", "collect", "fake-quant"} <= set(frame.what)
-    assert (workbook / "results" / "bench.csv").exists() and "time against float" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (workbook / "results" / "bench.csv").exists() and "time against float" in said and "where the time goes: " in said
     assert main(["bench", "speed"]) == 1 and "bench section 'speed' is unknown; use: collect" in capsys.readouterr().err
