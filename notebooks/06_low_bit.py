@@ -314,16 +314,18 @@ for which in wanted.split(",") if "rivals" in sections else []:
 rival_frame = results.record(rival_rows) if rival_rows else pd.DataFrame(columns=results.COLUMNS)
 rival_frame[["method", "top1", "drop", "drop_low", "drop_high"]].round(2)
 
-
 # %% [markdown]
-# All rows of this network, these images and this convention: those measured now, and those published before.
+# All rows of this network, these images and this convention: those measured now, and those published before. Without sections
+# (`-p sections none`) the notebook measures nothing and draws from the files.
 
 # %%
-def known():
+rows = results.newest(pd.concat([results.load(results.published_path()), results.load()])).reset_index(drop=True)
+same = (rows.checkpoint_sha == card.sha256[:12]) & (rows.data_sha == images.fingerprint[:12]) & (rows.n_test == baseline.n) & (rows.n_calibration == n_calibration)
+rival_frame = rows[same & rows.method.isin(["PT2E int8", "ONNX Runtime int8"])]
+
+def known(rows):
     """One row a method, width and seed, the newest: columns of results.csv, `name` and `width`."""
-    rows = results.newest(pd.concat([results.load(results.published_path()), results.load()])).reset_index(drop=True)
-    same = (rows.checkpoint_sha == card.sha256[:12]) & (rows.data_sha == images.fingerprint[:12]) & (rows.n_test == baseline.n) & (rows.n_calibration == n_calibration)
-    rows = rows[same & results.is_default(rows, ("weight_bits", "act_bits", "first_last_bits")) & rows.weight_bits.notna() & rows.act_bits.notna()].copy()
+    rows = rows[results.is_default(rows, ("weight_bits", "act_bits", "first_last_bits")) & rows.weight_bits.notna() & rows.act_bits.notna()].copy()
     rows["name"] = rows.corrections.fillna("").str.removesuffix(f", {iterations} iterations").replace("", "nearest")
     outer = rows.first_last_bits.map(lambda b: "" if pd.isna(b) else f"/{b}")
     rows["width"] = (rows.weight_bits.astype(str) + "/" + rows.act_bits.astype(str) + outer).map(lambda w: name_of(w) if w in widths.split(",") else "")
@@ -333,7 +335,7 @@ def known():
 
 
 # %%
-everything = known() if "methods" in sections else frame
+everything = known(rows[same])
 if len(everything):
     table, counts = (everything.pivot_table("drop", "name", "width", how, sort=False) for how in ("mean", "count"))
     shown = table.round(2).astype(str) + " (" + counts.fillna(0).astype(int).astype(str) + ")"
