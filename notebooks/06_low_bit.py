@@ -330,7 +330,7 @@ def known(rows):
     outer = rows.first_last_bits.map(lambda b: "" if pd.isna(b) else f"/{b}")
     rows["width"] = (rows.weight_bits.astype(str) + "/" + rows.act_bits.astype(str) + outer).map(lambda w: name_of(w) if w in widths.split(",") else "")
     rows = rows[rows.name.isin(METHODS) & (rows.width != "")]
-    order = rows.name.map(METHODS.index) + 100 * rows.width.map([name_of(w) for w in widths.split(",")].index)
+    order = 100 * rows.name.map(METHODS.index) + rows.width.map([name_of(w) for w in widths.split(",")].index)
     return rows.loc[order.sort_values(kind="stable").index]
 
 
