@@ -73,14 +73,13 @@ def test_empirical_correction_leaves_no_mean_error_in_any_layer(resnet20, stats,
         for name in ptq.layers(qmodel, qmodel.plan):
             layer(graph, name).register_forward_hook(lambda m, i, o, name=name: found.update({name: o.double().transpose(0, 1).flatten(1).mean(1)}))
         with torch.no_grad():
-            graph(images)
+            graph(images.contiguous(memory_format=torch.channels_last))  # as it was measured: another layout sums, and breaks ties, otherwise
         return found
 
     target, plain, better = (channel_means(graph) for graph in (ptq.prepare(resnet20)[0], qmodel, corrected))
     for name in ptq.layers(corrected, corrected.plan):
         unit = ptq.input_qparams(corrected, name).scale.double() * layer(corrected, name).weight_qparams.scale.double()
-        # half a unit is what rounding the bias leaves; codes at a tie that fall the other way in this float32 pass leave a little more
-        assert ((better[name] - target[name]).abs() <= 0.6 * unit + 1e-5).all()
+        assert ((better[name] - target[name]).abs() <= 0.51 * unit + 1e-5).all()  # what rounding the bias leaves
     assert max((plain[n] - target[n]).abs().max() for n in target) > 0.1
 
 
