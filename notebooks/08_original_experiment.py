@@ -38,7 +38,7 @@ import torch
 from tqdm.auto import tqdm
 
 import quantlab as ql
-from quantlab import builtin, edgestats, observers, plots, ptq, results
+from quantlab import builtin, edgestats, observers, plots, ptq, results, tables
 from quantlab.train import augment, default_config
 
 # %% tags=["parameters"]
@@ -258,8 +258,8 @@ def measure(settings, bits, s, name, method="ablation"):
 # The rows below 8 bits over all seeds. The right way is this workbook's default at the same width.
 
 # %%
-FLOAT, BUILT_IN = results.ORIGINAL_FLOAT, results.ORIGINAL["8bit built-in"]  # top-1 in %, of ResNet-50 on the official files, all from its README
-PUBLISHED = {name: top1 for name, top1 in results.ORIGINAL.items() if "built-in" not in name}
+FLOAT, BUILT_IN = tables.ORIGINAL_FLOAT, tables.ORIGINAL["8bit built-in"]  # top-1 in %, of ResNet-50 on the official files, all from its README
+PUBLISHED = {name: top1 for name, top1 in tables.ORIGINAL.items() if "built-in" not in name}
 WAYS = list(plots.ladder.WAYS)
 ways = {("fp32 original", way): [baseline] for way in WAYS[1:]}
 for name, s in tqdm([(n, s) for n in PUBLISHED for s in (seeds[:1] if n[0] == "8" else seeds)]):

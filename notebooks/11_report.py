@@ -30,7 +30,7 @@ import pandas as pd
 from IPython.display import Image, Markdown, display
 
 import quantlab as ql
-from quantlab import plots, results
+from quantlab import plots, results, tables
 
 # %% tags=["parameters"]
 source = "auto"  # local (results.csv), published (published.csv), or auto: local where there are local results
@@ -51,11 +51,10 @@ if (rows.dataset == results.SMOKE).all():
 # The original's table, as published in 2021 for ResNet-50 on the official CIFAR-10 files (93.62 % in float, 10,000 test images, one run):
 
 # %%
-ORIGINAL = {"fp32 original": 93.62, "8bit built-in": 93.62, "8bit hist": 93.52, "8bit fake-hist": 93.41,
-            "4bit hist": 64.62, "4bit fake-hist": 88.55, "3bit fake-hist": 50.76}
-original = pd.DataFrame({"Quantization": ORIGINAL.keys(), "Top-1 %": [f"{v:.2f}" for v in ORIGINAL.values()],
-                         "Points lost": [f"{93.62 - v:.2f}" for v in ORIGINAL.values()]})
-Markdown(results.markdown(original))
+top1 = {"fp32 original": tables.ORIGINAL_FLOAT} | tables.ORIGINAL
+original = pd.DataFrame({"Quantization": top1.keys(), "Top-1 %": [f"{v:.2f}" for v in top1.values()],
+                         "Points lost": [f"{tables.ORIGINAL_FLOAT - v:.2f}" for v in top1.values()]})
+Markdown(tables.markdown(original))
 
 # %% [markdown]
 # And ours. Points lost are against the float network on the same images, with a paired 95 % interval. Another network on other images than
@@ -63,7 +62,7 @@ Markdown(results.markdown(original))
 
 # %%
 real = rows[rows.dataset != results.SMOKE]
-Markdown(results.markdown(results.headline(real if len(real) else rows)))
+Markdown(tables.markdown(tables.headline(real if len(real) else rows)))
 
 # %% [markdown]
 # ## 2. Accuracy by bits

@@ -105,7 +105,8 @@ def _report(options):
 
 
 def _publish(options):
-    from quantlab.results import publish, published_path
+    from quantlab.results import published_path
+    from quantlab.tables import publish
 
     print(f"{publish()} rows published to {published_path()}; README.md updated")
 

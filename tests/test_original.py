@@ -11,7 +11,7 @@ import torch
 from conftest import CHECKOUT, read_text
 
 import quantlab as ql
-from quantlab import ptq, results, sensitivity
+from quantlab import ptq, results, sensitivity, tables
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import find_kinds
 
@@ -196,5 +196,5 @@ def test_steps_of_a_study_stay_out_of_the_headline(digits, resnet20):
     common = dict(data=digits, model="resnet20", card=card, baseline=baseline, result=baseline, notebook="08_original_experiment")
     names = [("original", "4bit hist"), ("original", "8bit hist"), ("ablation", "W4A4 ladder: a step"), ("by hand", "")]
     rows = [results.make_row(**common, method=m, corrections=c, config=ql.QuantConfig(4, 4)) for m, c in names]
-    table = results.headline(pd.DataFrame(rows))
+    table = tables.headline(pd.DataFrame(rows))
     assert list(table.Quantization) == ["original: 4bit hist", "original: 8bit hist", "W4A4 histogram, weights lp(p=3)"]

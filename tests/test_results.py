@@ -9,7 +9,7 @@ import torch
 from conftest import CHECKOUT, read_text
 
 import quantlab as ql
-from quantlab import results
+from quantlab import results, tables
 from quantlab.evaluate import Evaluation, evaluate, latency, limited
 
 
@@ -93,15 +93,15 @@ def test_a_foreign_results_file_is_refused(workbook):
 def test_digits_never_enter_a_headline_and_are_never_published(digits, workbook):
     results.record([some_row(digits)])
     with pytest.raises(ql.UserError, match="nothing to publish"):
-        results.publish()
-    assert results.headline(results.load())["Data set"].tolist() == ["digits (smoke run)"]
+        tables.publish()
+    assert tables.headline(results.load())["Data set"].tolist() == ["digits (smoke run)"]
     (workbook / "README.md").write_text("before\n<!-- table:headline -->\nold\n<!-- /table -->\nafter\n")
     results.record([some_row(digits, dataset="pets"), some_row(digits, dataset="pets", seed=1)])
-    assert results.publish() == 2
+    assert tables.publish() == 2
     readme = read_text(workbook / "README.md")
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
     assert "| pets | resnet20 | W4A4 histogram, weights lp(p=3) | 80.00 ± 0.00 |" in readme and "digits" not in readme
-    assert results.publish() == 2 and len(results.load(results.published_path())) == 2, "publishing again changes nothing"
+    assert tables.publish() == 2 and len(results.load(results.published_path())) == 2, "publishing again changes nothing"
 
 
 def test_the_readme_shows_what_is_published():
@@ -109,10 +109,10 @@ def test_the_readme_shows_what_is_published():
     published = results.load(CHECKOUT / "results" / "published.csv")
     assert len(published) and results.SMOKE not in set(published.dataset)
     readme = read_text(CHECKOUT / "README.md")
-    assert results.markdown(results.headline(published, best=results.BEST)) in readme
-    if len(original := results.original_table(published)):
-        assert results.markdown(original) in readme
-    assert results.markdown(results.speed_table(pd.read_csv(CHECKOUT / "results" / "bench.csv"))) in readme
+    assert tables.markdown(tables.headline(published, best=tables.BEST)) in readme
+    if len(original := tables.original_table(published)):
+        assert tables.markdown(original) in readme
+    assert tables.markdown(tables.speed_table(pd.read_csv(CHECKOUT / "results" / "bench.csv"))) in readme
     assert pd.to_datetime(published.created).notna().all() and (published.n_test == 10_000).all()
 
 
@@ -141,7 +141,7 @@ def test_smoke_presets_and_stale_checkpoints_do_not_mix_with_the_rest(digits, wo
     results.record([old, new, small])
     assert results.current(results.load()).checkpoint_sha.tolist() == ["new"]
     (workbook / "README.md").write_text("<!-- table:headline -->\n<!-- /table -->\n")
-    assert results.publish() == 2, "the row on 50 of 200 images stays here"
+    assert tables.publish() == 2, "the row on 50 of 200 images stays here"
 
 
 def test_evaluating_leaves_a_network_trainable(digits):
