@@ -1,139 +1,29 @@
 """The fast executor: the same operations, code for code, on int8 tensors in channels-last order.
 
-Unsigned 8-bit codes are stored less 128. On a CPU with a C compiler the work is done by integer_kernels.c. Elsewhere convolutions are matrix
-products of int8 by torch's integer GEMM, behind im2col or, for 1x1, directly on the codes; the zero-point's share, -zero_point * sum(weight),
-is part of the bias. Bias, multiplication, shift and clamp are then one pass over the accumulators on CUDA with torch.compile, else they run
-block by block, so that a block stays in the cache.
+Unsigned 8-bit codes are stored less 128. On a CPU with a C compiler the work is done by integer_kernels.c, elsewhere by the torch operators of
+integer_gemm.py: a convolution is a matrix product of int8 behind im2col, the zero-point's share, -zero_point * sum(weight), part of its bias.
 """
 
 import functools
-import importlib.util
-import time
-import warnings
 
 import torch
 import torch.nn.functional as F
 
-from quantlab import integer_native as native, integer_ops as ops, integer_pool as pools
-from quantlab.fixedpoint import requantize
-from quantlab.runtime import UserError
-
-BLOCK = 2**16  # elements that uncompiled requantization takes at a time; as int64 half a megabyte
-ACCUMULATORS = 2**19  # int32 results of a matrix product at a time, two megabytes: they need not go through memory on their way to codes
-
-
-# ---- The integer matrix product ---------------------------------------------------------------------------------------------
-
-
-def int_mm(a, b):
-    """int8 [M, K] @ int8 [K, N] -> int32 [M, N], exact; K and N multiples of 8."""
-    if not has_integer_gemm(a.device.type):
-        return a.int() @ b.int()
-    padded = F.pad(a, (0, 0, 0, 17 - len(a))) if len(a) < 17 else a  # CUDA takes no fewer rows
-    return torch._int_mm(padded, b)[: len(a)]
-
-
-@functools.cache
-def has_integer_gemm(device_type):
-    """True when torch._int_mm is there, exact and a kernel: on CPUs without VNNI a pair of int8 products can saturate at 16 bits, unnoticed,
-    or torch multiplies in a plain loop that takes several times as long as int32 matrices."""
-    a = torch.tensor([-128, 127], dtype=torch.int8).repeat_interleave(512).view(1024, 1).expand(1024, 64).contiguous().to(device_type)
-    b = torch.tensor([-127, 127], dtype=torch.int8).repeat(4).expand(64, 8).contiguous().to(device_type)
-    try:
-        exact = torch.equal(torch._int_mm(a, b).cpu(), a.cpu().int() @ b.cpu().int())
-        why = "has no kernel for this processor" if exact else "saturates on this processor"
-    except (AttributeError, RuntimeError) as error:
-        exact, why = False, str(error).splitlines()[0]
-    if device_type != "cpu" and not exact:
-        raise UserError(f"this {device_type} device has no integer matrix product ({why}); run on the CPU: QUANTLAB_DEVICE=cpu")
-    useful = exact and (device_type != "cpu" or _least_seconds(torch._int_mm, a, b) < _least_seconds(torch.matmul, a.int(), b.int()))
-    if not useful:
-        warnings.warn(f"torch._int_mm {why}: the fast executor multiplies int32 matrices instead, exact but slow", stacklevel=2)
-    return useful
-
-
-def _least_seconds(function, a, b, repeats=5):
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function(a, b)
-        times.append(time.perf_counter() - started)
-    return min(times)
+from quantlab import integer_gemm as gemm, integer_native as native, integer_ops as ops, integer_pool as pools
 
 
 def has_compiler(device_type):
     """True where kernels can be made: by a C compiler for the CPU, by torch.compile with Triton for CUDA."""
-    return native.library() is not None if device_type == "cpu" else has_triton()
-
-
-@functools.cache
-def has_triton():
-    if importlib.util.find_spec("triton") is None:
-        warnings.warn("Triton is not installed: on CUDA the fast executor requantizes uncompiled, exact but slower", stacklevel=2)
-        return False
-    return True
-
-
-def im2col(x, kernel, stride, dilation, padding, zero_point, width):
-    """Codes int8 [B, C, H, W] -> (one row a window, int8 [B * Ho * Wo, width], zero behind kh * kw * C; (B, Ho, Wo))."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    if any(padding):
-        x = F.pad(x, padding, value=zero_point)
-    x = x.permute(0, 2, 3, 1)
-    batch, height, columns = (x.shape[0], *((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[1:3], kernel, stride, dilation)))
-    channels = x.shape[3]
-    if tuple(kernel) == (1, 1) and channels == width:
-        return x[:, :: stride[0], :: stride[1]].reshape(-1, channels), (batch, height, columns)
-    b, h, w, c = x.stride()
-    shape = (batch, height, columns, *kernel, channels)
-    windows = x.as_strided(shape, (b, h * stride[0], w * stride[1], h * dilation[0], w * dilation[1], c), x.storage_offset())
-    used = kernel[0] * kernel[1] * channels
-    out = (x.new_zeros if used < width else x.new_empty)(batch * height * columns, width)
-    out.view(batch, height, columns, width)[..., :used].unflatten(-1, (*kernel, channels)).copy_(windows)
-    return out, (batch, height, columns)
-
-
-# ---- One pass over rows of accumulators or codes, [M, N] -----------------------------------------------------------------------
-
-
-def store_rows(acc, bias, multiplier, shift, zero_point, low, high, rounding):
-    return requantize(acc + bias, multiplier, shift, zero_point, low, high, rounding).to(torch.int8)
-
-
-def affine_rows(x, zero_point_in, weight, bias, multiplier, shift, zero_point, low, high, rounding):
-    return requantize((x.int() - zero_point_in) * weight + bias, multiplier, shift, zero_point, low, high, rounding).to(torch.int8)
-
-
-def requantize_rows(x, zero_point_in, multiplier, shift, zero_point, low, high, rounding):
-    return requantize(x.int() - zero_point_in, multiplier, shift, zero_point, low, high, rounding).to(torch.int8)
-
-
-def add_rows(a, b, zero_points, multipliers, shifts, multiplier, shift, zero_point, low, high, rounding):
-    acc = ops.add_rescaled(a, b, zero_points, multipliers, shifts, rounding)
-    return requantize(acc, multiplier, shift, zero_point, low, high, rounding).to(torch.int8)
-
-
-@functools.cache
-def compiled(function):
-    return torch.compile(function, dynamic=True)
-
-
-def to_rows(x):
-    """[B, C, H, W] or [..., C] -> [M, C], without a copy in channels-last order."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) if x.dim() == 4 else x.reshape(-1, x.shape[-1])
-
-
-def from_rows(rows, like):
-    if like.dim() == 4:
-        return rows.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
-    return rows.view(*like.shape[:-1], -1)
+    return native.library() is not None if device_type == "cpu" else gemm.has_triton()
 
 
 def channels_last(x):
+    """[B, C, H, W] -> [B, H, W, C], as the kernels read it; others as they are."""
     return x.permute(0, 2, 3, 1) if x.dim() == 4 else x
 
 
 def channels_second(x):
+    """The way back."""
     return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
 
 
@@ -153,11 +43,7 @@ class Fast:
         return native.pack_constants(*self.constants())
 
     def run(self, function, rows, *constants):
-        """function(*rows, *constants) for [M, N] tensors, int8."""
-        if self.use_compiler and rows[0].is_cuda and has_triton():
-            return compiled(function)(*rows, *constants)
-        step = len(rows[0]) if rows[0].is_cuda else max(1, BLOCK // rows[0].shape[1])
-        return torch.cat([function(*(r[i : i + step] for r in rows), *constants) for i in range(0, len(rows[0]), step)])
+        return gemm.run_rows(function, rows, *constants, compile=self.use_compiler)
 
 
 # ---- Operations -------------------------------------------------------------------------------------------------------------
@@ -180,12 +66,12 @@ class FastLayer(Fast):
 
     def product(self, rows, group=0):
         """int8 [M, width] -> int32 [M, outputs of one group], without bias."""
-        products = [int_mm(rows, part[group].t())[:, : self.outputs] for part in self.parts]
+        products = [gemm.int_mm(rows, part[group].t())[:, : self.outputs] for part in self.parts]
         return 2 * products[0] + products[1] if self.split else products[0]
 
     def blocks(self, rows):
         """int8 rows -> what `finish` gives, on a CPU block by block."""
-        step = max(64, ACCUMULATORS // self.outputs)
+        step = max(64, gemm.ACCUMULATORS // self.outputs)
         if len(rows) <= step or rows.is_cuda or self.out is None:
             return self.finish(self.product(rows))
         out = rows.new_empty(len(rows), self.outputs)
@@ -197,7 +83,7 @@ class FastLayer(Fast):
         """int32 [M, N] without bias -> int8 codes, or with bias as logits."""
         if self.out is None:
             return acc + self.fast_bias
-        return self.run(store_rows, (acc,), self.fast_bias, *self.constants())
+        return self.run(gemm.store_rows, (acc,), self.fast_bias, *self.constants())
 
 
 class Linear(FastLayer, ops.Linear):
@@ -212,17 +98,12 @@ class Linear(FastLayer, ops.Linear):
     def forward(self, x):
         if self.use_native(x):
             return self.kernel(x.reshape(-1, 1, 1, x.shape[-1])).view(*x.shape[:-1], -1)
-        rows = to_rows_linear(x, self.width)
+        rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self.width - x.shape[-1]))
         return self.finish(self.product(rows)).view(*x.shape[:-1], -1)
 
 
-def to_rows_linear(x, width):
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.shape[1] == width else F.pad(rows, (0, width - rows.shape[1]))
-
-
 class Conv(FastLayer, ops.Conv):
-    """im2col and a matrix product for each group; a depthwise convolution is a sum over its taps."""
+    """gemm.im2col and a matrix product for each group; a depthwise convolution is a sum over its taps."""
 
     def __init__(self, name, layer, *rest):
         super().__init__(name, layer, *rest)
@@ -243,11 +124,11 @@ class Conv(FastLayer, ops.Conv):
             acc, shape = self.sum_over_taps(x)
             result = self.finish(acc)
         elif self.groups == 1:
-            rows, shape = im2col(x, **self.window, padding=self.padding, zero_point=self.zero_point_in, width=self.width)
+            rows, shape = gemm.im2col(x, **self.window, padding=self.padding, zero_point=self.zero_point_in, width=self.width)
             result = self.blocks(rows)
         else:
             parts = x.chunk(self.groups, 1)
-            columns = [im2col(part, **self.window, padding=self.padding, zero_point=self.zero_point_in, width=self.width) for part in parts]
+            columns = [gemm.im2col(part, **self.window, padding=self.padding, zero_point=self.zero_point_in, width=self.width) for part in parts]
             shape = columns[0][1]
             result = self.finish(torch.cat([self.product(rows, group) for group, (rows, _) in enumerate(columns)], 1))
         return result.view(*shape, -1).permute(0, 3, 1, 2)
@@ -273,14 +154,14 @@ class Affine(Fast, ops.Affine):
         if self.use_native(x):
             weight, bias = native.pad_outputs(weight), native.pad_outputs(bias)
             return channels_second(native.affine(channels_last(x), self.zero_point_in, weight, bias, self.packed))
-        return from_rows(self.run(affine_rows, (to_rows(x),), self.zero_point_in, weight, bias, *self.constants()), x)
+        return gemm.from_rows(self.run(gemm.affine_rows, (gemm.to_rows(x),), self.zero_point_in, weight, bias, *self.constants()), x)
 
 
 class Requantize(Fast, ops.Requantize):
     def forward(self, x):
         if self.use_native(x):
             return channels_second(native.requantize(channels_last(x), self.zero_point_in, self.packed))
-        return from_rows(self.run(requantize_rows, (to_rows(x),), self.zero_point_in, *self.constants()), x)
+        return gemm.from_rows(self.run(gemm.requantize_rows, (gemm.to_rows(x),), self.zero_point_in, *self.constants()), x)
 
 
 class Add(Fast, ops.Add):
@@ -300,8 +181,8 @@ class Add(Fast, ops.Add):
             small, operand, zero_points = self.smaller
             a, b = (channels_last(x) for x in ((a, b) if small else (b, a)))
             return channels_second(native.add(a, b, zero_points, operand, self.packed))
-        rows = to_rows(a), to_rows(b)
-        return from_rows(self.run(add_rows, rows, self.zero_points, self.multipliers, self.shifts, *self.constants()), a)
+        rows = gemm.to_rows(a), gemm.to_rows(b)
+        return gemm.from_rows(self.run(gemm.add_rows, rows, self.zero_points, self.multipliers, self.shifts, *self.constants()), a)
 
 
 class Average(Fast, pools.Average):

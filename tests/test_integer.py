@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantlab as ql
-from quantlab import integer_fast, proof
+from quantlab import integer_fast, integer_gemm, proof
 from quantlab.integer import IntegerRun, to_integer
 from quantlab.plan import PLACEMENTS
 
@@ -87,14 +87,14 @@ def plain_loop(a, b):  # as torch does where no library has a kernel
 def test_without_the_integer_gemm_the_result_is_the_same(qmodel, digits, monkeypatch, product, why):
     x = next(iter(digits.calibration(4, seed=3)))
     expected = to_integer(qmodel).codes(x)
-    integer_fast.has_integer_gemm.cache_clear()
+    integer_gemm.has_integer_gemm.cache_clear()
     monkeypatch.setattr(torch, "_int_mm", product)
     try:
         with pytest.warns(UserWarning, match=f"{why}.*exact but slow"):
             codes = to_integer(qmodel, executor="fast", compile=False).codes(x)
         assert equal_codes(codes, expected)
     finally:
-        integer_fast.has_integer_gemm.cache_clear()
+        integer_gemm.has_integer_gemm.cache_clear()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
