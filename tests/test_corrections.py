@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import quantlab as ql
-from quantlab import corrections, graph as graphs, ptq
+from quantlab import corrections, ptq
+from quantlab import graph as graphs
 
 
 def layer(graph, name):

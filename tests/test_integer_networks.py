@@ -11,7 +11,6 @@ from quantlab import proof
 from quantlab.integer import to_integer
 
 
-
 class Tangle(nn.Module):
     """Functional and module forms, reused ReLUs, concat of what is stored and what is not, chunk, shuffles, BatchNorm that cannot be folded."""
 

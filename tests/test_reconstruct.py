@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 import quantlab as ql
-from quantlab import ptq, reconstruct as rc, units
+from quantlab import ptq, units
+from quantlab import reconstruct as rc
 from quantlab.activations import Cache
 from quantlab.learned import LearnedRounding, LearnedStep, Masks, round_to_step
+from quantlab.reconstruct_config import PRESETS
 from quantlab.tune import tune_end_to_end
 
 
@@ -176,7 +178,7 @@ def test_masks_keep_the_share_and_differ_between_calls():
 
 
 @pytest.mark.parametrize("how", [
-    *(rc.ReconstructConfig.preset(m, iterations=30, batch_size=16, lr=0.05) for m in rc.PRESETS),
+    *(rc.ReconstructConfig.preset(m, iterations=30, batch_size=16, lr=0.05) for m in PRESETS),
     rc.ReconstructConfig(loss="fisher", iterations=60, batch_size=16, lr=0.05, weight_lambda=1e-3),
 ], ids=["adaround", "brecq", "qdrop", "fisher"])  # fmt: skip
 def test_no_unit_is_worse_than_nearest_and_some_are_better(tiny, how):
@@ -276,14 +278,6 @@ def test_a_unit_of_constant_output_keeps_nearest_rounding():
     nn.init.constant_(model[0].bias, -100.0)
     qmodel = rc.reconstruct(model, ql.collect(model, [images]), images.split(16), how=HOW, verbose=False)
     assert qmodel.reconstruction.note.str.contains("constant output").all() and torch.isfinite(qmodel(images)).all()
-
-
-def test_settings_are_compared_on_held_out_images(resnet20, digits):
-    how = rc.ReconstructConfig(iterations=2, batch_size=8)
-    frame = rc.compare_on_heldout(resnet20, digits, {"W4A4": (ql.QuantConfig(4, 4), how), "nearest": (ql.QuantConfig(8, 8), None)}, n_calibration=16)
-    assert frame.setting.tolist() == ["W4A4", "nearest"] and (frame.n == len(digits.heldout)).all()
-    nearest = ql.quantize(resnet20, ql.collect(resnet20, digits.calibration(16, seed=0)))
-    assert frame.top1[1] == ql.evaluate(nearest, digits.heldout).top1
 
 
 def test_iteration_cost_names_every_unit(tiny):
