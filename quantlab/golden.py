@@ -15,8 +15,7 @@ import random
 import torch
 from torch import nn
 
-from quantlab import integer_ops as ops
-from quantlab import integer_pool as pools
+from quantlab import integer_ops as ops, integer_pool as pools
 from quantlab.affine import QParams, dequantize
 from quantlab.fixedpoint import INT32_MAX, INT32_MIN, ROUNDINGS, fixed_point, multiply
 from quantlab.runtime import PACKAGE, write_text

@@ -5,9 +5,7 @@ import copy
 import torch
 from torch import fx, nn
 
-from quantlab import integer_fast
-from quantlab import integer_ops as ops
-from quantlab import integer_pool as pools
+from quantlab import integer_fast, integer_ops as ops, integer_pool as pools
 from quantlab.graph import PASSES_CODES, call_name, find_kinds
 from quantlab.ptq import Quantizer
 from quantlab.runtime import UserError

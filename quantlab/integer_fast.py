@@ -9,10 +9,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from quantlab import integer_gemm as gemm
-from quantlab import integer_native as native
-from quantlab import integer_ops as ops
-from quantlab import integer_pool as pools
+from quantlab import integer_gemm as gemm, integer_native as native, integer_ops as ops, integer_pool as pools
 
 
 def has_compiler(device_type):

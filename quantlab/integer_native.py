@@ -93,7 +93,8 @@ def declared(library):
 
 
 class Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ["images", "height", "width", "channels", "rows", "columns", "outputs", "groups", "kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w", "top", "left", "zero_point", "depthwise", "band_images", "band_rows", "stretches", "stretch"]]  # fmt: skip
+    _fields_ = [(name, ctypes.c_int64) for name in """images height width channels rows columns outputs groups kernel_h kernel_w stride_h
+        stride_w dilation_h dilation_w top left zero_point depthwise band_images band_rows stretches stretch""".split()]  # fmt: skip
 
 
 def pack_constants(multiplier, shift, zero_point, low, high, rounding, groups=1):

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import quantlab as ql
-from quantlab import corrections, ptq
-from quantlab import graph as graphs
+from quantlab import corrections, graph as graphs, ptq
 
 
 def layer(graph, name):

@@ -6,14 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import equal_codes
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import quantlab as ql
-from quantlab import fixedpoint, integer_fast
-from quantlab import integer_native as native
-from quantlab import integer_ops as ops
-from quantlab import integer_pool as pools
+from quantlab import fixedpoint, integer_fast, integer_native as native, integer_ops as ops, integer_pool as pools
 from quantlab.affine import choose_qparams
 from quantlab.integer import to_integer
 
@@ -91,7 +87,7 @@ def test_requantization_of_any_accumulator(acc, real, ends, rounding):
 @st.composite
 def convolutions(draw):
     """(images, channels, outputs, groups, kernel, stride, dilation, padding, size, bits, zero_point, threads, seed)."""
-    pair = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(2))
+    pair = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(2))  # noqa: E731
     groups = draw(st.sampled_from([1, 1, 1, 2, 3, 8]))
     per_group = draw(st.integers(1, 9))
     depthwise = draw(st.booleans()) and groups == 1

@@ -11,6 +11,7 @@ from quantlab import proof
 from quantlab.integer import to_integer
 
 
+
 class Tangle(nn.Module):
     """Functional and module forms, reused ReLUs, concat of what is stored and what is not, chunk, shuffles, BatchNorm that cannot be folded."""
 

@@ -10,9 +10,7 @@ from conftest import read_text
 from torch import nn
 
 import quantlab as ql
-from quantlab import golden, integer_fast
-from quantlab import integer_ops as ops
-from quantlab import integer_pool as pools
+from quantlab import golden, integer_fast, integer_ops as ops, integer_pool as pools
 from quantlab.affine import QParams, choose_qparams, fake_quantize
 
 VECTORS = json.loads(read_text(golden.PATH))

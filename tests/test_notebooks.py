@@ -13,8 +13,7 @@ import pytest
 from conftest import CHECKOUT, read_text
 
 import quantlab as ql
-from quantlab import results, run
-from quantlab import workbook as files
+from quantlab import results, run, workbook as files
 from quantlab.runtime import repository_url
 
 NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))

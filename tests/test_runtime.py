@@ -38,9 +38,10 @@ def test_operators_are_declared_only_where_the_extension_does_not_load():
 
 def test_atomic_files(tmp_path):
     target = tmp_path / "deep" / "file.txt"
-    with pytest.raises(ZeroDivisionError), runtime.atomic_path(target) as temporary:
-        temporary.write_text("half")
-        1 / 0
+    with pytest.raises(ZeroDivisionError):
+        with runtime.atomic_path(target) as temporary:
+            temporary.write_text("half")
+            1 / 0
     assert list(target.parent.iterdir()) == []
     runtime.write_text(target, "whole")
     with pytest.raises(ql.UserError, match="cannot write"), runtime.atomic_path(target):
