@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 
 import quantlab as ql
 from quantlab import builtin, corrections, mixed, plots, ptq, results
+from quantlab.equalization import equalize
 from quantlab.plots import lowbit
 from quantlab.reconstruct import ReconstructConfig, reconstruct
 from quantlab.tune import tune_end_to_end
@@ -215,7 +216,7 @@ def build(method, config, s, state=None):
     batches, stats = calibration(s)
     kind, *more = method.split(" + ")
     if kind == "equalisation":
-        equal = corrections.equalize(network)
+        equal = equalize(network)
         qmodel = ql.quantize(equal, ql.collect(equal, batches), config)
     elif kind in LEARNED:
         qmodel = learn(kind, "fisher" if "Fisher" in more else "mse", config, s, state)

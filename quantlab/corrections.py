@@ -1,7 +1,6 @@
-"""Corrections of a quantized network that learn nothing: equalisation, bias correction, BatchNorm re-estimation.
+"""Corrections of a quantized network that learn nothing: bias correction, BatchNorm re-estimation.
 
-    qmodel = quantize(equalized := equalize(model), collect(equalized, batches), config)
-    qmodel = correct_bias(equalized, qmodel, batches)
+    qmodel = correct_bias(model, qmodel, batches)
 
 Each returns a network of its own and leaves its arguments alone. Codes stay integers: a weight is scale * code, a bias a multiple of
 s_in * s_w, as `quantize` left them.
@@ -15,82 +14,10 @@ from torch import nn
 
 from quantlab.activations import Networks
 from quantlab.affine import quantize as to_codes
-from quantlab.graph import call_name, find_kinds, fold, readers_of, trace
+from quantlab.equalization import grouped_weight
+from quantlab.graph import find_kinds, operation_name
 from quantlab.ptq import copy_quantized, find_node, input_qparams, prepare, write_codes
 from quantlab.runtime import UserError, device, exact_float
-
-# ---- Before quantization ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def equalize(model, rounds=20):
-    """Cross-layer equalisation: the folded float graph with equal weight ranges on both sides of every channel, for collect and quantize.
-
-    For two layers with a ReLU (or nothing) between, relu(s y) = s relu(y) lets a channel i of the first be divided by s_i and the second's
-    input i be multiplied by it: s_i = sqrt(r1_i / r2_i), r the largest |weight| of the channel (Nagel et al. 2019, arXiv:1906.04721, eq.
-    11), repeated until nothing changes. Pairs are found from the graph: the first's value must reach the second alone, through ReLUs,
-    pools and rearranging that keeps channels apart; not through adds, concatenations, or clamps with an upper end. The float output stays.
-    """
-    graph = fold(trace(model)).cpu()
-    pairs = equalizable_pairs(graph)
-    for _ in range(rounds):
-        change = 0.0
-        for first, second in pairs:
-            first, second = graph.get_submodule(first), graph.get_submodule(second)
-            r1, r2 = first.weight.abs().flatten(1).amax(1).double(), _input_ranges(second)
-            scale = torch.where((r1 > 0) & (r2 > 0), torch.sqrt(r1 / r2.clamp(min=1e-30)), 1.0).clamp(1e-4, 1e4)
-            _divide_outputs(first, scale)
-            _multiply_inputs(second, scale)
-            change = max(change, (scale.log().abs()).max().item())
-        if change < 1e-3:
-            break
-    return graph
-
-
-def equalizable_pairs(graph):
-    """(first, second) module names of the layers that `equalize` scales against each other, in order of execution."""
-    kinds, pairs = find_kinds(graph), []
-    for node in [n for n in kinds if kinds[n] == "compute"]:
-        follower = node
-        while len(found := readers_of(follower, kinds)) == 1:
-            follower = found[0]
-            if kinds[follower] == "compute":
-                first, second = graph.get_submodule(node.target), graph.get_submodule(follower.target)
-                if first.weight.shape[0] == (second.in_features if isinstance(second, nn.Linear) else second.in_channels):
-                    pairs.append((node.target, follower.target))
-                break
-            if not _keeps_channels(follower, kinds, graph):
-                break
-    return pairs
-
-
-def _keeps_channels(node, kinds, graph):
-    """True for an operation f with f(s y) = s f(y) for s > 0, channel by channel, in the order they came."""
-    name = _operation(node, graph)
-    return kinds[node] in ("maxpool", "average") and name != "mean" or name in ("relu", "flatten", "identity", "contiguous")
-
-
-def _input_ranges(layer):
-    """Largest |weight| of every input channel, float64 [C_in]; groups counted."""
-    return _grouped(layer).abs().amax((1, 3)).flatten()
-
-
-def _grouped(layer):
-    """The weight in double precision as [groups, C_out / groups, C_in / groups, places]."""
-    return layer.weight.detach().cpu().double().unflatten(0, (getattr(layer, "groups", 1), -1)).unsqueeze(-1).flatten(3)
-
-
-def _divide_outputs(layer, scale):
-    layer.weight.copy_(layer.weight.double() / scale.view([-1] + [1] * (layer.weight.dim() - 1)))
-    if layer.bias is not None:
-        layer.bias.copy_(layer.bias.double() / scale)
-    if (bn := getattr(layer, "folded_batchnorm", None)) is not None:
-        layer.folded_batchnorm = bn | {key: bn[key] / scale for key in ("mean", "std", "gamma")}
-
-
-def _multiply_inputs(layer, scale):
-    layer.weight.copy_((_grouped(layer) * scale.view(getattr(layer, "groups", 1), 1, -1, 1)).view(layer.weight.shape))
-
 
 # ---- Biases -----------------------------------------------------------------------------------------------------------------
 
@@ -132,7 +59,7 @@ def correct_bias_analytic(model, qmodel):
     means = _Gaussian(graph).layer_inputs()
     corrected.uncorrected = [name for name in means if means[name] is None or _layer(corrected, name).bias is None]
     for name in [n for n in means if n not in corrected.uncorrected]:
-        error = (_grouped(_layer(corrected, name)) - _grouped(_layer(graph, name))).sum(3)
+        error = (grouped_weight(_layer(corrected, name)) - grouped_weight(_layer(graph, name))).sum(3)
         _shift_bias(corrected, name, torch.einsum("goc,gc->go", error, means[name].view(len(error), -1)).flatten())
     return corrected
 
@@ -191,7 +118,7 @@ class _Gaussian:
         if kind == "concat":
             return tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
         if kind == "clamp":
-            name = _operation(node, self.graph)
+            name = operation_name(node, self.graph)
             if name in ("relu", "relu6"):
                 return clipped_normal(inputs[0][0], inputs[0][1].sqrt(), 0.0, 6.0 if name == "relu6" else math.inf)
         return None
@@ -203,7 +130,7 @@ class _Gaussian:
         moments = self._input(node)
         if moments is None:
             return None
-        weight, mean, variance = _grouped(layer), *(m.view(getattr(layer, "groups", 1), -1) for m in moments)
+        weight, mean, variance = grouped_weight(layer), *(m.view(getattr(layer, "groups", 1), -1) for m in moments)
         bias = 0.0 if layer.bias is None else layer.bias.detach().cpu().double()
         mean = torch.einsum("gock,gc->go", weight, mean).flatten() + bias
         return mean, torch.einsum("gock,gc->go", weight.square(), variance).flatten()
@@ -250,11 +177,6 @@ def _rescale(corrected, name, bn, mean, variance):
 
 def _layer(graph, name):
     return graph.get_submodule(find_node(graph, name).target)
-
-
-def _operation(node, graph):
-    """Lower-case name of the module class, function or method that a node calls."""
-    return type(graph.get_submodule(node.target)).__name__.lower() if node.op == "call_module" else call_name(node)
 
 
 def _bias_input(qmodel, name):

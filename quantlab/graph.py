@@ -146,6 +146,11 @@ def call_name(node):
     return node.target if node.op == "call_method" else getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
+def operation_name(node, graph):
+    """Lower-case name of the module class, function or method that a node calls."""
+    return type(graph.get_submodule(node.target)).__name__.lower() if node.op == "call_module" else call_name(node)
+
+
 def find_kinds(graph):
     """Kind of every node: input, output, constant, shape, a key of MODULE_KINDS or CALL_KINDS, or "other"."""
     kinds = {}

@@ -99,7 +99,7 @@ def record(rows, path=None):
 
 
 ARITHMETIC = (  # the modules that decide a number
-    "activations", "affine", "corrections", "data", "edgestats", "evaluate", "graph", "imageset", "learned", "models", "observers", "plan",
+    "activations", "affine", "corrections", "data", "edgestats", "equalization", "evaluate", "graph", "imageset", "learned", "models", "observers", "plan",
     "ptq", "reconstruct", "reconstruct_config", "runtime", "tune", "unit_learner", "units",
 )  # fmt: skip
 

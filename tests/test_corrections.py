@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import quantlab as ql
-from quantlab import corrections, graph as graphs, ptq
+from quantlab import corrections, equalization, graph as graphs, ptq
 
 
 def layer(graph, name):
@@ -35,10 +35,10 @@ def sequence(channels=(3, 8, 6), depthwise=False, activation=nn.ReLU):
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_equalized_networks_give_the_same_float_output_and_ranges_meet(depthwise):
     model, x = sequence(depthwise=depthwise), torch.randn(4, 3, 8, 8)
-    equal = corrections.equalize(model)
-    assert corrections.equalizable_pairs(equal) == [("0", "3"), ("3", "6")]
+    equal = equalization.equalize(model)
+    assert equalization.equalizable_pairs(equal) == [("0", "3"), ("3", "6")]
     assert torch.allclose(equal(x), model(x), rtol=1e-4, atol=1e-5)
-    for first, second in corrections.equalizable_pairs(equal):
+    for first, second in equalization.equalizable_pairs(equal):
         w1, w2 = equal.get_submodule(first).weight, equal.get_submodule(second).weight
         r1 = w1.abs().amax((1, 2, 3))
         r2 = w2.abs().amax((1, 2, 3)) if w2.shape[1] == 1 and depthwise else w2.abs().amax((0, 2, 3))
@@ -49,13 +49,13 @@ def test_equalized_networks_give_the_same_float_output_and_ranges_meet(depthwise
 
 
 def test_equalisation_of_resnet20_pairs_the_two_convolutions_of_a_block(resnet20, digits):
-    equal, x = corrections.equalize(resnet20), next(iter(digits.calibration(32)))
-    assert corrections.equalizable_pairs(equal) == [(f"layer{s}.{b}.conv1", f"layer{s}.{b}.conv2") for s in (1, 2, 3) for b in (0, 1, 2)]
+    equal, x = equalization.equalize(resnet20), next(iter(digits.calibration(32)))
+    assert equalization.equalizable_pairs(equal) == [(f"layer{s}.{b}.conv1", f"layer{s}.{b}.conv2") for s in (1, 2, 3) for b in (0, 1, 2)]
     assert torch.allclose(equal(x), resnet20(x), rtol=1e-3, atol=1e-3)
 
 
 def test_nothing_is_scaled_across_relu6():
-    assert corrections.equalizable_pairs(graphs.fold(graphs.trace(sequence(activation=nn.ReLU6)))) == []
+    assert equalization.equalizable_pairs(graphs.fold(graphs.trace(sequence(activation=nn.ReLU6)))) == []
 
 
 # ---- Bias correction --------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_codes_stay_and_biases_are_integers(resnet20, stats, digits, name):
 
 def test_corrections_survive_equalisation(resnet20, digits):
     images = torch.cat(list(digits.calibration(32)))
-    equal = corrections.equalize(resnet20)
+    equal = equalization.equalize(resnet20)
     qmodel = ql.quantize(equal, ql.collect(equal, [images]), ql.QuantConfig(4, 8))
     bn = layer(ptq.prepare(equal)[0], "layer1_0_conv1").folded_batchnorm
     with torch.no_grad():
