@@ -5,13 +5,15 @@ from quantlab.runtime import UserError, make_torchvision_importable, root
 make_torchvision_importable()  # before anything imports torchvision
 
 from quantlab.affine import QParams, choose_qparams, dequantize, fake_quantize, quantize as quantize_tensor  # noqa: E402
+from quantlab.calibration import collect  # noqa: E402
+from quantlab.config import QuantConfig  # noqa: E402
 from quantlab.data import load_data  # noqa: E402
 from quantlab.evaluate import evaluate, limited, paired_drop  # noqa: E402
 from quantlab.export import export_onnx  # noqa: E402
 from quantlab.integer import to_integer  # noqa: E402
 from quantlab.models import find_checkpoint, load_card, load_model, load_trained  # noqa: E402
 from quantlab.packed import load_quantized, save_quantized  # noqa: E402
-from quantlab.ptq import QuantConfig, collect, quantize, weight_bytes  # noqa: E402
+from quantlab.ptq import quantize, weight_bytes  # noqa: E402
 from quantlab.train import TrainConfig, train  # noqa: E402
 
 __all__ = [

@@ -16,9 +16,11 @@ import torch
 from tqdm.auto import tqdm
 
 from quantlab import builtin
+from quantlab.calibration import collect
+from quantlab.config import QuantConfig
 from quantlab.integer import IntegerRun, to_integer
 from quantlab.models import build
-from quantlab.ptq import QuantConfig, collect, quantize
+from quantlab.ptq import quantize
 from quantlab.reconstruct import ReconstructConfig, iteration_cost
 from quantlab.runtime import UserError, atomic_path, device_name, root
 

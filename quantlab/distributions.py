@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from quantlab import observers
 from quantlab.affine import check_bits, choose_qparams, fake_quantize
+from quantlab.calibration import prepare
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import find_kinds
-from quantlab.ptq import prepare
 from quantlab.runtime import UserError, device, exact_float
 
 SHARES = torch.arange(1, 21, dtype=torch.float64) / 20  # of the extremes: the ranges that range_costs tries

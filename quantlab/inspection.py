@@ -20,8 +20,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from quantlab import distributions, observers, plots
 from quantlab.affine import fake_quantize
+from quantlab.calibration import collect
+from quantlab.config import QuantConfig
 from quantlab.graph import call_name, fold, trace
-from quantlab.ptq import QuantConfig, collect, find_node, layers, quantize, weight_bytes
+from quantlab.ptq import find_node, layers, quantize, weight_bytes
 from quantlab.runtime import UserError, atomic_path, device, exact_float
 from quantlab.sensitivity import edge_errors
 

@@ -17,8 +17,10 @@ from torch.fx.passes.shape_prop import ShapeProp
 from tqdm.auto import tqdm
 
 from quantlab.affine import check_bits, fake_quantize
+from quantlab.calibration import prepare
+from quantlab.config import QuantConfig
 from quantlab.evaluate import evaluate, paired_drop
-from quantlab.ptq import QuantConfig, choose_edge_qparams, choose_weight_qparams, find_node, layers, prepare, quantize
+from quantlab.ptq import choose_edge_qparams, choose_weight_qparams, find_node, layers, quantize
 from quantlab.runtime import UserError, device, exact_float
 
 WIDTHS = (8, 6, 5, 4, 3, 2)

@@ -18,9 +18,10 @@ import torch
 from torch import fx
 
 from quantlab.affine import quantize
+from quantlab.calibration import prepare
 from quantlab.export import export_onnx
 from quantlab.onnx_graph import import_onnx
-from quantlab.ptq import Quantizer, prepare
+from quantlab.ptq import Quantizer
 from quantlab.runtime import UserError, exact_float
 
 

@@ -24,10 +24,12 @@ import safetensors.torch
 import torch
 
 from quantlab.affine import QParams, check_bits, dequantize, quantize
+from quantlab.calibration import prepare
+from quantlab.config import QuantConfig
 from quantlab.graph import find_kinds
 from quantlab.observers import OBSERVERS, observer_name
 from quantlab.plan import PASSES_CODES
-from quantlab.ptq import QuantConfig, Quantizer, find_node, layers, prepare, weight_bytes
+from quantlab.ptq import Quantizer, find_node, layers, weight_bytes
 from quantlab.runtime import UserError, save_tensors
 
 VERSION = 1

@@ -1,156 +1,23 @@
-"""Post-training quantization in two steps: collect statistics once, then quantize as often and as differently as you like.
+"""Post-training quantization, the second of two steps: statistics are collected once, then quantized as often and as differently as you like.
 
-    stats  = collect(model, data.calibration(1024, seed=0))
+    stats  = collect(model, data.calibration(1024, seed=0))                      # calibration.py
     qmodel = quantize(model, stats, QuantConfig(weight_bits=4, act_bits=4))
 """
 
 import copy
 import dataclasses
-import hashlib
 
 import torch
-from torch import fx, nn
-from tqdm.auto import tqdm
+from torch import nn
 
 from quantlab import observers
-from quantlab.affine import MIN_BITS, QParams, check_bits, choose_qparams, dequantize, fake_quantize
-from quantlab.edgestats import EdgeStats
-from quantlab.graph import PASSES_CODES, find_kinds, fold, trace
-from quantlab.plan import make_plan
-from quantlab.runtime import UserError, device, exact_float
+from quantlab.affine import MIN_BITS, QParams, choose_qparams, dequantize, fake_quantize
+from quantlab.calibration import prepare
+from quantlab.config import QuantConfig
+from quantlab.graph import PASSES_CODES, find_kinds
+from quantlab.runtime import UserError
 
 BIAS_CODES = 2.0**30  # a bias code stays below this, so that an int32 accumulator has room for the products
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantConfig:
-    """Every decision of a quantized network; widths in bits.
-
-    first_last_bits: weights of the first and the last layer and input of the last; None: as the rest. residual_bits: operands and results
-    of adds; None: float, as in most papers (simulation only). input_bits: of the image; None: float (simulation only).
-    layer_weight_bits, layer_act_bits: mixed precision, layer name -> bits of its weights and of what it reads, before everything above;
-    None: this layer's weights stay float, or it reads its input as it is stored, which is unrounded unless it belongs to an add.
-    layer_act_bits may also name a stored value that no layer reads (plan.unread).
-    observer: a name or a function (stats, bits, symmetric) -> (low, high).
-    weight_observer: "minmax", or "lp": the range with the least sum of |error|^weight_norm.
-    weight_symmetric / act_symmetric: zero-point 0, weights in the narrow range; a symmetric activation that cannot be negative is unsigned,
-    unless act_signed forces signed codes (as the original experiment did). fold_batchnorm: None: as the placement says, "fused" folds and
-    "inputs" does not; with "fused" an unfolded BatchNorm is computed in float before its layer's result is rounded (simulation only).
-    """
-
-    weight_bits: int = 8
-    act_bits: int = 8
-    observer: object = "histogram"
-    weight_observer: str = "lp"
-    weight_norm: float = observers.WEIGHT_NORM
-    first_last_bits: int | None = None
-    residual_bits: int | None = 8
-    input_bits: int | None = 8
-    placement: str = "fused"
-    fold_batchnorm: bool | None = None
-    per_channel: bool = True
-    weight_symmetric: bool = True
-    act_symmetric: bool = False
-    act_signed: bool = False
-    layer_weight_bits: dict | None = None
-    layer_act_bits: dict | None = None
-
-    def __post_init__(self):
-        for name in ("weight_bits", "act_bits", "first_last_bits", "residual_bits", "input_bits"):
-            if getattr(self, name) is not None or name in ("weight_bits", "act_bits"):
-                check_bits(getattr(self, name), name)
-        for name in ("layer_weight_bits", "layer_act_bits"):
-            for layer, bits in (getattr(self, name) or {}).items():
-                if bits is not None:
-                    check_bits(bits, f"{name}[{layer!r}]")
-        observers.find_observer(self.observer)
-        observers.check_weight_observer(self.weight_observer)
-
-    def layer_bits(self, plan, layer):
-        """(weight bits, input bits) of a layer; None: float, or as stored."""
-        outer = self.first_last_bits if layer in plan.first | plan.last else None
-        inner = self.first_last_bits if layer in plan.last else None
-        act_bits = self.input_bits if plan.stores.get(plan.sources.get(plan.reads[layer])) == "input" else inner or self.act_bits
-        return (self.layer_weight_bits or {}).get(layer, outer or self.weight_bits), (self.layer_act_bits or {}).get(layer, act_bits)
-
-    def check_layers(self, plan, names):
-        """UserError when a width is given for a layer that the network does not have."""
-        for field, known in (("layer_weight_bits", names), ("layer_act_bits", [*plan.reads, *plan.unread])):
-            unknown = [layer for layer in getattr(self, field) or {} if layer not in known]
-            if unknown:
-                raise UserError(f"{field}: the network has no layer {unknown[0]!r}; its layers are {', '.join(known)}")
-
-
-# ---- Collect ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class CalibrationStats:
-    """What one pass over the calibration data saw: node name -> EdgeStats, for one graph and placement; `+` joins two passes."""
-
-    edges: dict
-    placement: str
-    graph_hash: str
-    n_images: int
-
-    def __add__(self, other):
-        if (self.graph_hash, self.placement) != (other.graph_hash, other.placement):
-            raise UserError("statistics of different networks or placements cannot be added")
-        edges = {name: EdgeStats().merge(edge).merge(other.edges[name]) for name, edge in self.edges.items()}
-        return CalibrationStats(edges, self.placement, self.graph_hash, self.n_images + other.n_images)
-
-
-def prepare(model, placement="fused", fold_batchnorm=None):
-    """(folded float graph, plan, hash): what `collect` and `quantize` both start from; fold_batchnorm None: for placement "fused" only."""
-    graph = fold(trace(model), batchnorm=placement == "fused" if fold_batchnorm is None else fold_batchnorm)
-    digest = hashlib.sha256(f"{graph.graph}".encode())
-    for name, tensor in sorted(graph.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
-    return graph, make_plan(graph, placement), digest.hexdigest()
-
-
-@torch.no_grad()
-def collect(model, batches, placement="fused", verbose=False, fold_batchnorm=None):
-    """Run the folded float network over `batches` (float32 [B, C, H, W] each) and count every value on every edge.
-
-    Eval mode, no gradients, one pass, constant memory; the result does not depend on the order of the images.
-    Raises UserError for an empty calibration set and for values that are not finite, naming the edge.
-    """
-    graph, plan, digest = prepare(model, placement, fold_batchnorm)
-    graph.to(device())
-    counter = _Counter(graph, plan)
-    n_images = 0
-    with exact_float():
-        for batch in tqdm(batches, desc="collect", unit=" batches", leave=False, disable=not verbose):
-            counter.run(batch.to(device()))
-            n_images += len(batch)
-    if not n_images:
-        raise UserError("the calibration set is empty: give at least one batch of images")
-    unseen = [name for name, edge in counter.edges.items() if not edge.count]
-    if unseen:
-        raise UserError(f"edge {unseen[0]} never saw a floating-point value; it cannot be quantized")
-    return CalibrationStats(counter.edges, placement, digest, n_images)
-
-
-class _Counter(fx.Interpreter):
-    """Runs the graph and updates an edge's statistics as soon as its value exists."""
-
-    def __init__(self, graph, plan):
-        super().__init__(graph)
-        self.edges = {name: EdgeStats() for name in plan.observed}
-
-    def run_node(self, node):
-        value = super().run_node(node)
-        if node.name in self.edges and isinstance(value, torch.Tensor) and value.is_floating_point():
-            try:
-                self.edges[node.name].update(value)
-            except UserError as error:
-                raise UserError(f"edge {node.name}: {error}") from None
-        return value
-
-
-# ---- Quantize ---------------------------------------------------------------------------------------------------------------
 
 
 class Quantizer(nn.Module):

@@ -18,7 +18,9 @@ from torch import fx
 from tqdm.auto import tqdm
 
 from quantlab.activations import BATCH, Networks
-from quantlab.ptq import QuantConfig, prepare, quantize
+from quantlab.calibration import prepare
+from quantlab.config import QuantConfig
+from quantlab.ptq import quantize
 from quantlab.reconstruct_config import ReconstructConfig
 from quantlab.reconstruct_state import State, load_unit, unit_tensors
 from quantlab.runtime import UserError, device, exact_float

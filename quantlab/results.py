@@ -12,9 +12,9 @@ import filelock
 import pandas as pd
 import torch
 
+from quantlab.config import QuantConfig
 from quantlab.evaluate import paired_drop
 from quantlab.observers import observer_name
-from quantlab.ptq import QuantConfig
 from quantlab.runtime import PACKAGE, UserError, atomic_path, commit, root, write_text
 
 CONFIGURATION = [
@@ -99,8 +99,8 @@ def record(rows, path=None):
 
 
 ARITHMETIC = (  # the modules that decide a number
-    "activations", "affine", "corrections", "data", "edgestats", "equalization", "evaluate", "graph", "imageset", "learned", "models", "observers", "plan",
-    "ptq", "reconstruct", "reconstruct_config", "runtime", "tune", "unit_learner", "units",
+    "activations", "affine", "calibration", "config", "corrections", "data", "edgestats", "equalization", "evaluate", "graph", "imageset",
+    "learned", "models", "observers", "plan", "ptq", "reconstruct", "reconstruct_config", "reconstruct_state", "runtime", "tune", "unit_learner", "units",
 )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import fx
 
 from quantlab.affine import fake_quantize
-from quantlab.ptq import Quantizer, prepare
+from quantlab.calibration import prepare
+from quantlab.ptq import Quantizer
 from quantlab.runtime import UserError
 
 

@@ -8,8 +8,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from quantlab.affine import quantize as to_codes
+from quantlab.calibration import prepare
 from quantlab.learned import LearnedStep
-from quantlab.ptq import copy_quantized, find_node, input_qparams, layers, prepare, write_codes
+from quantlab.ptq import copy_quantized, find_node, input_qparams, layers, write_codes
 from quantlab.runtime import UserError, device, exact_float
 from quantlab.units import is_quantizer
 

@@ -12,9 +12,9 @@ from torch import fx, nn
 
 import quantlab as ql
 from quantlab import distributions, observers, plots
+from quantlab.calibration import prepare
 from quantlab.distributions import densities, edge_values, find_layers, observe_layers, outliers, range_costs, split_error
 from quantlab.edgestats import EdgeStats
-from quantlab.ptq import prepare
 
 
 class Odd(nn.Module):

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import quantlab as ql
+from quantlab.calibration import prepare
 from quantlab.graph import find_kinds, fold, trace
 from quantlab.plan import make_plan
-from quantlab.ptq import prepare
 
 
 def randomize_batchnorm(model):

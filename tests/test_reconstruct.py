@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import quantlab as ql
-from quantlab import ptq, units
-from quantlab import reconstruct as rc
+from quantlab import ptq, reconstruct as rc, units
 from quantlab.activations import Cache
 from quantlab.learned import LearnedRounding, LearnedStep, Masks, round_to_step
 from quantlab.reconstruct_config import PRESETS
