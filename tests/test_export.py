@@ -17,6 +17,7 @@ from torch import nn
 
 import quantlab as ql
 from quantlab import onnx_runtime, packed
+from quantlab.codes import pack, unpack
 from quantlab.graph import fold, trace
 from quantlab.onnx_operators import OperatorWriter
 
@@ -61,19 +62,19 @@ def tiny(width=4):
 @settings(max_examples=200, deadline=None)
 def test_packing_is_one_little_endian_number(bits, data):
     codes = data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=70))
-    stream = packed.pack(torch.tensor(codes, dtype=torch.int32), bits)
+    stream = pack(torch.tensor(codes, dtype=torch.int32), bits)
     number = sum(code << (i * bits) for i, code in enumerate(codes))
     assert bytes(stream.tolist()) == number.to_bytes(-(-len(codes) * bits // 8), "little")
-    assert packed.unpack(stream, bits, len(codes)).tolist() == codes
+    assert unpack(stream, bits, len(codes)).tolist() == codes
 
 
 def test_codes_that_do_not_fit_and_streams_of_another_length():
     with pytest.raises(ql.UserError, match=r"codes 0..8 do not fit in 3 bits"):
-        packed.pack(torch.tensor([0, 8]), 3)
+        pack(torch.tensor([0, 8]), 3)
     with pytest.raises(ql.UserError, match=r"codes -1..1 do not fit in 8 bits"):
-        packed.pack(torch.tensor([-1, 1]), 8)
+        pack(torch.tensor([-1, 1]), 8)
     with pytest.raises(ql.UserError, match="3 bytes do not hold 9 codes of 3 bits, which take 4"):
-        packed.unpack(torch.zeros(3, dtype=torch.uint8), 3, 9)
+        unpack(torch.zeros(3, dtype=torch.uint8), 3, 9)
 
 
 def test_a_loaded_network_is_the_saved_one_bit_for_bit(qmodel, digits, tmp_path):
