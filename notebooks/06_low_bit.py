@@ -312,8 +312,7 @@ for which in wanted.split(",") if "rivals" in sections else []:
     result = ql.evaluate(converted, images.test, limit=limit, on="cpu")
     rival_rows.append(results.make_row(data=images, model=model, card=card, baseline=baseline, result=result, method=method, weight_bits=8,
                                        act_bits=8, n_calibration=n_calibration, seed=seed, bytes=size, notebook="06_low_bit"))
-rival_frame = results.record(rival_rows) if rival_rows else pd.DataFrame(columns=results.COLUMNS)
-rival_frame[["method", "top1", "drop", "drop_low", "drop_high"]].round(2)
+results.record(rival_rows)[["method", "top1", "drop", "drop_low", "drop_high"]].round(2) if rival_rows else "not measured"
 
 # %% [markdown]
 # All rows of this network, these images and this convention: those measured now, and those published before. Without sections

@@ -13,8 +13,8 @@
 # **Question.** In 2021 this project published seven rows; at 4 bits its histogram observer fell to 64.62 % while a simple order statistic kept
 # 88.55 %. Why, and what does each of its decisions cost?
 #
-# **Cost.** Under a minute on the digits. On 10,000 test images with three calibration seeds 98 evaluations (8 to 13 seconds each) and 26
-# calibrations in training mode: 20 to 30 minutes on two CPU cores, by processor.
+# **Cost.** Under a minute on the digits. On 10,000 test images with three calibration seeds 98 evaluations and 26 calibrations in
+# training mode: about half an hour on two CPU cores.
 
 # %%
 import os

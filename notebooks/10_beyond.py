@@ -13,7 +13,7 @@
 # **Question.** What lies beside static post-training quantization: ranges chosen at run time, quantization during training, calibration without
 # data, and what does each cost? And how is PyTorch's own quantization code put together?
 #
-# **Cost.** Under a minute on the digits. On 45,000 training and 10,000 test images with two CPU cores about twenty minutes: three epochs of
+# **Cost.** Under a minute on the digits. On 45,000 training and 10,000 test images with two CPU cores twenty to forty minutes: three epochs of
 # fine-tuning are 2,109 steps of 64 images, each about two and a half times a float training step; then distillation and twelve evaluations.
 
 # %%

@@ -108,4 +108,4 @@ def fake_quantize(x, q):
         return torch.fake_quantize_per_channel_affine(x, q.scale, q.zero_point, q.axis, q.qmin, q.qmax)
     scale, zero_point = q.broadcast(x.dim())
     codes = (x * (1.0 / scale)).round_()
-    return codes.clamp_min_(q.qmin - zero_point).clamp_max_(q.qmax - zero_point).mul_(scale)  # clamp_ by two tensors takes three times as long
+    return codes.clamp_min_(q.qmin - zero_point).clamp_max_(q.qmax - zero_point).mul_(scale)  # two clamps: one by two tensors is slower

@@ -5,7 +5,7 @@
     codes  = imodel.codes(images)                # edge -> the integer codes stored there
 
 integer_convert.py builds the graph; integer_ops.py and integer_pool.py hold its operations, integer_fast.py the fast ones, whose kernels are
-one page of C, integer_kernels.c.
+written in C, integer_kernels.c.
 Jacob et al. 2018 (arXiv:1712.05877).
 """
 

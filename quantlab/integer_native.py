@@ -187,7 +187,7 @@ def _threads(process):
 
 
 def requantize(x, zero_point, constants):
-    """int8 codes to int8 codes of another grid, any shape."""
+    """clamp(zero_point_out + round((x - zero_point) M)): int8 codes to int8 codes of any shape; constants: of `pack_constants`."""
     x = x.contiguous()
     y = torch.empty_like(x)
     call("requantize", (x, zero_point, constants, y), x.numel(), x.numel(), ELEMENTS)
@@ -195,7 +195,7 @@ def requantize(x, zero_point, constants):
 
 
 def add(a, b, zero_points, operand, constants):
-    """int8 codes + int8 codes -> int8 codes, equal shapes, the scale of a the larger; operand: pack_constants of b."""
+    """int8 codes + int8 codes -> int8 codes of equal shapes, the scale of a the larger; operand, constants: `pack_constants` of b and of the sum."""
     a, b = a.contiguous(), b.contiguous()
     y = torch.empty_like(a)
     call("add", (a, b, *zero_points, operand, constants, y), a.numel(), a.numel(), ELEMENTS)

@@ -71,7 +71,7 @@ def describe(config):
 
 
 def is_default(frame, free=("weight_bits", "act_bits")):
-    """True for the rows by hand whose configuration is QuantConfig()'s, but for the columns in `free`."""
+    """bool Series: the rows by hand whose configuration is QuantConfig()'s, but for the columns in `free`."""
     like = {"method": "by hand"} | {k: v for k, v in describe(QuantConfig()).items() if k not in free}
     same = [frame[k].isna() if v is None else frame[k].eq(v).fillna(False).astype(bool) for k, v in like.items()]
     return pd.concat(same, axis=1).all(axis=1)

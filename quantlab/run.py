@@ -12,7 +12,7 @@ from quantlab import data, imageset, results, workbook
 from quantlab.runtime import PACKAGE, UserError, atomic_path, root, sha256, write_text
 
 TIME_LIMIT = 3 * 3600  # seconds a notebook
-# glibc gives every large tensor back to the system, and each new one is mapped page by page; kept, evaluation takes a fifth less time.
+# glibc gives every large tensor back to the system, and each new one is mapped anew, page by page; with these it keeps what it has.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": 2**25, "MALLOC_TRIM_THRESHOLD_": 2**30, "MALLOC_TOP_PAD_": 2**27}  # bytes; 2^25 is the largest allowed
 
 

@@ -30,7 +30,7 @@ def rounding_modes(errors, layers, text):
     right.set_title("Every operation, fed the same codes")
     right.set_yscale("symlog", linthresh=1e-3)
     right.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    right.set_ylim(bottom=-2e-4)
+    right.set_ylim(-2e-4, 100)
     right.legend(title="rounding", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return caption(figure, text)
 
