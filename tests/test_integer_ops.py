@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from fractions import Fraction
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import read_text
 from torch import nn
 
 import quantlab as ql
-from quantlab import golden, integer_fast, integer_ops as ops, integer_pool as pools
+from quantlab import fixedpoint, golden, integer_fast, integer_gemm as gemm, integer_ops as ops, integer_pool as pools
 from quantlab.affine import QParams, choose_qparams, fake_quantize
 
 VECTORS = json.loads(read_text(golden.PATH))
@@ -318,3 +319,17 @@ def test_average_of_too_many_codes():
     op = pools.Average("wide", grid, grid, "single", dims=(2, 3))
     with pytest.raises(ql.UserError, match="wide: sums of 9,000,000 codes do not fit in int32"):
         op(torch.zeros(1, 1, 3000, 3000, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("rounding", fixedpoint.ROUNDINGS)
+def test_passes_over_rows_are_the_same_compiled(rounding):
+    """What CUDA runs, compiled here for the CPU."""
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler for torch.compile")
+    generator = torch.Generator().manual_seed(0)
+    acc = torch.randint(-(2**22), 2**22, (333, 24), generator=generator, dtype=torch.int32)
+    bias = torch.randint(-(2**20), 2**20, (24,), generator=generator, dtype=torch.int32)
+    multiplier, shift = fixedpoint.fixed_point(torch.rand(24, generator=generator, dtype=torch.float64) * 2**-14)
+    constants = bias, multiplier, shift, -5, -128, 120, rounding
+    expected = gemm.run_rows(gemm.store_rows, (acc,), *constants)
+    assert torch.equal(gemm.compiled(gemm.store_rows)(acc, *constants), expected) and len(expected.unique()) > 50
