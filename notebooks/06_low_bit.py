@@ -12,7 +12,7 @@
 #
 # **Question.** How much of what 4, 3 and 2 bits cost can be won back without training, by which method, and why do papers disagree about it?
 #
-# **Cost.** A minute on the digits. The full preset learns about 32 networks of two to three minutes each and tunes 25 of them for two more, on
+# **Cost.** A minute on the digits. The full preset learns about 40 networks of two to three minutes each and tunes as many for two more, on
 # two CPU cores. Every row is recorded when it is measured and not measured again, so the notebook can be stopped, continued and run in pieces
 # (`widths`, `methods`, `sections`); its tables and figures take the rows already published with those of this run.
 
@@ -51,11 +51,11 @@ seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 widths = "auto"  # weights/activations[/first and last layer], comma-separated, as in 4/4,2/2/8
 methods = "auto"  # comma-separated names of section 3, or auto: all
-best_method = "QDrop + end to end"  # a method of section 3, for the targets and the comparison with other tools; chosen on held-out images
+best_method = "QDrop + fine-tuning"  # a method of section 3, for the targets and the comparison with other tools; chosen on held-out images
 iterations = 0  # of learning a unit; 0: 5 in a smoke run, 500 in a full one
 n_calibration = 0  # 0: 64 in a smoke run, 1,024 in a full one
 n_seeds = 0  # calibration seeds in section 3; 0: one in a smoke run, three in a full one, for nearest and best_method
-sections = "methods,rivals,fisher,sensitivity,pareto,conventions,tools"  # what is measured
+sections = "methods,tuning,rivals,fisher,sensitivity,pareto,conventions,tools"  # what is measured
 rivals = "auto"  # pt2e and onnxruntime, comma-separated; auto: onnxruntime in a smoke run, because compiling takes long, else both
 pareto_method = "nearest"  # a method of section 3
 convention_method = "nearest"  # a method of section 3
@@ -183,17 +183,19 @@ CORRECTIONS = {
     "analytic bias correction": lambda q, batches: corrections.correct_bias_analytic(network, q),
     "BatchNorm re-estimation": lambda q, batches: corrections.reestimate_batchnorm(network, q, batches),
 }
-METHODS = ["nearest", "equalisation", *list(CORRECTIONS)[1:], *LEARNED, "QDrop + end to end"]
+TUNED = {"end to end": {}, "fine-tuning": {"learn_weights": True, "flip": True}}
+METHODS = ["nearest", "equalisation", *list(CORRECTIONS)[1:], *LEARNED, *(f"QDrop + {name}" for name in TUNED)]
 methods = METHODS if methods == "auto" else methods.split(",")
 parts = {part for method in [*methods, best_method, convention_method, pareto_method] for part in method.split(" + ")}
-if unknown := parts - set(METHODS) - {"Fisher", "end to end"}:
+if unknown := parts - set(METHODS) - {"Fisher", *TUNED}:
     raise ql.UserError(f"method {unknown.pop()!r} is unknown; use {', '.join(METHODS)}, or some of them joined by ' + '")
 
 
 # %% [markdown]
-# `QDrop + Fisher` is QDrop with the other loss; `+ end to end` goes on with the steps, scales and biases of the whole network together,
-# against the float network's logits, every weight keeping its code, for half as many iterations; `+` a correction applies it to what was
-# learned.
+# `QDrop + Fisher` is QDrop with the other loss. `+ end to end` goes on with the steps, scales and biases of the whole network together,
+# against the float network's logits, every weight keeping its code, for half as many iterations. `+ fine-tuning` lets the codes move as well
+# (QFT, Finkelstein et al. 2022, arXiv:2212.02634) and mirrors half of the batches: what training would do, on the calibration images alone
+# and without labels. `+` a correction applies it to what was learned.
 
 # %%
 @functools.cache
@@ -224,7 +226,7 @@ def build(method, config, s, state=None):
         qmodel = CORRECTIONS[kind](ql.quantize(network, stats, config), batches)
     for step in [m for m in more if m != "Fisher"]:
         tune = functools.partial(tune_end_to_end, network, iterations=max(iterations // 2, 1), batch_size=min(64, n_calibration), seed=s)
-        qmodel = tune(qmodel, batches) if step == "end to end" else CORRECTIONS[step](qmodel, batches)
+        qmodel = tune(qmodel, batches, **TUNED[step]) if step in TUNED else CORRECTIONS[step](qmodel, batches)
     return qmodel
 
 
@@ -266,11 +268,11 @@ def name_of(width):
 
 # %%
 def is_measured(width, method, s):
-    """Nearest and what the best method starts from everywhere; others with the first seed; other learned ones at two widths."""
+    """Nearest, the best method and what it starts from for every seed; others for the first, those of learned units at two widths."""
     kind = method.split(" + ")[0]
     if smoke and kind in LEARNED:
         return width == widths.split(",")[-1]
-    return kind in ("nearest", best_method.split(" + ")[0]) or s == seed and (kind not in LEARNED or width in ("4/4", "3/3"))
+    return method in ("nearest", best_method, best_method.split(" + ")[0]) or s == seed and (method not in LEARNED or width in ("4/4", "3/3"))
 
 grid = [(width, method, s) for width in widths.split(",") for s in seeds for method in methods if is_measured(width, method, s)]
 grid = grid if "methods" in sections else []
@@ -314,14 +316,16 @@ for which in wanted.split(",") if "rivals" in sections else []:
                                        act_bits=8, n_calibration=n_calibration, seed=seed, bytes=size, notebook="06_low_bit"))
 results.record(rival_rows)[["method", "top1", "drop", "drop_low", "drop_high"]].round(2) if rival_rows else "not measured"
 
+
 # %% [markdown]
 # All rows of this network, these images and this convention: those measured now, and those published before. Without sections
 # (`-p sections none`) the notebook measures nothing and draws from the files.
 
 # %%
-rows = results.newest(pd.concat([results.load(results.published_path()), results.load()])).reset_index(drop=True)
-same = (rows.checkpoint_sha == card.sha256[:12]) & (rows.data_sha == images.fingerprint[:12]) & (rows.n_test == baseline.n) & (rows.n_calibration == n_calibration)
-rival_frame = rows[same & rows.method.isin(["PT2E int8", "ONNX Runtime int8"])]
+def published_or_new():
+    """The rows published and those measured here: this network, these test images, as many calibration images."""
+    rows = results.newest(pd.concat([results.load(results.published_path()), results.load()])).reset_index(drop=True)
+    return rows[(rows.checkpoint_sha == card.sha256[:12]) & (rows.data_sha == images.fingerprint[:12]) & (rows.n_test == baseline.n) & (rows.n_calibration == n_calibration)]
 
 def known(rows):
     """One row a method, width and seed, the newest: columns of results.csv, `name` and `width`."""
@@ -335,7 +339,8 @@ def known(rows):
 
 
 # %%
-everything = known(rows[same])
+rows = published_or_new()
+everything, rival_frame = known(rows), rows[rows.method.isin(["PT2E int8", "ONNX Runtime int8"])]
 if len(everything):
     table, counts = (everything.pivot_table("drop", "name", "width", how, sort=False) for how in ("mean", "count"))
     shown = table.round(2).astype(str) + " (" + counts.fillna(0).astype(int).astype(str) + ")"
@@ -345,19 +350,36 @@ if len(everything):
     figure = lowbit.methods_by_width(everything.assign(method=everything.name), rival_frame, text)
     display(plots.save(figure, "06_methods_by_width", images, model))
 
+
 # %% [markdown]
 # **Chosen on held-out images.** Which learned method is the best one, for how many iterations and with which learning rates is not the test
 # set's business. The same networks on the fixed tenth of the training images that nothing was fitted to (another choice to compare: the same
 # command with other parameters, as `python -m quantlab run 06 -p sections methods -p iterations 300`):
 
 # %%
+@functools.cache
+def baseline_heldout():
+    return ql.evaluate(network, images.heldout, limit=limit)
+
 if len(frame) and frame.heldout.notna().any():
-    float_heldout = ql.evaluate(network, images.heldout, limit=limit)
+    float_heldout = baseline_heldout()
     chosen_on = frame[frame.heldout.notna()].assign(lost=lambda f: float_heldout.top1 - f.heldout)
     chosen_on = chosen_on[chosen_on.seed == seed].pivot_table("lost", "name", "width", sort=False).rename(columns=lambda w: w.replace("\n", ", "))
     every = chosen_on.dropna(axis=1)  # widths at which every method was learned
     print(f"points lost on {float_heldout.n:,} held-out images (float {float_heldout.top1:.2f} %), seed {seed}; least over {', '.join(every)}: {every.mean(axis=1).idxmin()}")
     display(chosen_on.round(2))
+
+# %% [markdown]
+# How fast may codes move in fine-tuning, and do mirrored images help? Held-out images again, at the narrowest width, where it matters most:
+
+# %%
+tried = []
+variants = [{}, {"flip": True}, *({"learn_weights": True, "lr_weights": lr, "flip": flip} for lr, flip in ((1e-3, True), (2e-3, False), (2e-3, True), (4e-3, True)))]
+for how in tqdm(variants if "tuning" in sections else [], desc="variants"):
+    started = learn("QDrop", "mse", config_of(widths.split(",")[-1]), seed, None)
+    tuned = tune_end_to_end(network, started, calibration(seed)[0], iterations=max(iterations // 2, 1), batch_size=min(64, n_calibration), seed=seed, **how)
+    tried.append(how | {"lost, held out": baseline_heldout().top1 - ql.evaluate(tuned, images.heldout, limit=limit).top1})
+pd.DataFrame(tried).fillna("").round(2) if tried else "not measured"
 
 # %% [markdown]
 # What learning does to every unit: the squared error of its output against nearest rounding of the same unit, on the calibration images,
@@ -493,20 +515,23 @@ if "conventions" in sections:
 
 # %% [markdown]
 # **Under their convention.** What other tools' public code lost on another ResNet-20 of cifar10-jpeg (86.20 % in float; one seed, 512 to 1,024
-# images, 500 to 1,000 iterations), with first and last layer at 8 bits and a float residual stream, beside ours under the same convention,
-# with the first seed:
+# images, 500 to 1,000 iterations), with first and last layer at 8 bits and a float residual stream, beside ours under the same convention:
+# mean points lost and mean paired interval over the seeds.
 
 # %%
 TOOLS = pd.DataFrame({"QDrop's code": {"4/4": 0.54, "3/3": 1.73, "2/4": 3.48, "2/2": 11.98}, "BRECQ's code": {"4/4": 0.38, "3/3": 2.37},
                       "Brevitas GPTQ": {"4/4": 0.35, "3/3": 2.44}})
-compared = [w for w in TOOLS.index if w in widths.split(",")][-1 if smoke else 0:] if "tools" in sections else []
-theirs = []
-for width in compared:
-    found = [measure(best_method, config_of(width, first_last_bits=8, residual_bits=None), s) for s in seeds[:1]]
-    mean = {k: np.mean([row[k] for row in found]) for k in ("drop", "drop_low", "drop_high")}
-    ours = {"ours": mean["drop"], "95 % low": mean["drop_low"], "95 % high": mean["drop_high"]}
-    theirs.append({"width": name_of(width), **ours, **TOOLS.loc[width]})
-pd.DataFrame(theirs).round(2) if theirs else "not measured"
+compared = [w for w in TOOLS.index if w in widths.split(",")][-1 if smoke else 0:]
+theirs = {"first_last_bits": 8, "residual_bits": None}
+for width, s in tqdm([(w, s) for w in compared for s in seeds] if "tools" in sections else [], desc="networks"):
+    measure(best_method, config_of(width, **theirs), s)
+
+# %%
+rows = published_or_new()
+rows = rows[results.is_default(rows, ("weight_bits", "act_bits", *theirs)) & (rows.first_last_bits == 8) & rows.residual_bits.isna()]
+rows = rows[rows.corrections == note_of(best_method)].assign(width=lambda f: f.weight_bits.astype(str) + "/" + f.act_bits.astype(str))
+ours = rows.groupby("width")[["drop", "drop_low", "drop_high"]].mean().assign(seeds=rows.groupby("width").size())
+ours.join(TOOLS, how="inner").reindex(compared).dropna(how="all").round(2) if len(rows) else "not measured"
 
 # %% [markdown]
 # ## 6. Targets
@@ -540,7 +565,7 @@ if len(everything):
         best, lost = means[width].idxmin(), means[width].min()
         start = f"; with nearest rounding {means[width, 'nearest']:+.2f}" if "nearest" in means[width] else ""
         print(f"- {width}: {lost:+.2f} points lost with {best}, the least of {len(means[width])} methods{start}.".replace("\n", ", "))
-    against = {"QDrop + end to end": "QDrop", "BRECQ": "AdaRound", "QDrop": "BRECQ"} | dict.fromkeys(["equalisation", *list(CORRECTIONS)[1:]], "nearest")
+    against = {"QDrop + fine-tuning": "QDrop + end to end", "QDrop + end to end": "QDrop", "BRECQ": "AdaRound", "QDrop": "BRECQ"} | dict.fromkeys(["equalisation", *list(CORRECTIONS)[1:]], "nearest")
     single = everything[everything.seed == seed].set_index(["name", "width"])["drop"]
     for name, other in against.items():
         both = [w for w in everything.width.unique() if (name, w) in single and (other, w) in single]

@@ -1,4 +1,11 @@
-"""End-to-end tuning: the steps and biases of a finished quantized network, learned jointly against the float network's logits."""
+"""End-to-end tuning: the steps, scales, biases and, if wanted, weights of a finished quantized network, learned together.
+
+    tuned = tune_end_to_end(model, qmodel, images)                                        # every weight keeps its code
+    tuned = tune_end_to_end(model, qmodel, images, learn_weights=True, flip=True)         # codes may move
+
+The float network's logits are the target; no labels. Learning everything at once is QFT (Finkelstein et al. 2022, arXiv:2212.02634), here
+from where reconstruction ended.
+"""
 
 import dataclasses
 import math
@@ -14,76 +21,107 @@ from quantlab.ptq import copy_quantized, find_node, input_qparams, layers, write
 from quantlab.runtime import UserError, device, exact_float
 from quantlab.units import is_quantizer
 
+BATCH = 256  # images at once for the targets
+NEAR = 0.49  # codes: how far from its code a weight may lie when its learning starts
 
-class _LearnedScale(nn.Module):
-    """Stands for a quantized layer while its scales and bias are learned; its codes stay."""
 
-    def __init__(self, layer):
+class _LearnedLayer(nn.Module):
+    """Stands for a quantized layer while its scales, its bias and, given the float weights, its codes are learned.
+
+    weight = s exp(log_scale) (round(clamp(latent, qmin - 1/2, qmax + 1/2)) - z), the rounding straight through. `latent` is the float weight
+    in units of its code, brought to within half a code of the code that was learned, so that tuning starts from the network as it is.
+    """
+
+    def __init__(self, layer, exact=None):
         super().__init__()
-        self.layer = [layer]
-        self.register_buffer("weight", layer.weight.detach())
-        self.log_scale = nn.Parameter(torch.zeros_like(layer.weight_qparams.broadcast(layer.weight.dim())[0].to(layer.weight.device)))
+        self.layer, self.q = [layer], layer.weight_qparams.to(layer.weight.device)
+        self.scale, self.zero_point = self.q.broadcast(layer.weight.dim())
+        latent = to_codes(layer.weight.detach(), self.q).float()
+        if exact is not None:
+            latent = torch.clamp(exact.detach() / self.scale + self.zero_point, latent - NEAR, latent + NEAR)
+        self.latent = nn.Parameter(latent, requires_grad=exact is not None)
+        self.log_scale = nn.Parameter(torch.zeros_like(self.scale))
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
 
+    @property
+    def codes(self):
+        """Codes as float32, the weight's shape."""
+        return self.latent.detach().round().clamp(self.q.qmin, self.q.qmax)
+
     def forward(self, x):
-        values = {"weight": self.weight * self.log_scale.exp()}
+        latent = self.latent.clamp(self.q.qmin - 0.5, self.q.qmax + 0.5)
+        codes = self.codes + (latent - latent.detach())  # the value of the first term, the gradient of the second
+        values = {"weight": (codes - self.zero_point) * (self.scale * self.log_scale.exp())}
         return torch.func.functional_call(self.layer[0], values | ({} if self.bias is None else {"bias": self.bias}), x)
 
 
-def tune_end_to_end(model, qmodel, images, iterations=300, lr=1e-3, batch_size=64, temperature=4.0, flip=False, seed=0, verbose=True):
-    """A copy of qmodel with activation steps, weight scales and biases learned together; every weight keeps its code.
+def tune_end_to_end(
+    model, qmodel, images, iterations=250, lr=1e-3, lr_weights=2e-3, learn_weights=False, flip=False, batch_size=64, temperature=4.0, seed=0, verbose=True
+):
+    """A copy of qmodel with activation steps, weight scales and biases learned together.
 
-    loss = KL(softmax(z / T) || softmax(z_q / T)) T^2 between the float network's logits z and the quantized one's, on random batches of
-    `images` (float32 [N, 3, H, W] or an iterable of batches); no labels. Adam, relative steps, lr falling to 0 as a cosine. flip: every
-    image is mirrored with probability 1/2, the float network giving the target for what it is shown. An extra beyond BRECQ and QDrop.
+    images: float32 [N, 3, H, W] or an iterable of batches. loss = KL(softmax(z / T) || softmax(z_q / T)) T^2 between the float network's
+    logits z and the quantized one's, on random batches. Adam, falling to 0 as a cosine from lr (relative, for biases absolute). learn_weights:
+    codes may move too, at lr_weights (in codes); without it every weight keeps its code. flip: a batch is mirrored with probability 1/2.
+    Raises UserError for fewer images than a batch and for settings that are not positive.
     """
     images = images if isinstance(images, torch.Tensor) else torch.cat(list(images))
     if len(images) < batch_size:
         raise UserError(f"{len(images)} calibration images do not fill a batch of {batch_size}; give more, or a smaller batch_size")
+    if iterations < 1 or min(lr, lr_weights, temperature) <= 0:
+        raise UserError(f"iterations={iterations}, lr={lr}, lr_weights={lr_weights} and temperature={temperature} are positive numbers")
     graph = prepare(model, qmodel.config.placement, qmodel.config.fold_batchnorm)[0].to(device()).requires_grad_(False)
     tuned, learning = copy_quantized(qmodel).to(device()), copy_quantized(qmodel).to(device())
-    steps, scales = _swap(learning)
-    parameters = [s.log_step for s in steps.values()] + [p for s in scales.values() for p in s.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    steps, learned = _swap(learning, graph if learn_weights else None)
+    latent = [layer.latent for layer in learned.values() if learn_weights]
+    rest = [p for module in (*steps.values(), *learned.values()) for name, p in module.named_parameters() if name != "latent"]
+    optimizer = torch.optim.Adam([{"params": rest, "lr": lr}] + ([{"params": latent, "lr": lr_weights}] if latent else []))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / iterations)))
     generator = torch.Generator().manual_seed(seed)
     with exact_float(), tqdm(range(iterations), desc="tune", leave=False, disable=not verbose) as progress:
+        views = [lambda batch: batch, lambda batch: batch.flip(-1)][: 1 + flip]
+        targets = [_log_softmax(graph, images, view, temperature) for view in views]
         for _ in progress:
             index = torch.randint(len(images), (batch_size,), generator=generator)
-            batch = images[index].to(device()).contiguous(memory_format=torch.channels_last)
-            if flip and torch.rand((), generator=generator) < 0.5:
-                batch = batch.flip(-1)
-            with torch.no_grad():
-                target = (graph(batch) / temperature).log_softmax(1)
-            loss = nn.functional.kl_div((learning(batch) / temperature).log_softmax(1), target, log_target=True, reduction="batchmean")
+            which = int(torch.randint(2, (), generator=generator)) if flip else 0
+            batch = views[which](images[index].to(device())).contiguous(memory_format=torch.channels_last)
+            output = (learning(batch) / temperature).log_softmax(1)
+            loss = temperature**2 * nn.functional.kl_div(output, targets[which][index], log_target=True, reduction="batchmean")
             optimizer.zero_grad()
-            (loss * temperature**2).backward()
+            loss.backward()
             optimizer.step()
             schedule.step()
-    return _write(tuned, steps, scales)
+            progress.set_postfix(loss=f"{loss.item():.3g}")
+    return _write(tuned, steps, learned)
 
 
-def _swap(network):
-    steps, scales = {}, {}
+@torch.no_grad()
+def _log_softmax(graph, images, view, temperature):
+    return torch.cat([(graph(view(batch.to(device()))) / temperature).log_softmax(1) for batch in images.split(BATCH)])
+
+
+def _swap(network, graph):
+    """Stand-ins for the Quantizers and layers of `network`; graph: the float one, whose weights are the start, or None."""
+    steps, learned = {}, {}
     for node in list(network.graph.nodes):
         module = network.get_submodule(node.target) if node.op == "call_module" else None
         if is_quantizer(node, network):
             steps[node.name] = LearnedStep(module)
             network.set_submodule(node.target, steps[node.name])
         elif hasattr(module, "weight_qparams"):
-            scales[node.name] = _LearnedScale(module)
-            network.set_submodule(node.target, scales[node.name])
-    return steps, scales
+            exact = graph and graph.get_submodule(find_node(graph, node.name).target).weight
+            learned[node.name] = _LearnedLayer(module, exact)
+            network.set_submodule(node.target, learned[node.name])
+    return steps, learned
 
 
 @torch.no_grad()
-def _write(tuned, steps, scales):
+def _write(tuned, steps, learned):
     for name, step in steps.items():
         tuned.get_submodule(find_node(tuned, name).target).scale.copy_(step.scale)
     for name in layers(tuned, tuned.plan):
-        layer, learned = tuned.get_submodule(find_node(tuned, name).target), scales[name]
+        layer, found = tuned.get_submodule(find_node(tuned, name).target), learned[name]
         q = layer.weight_qparams
-        codes = to_codes(layer.weight.detach().cpu(), q)
-        scaled = dataclasses.replace(q, scale=q.scale * learned.log_scale.exp().cpu().view(q.scale.shape))
-        write_codes(layer, codes, scaled, learned.bias, input_qparams(tuned, name) if tuned.config.placement == "fused" else None)
+        q = dataclasses.replace(q, scale=q.scale * found.log_scale.exp().to(q.scale.device).view(q.scale.shape))
+        write_codes(layer, found.codes.int(), q, found.bias, input_qparams(tuned, name) if tuned.config.placement == "fused" else None)
     return tuned

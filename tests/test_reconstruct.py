@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import quantlab as ql
-from quantlab import ptq, reconstruct as rc, units
+from quantlab import ptq, reconstruct as rc, tune, units
 from quantlab.activations import Cache
 from quantlab.learned import LearnedRounding, LearnedStep, Masks, round_to_step
 from quantlab.reconstruct_config import PRESETS
@@ -200,13 +200,63 @@ def test_the_result_is_a_quantized_network(tiny, learned):
         layer = qmodel.get_submodule(ptq.find_node(qmodel, name).target)
         codes = layer.bias.double() / (ptq.input_qparams(qmodel, name).scale.double() * layer.weight_qparams.scale.double())
         assert (codes - codes.round()).abs().max() < 1e-3 and codes.round().abs().max() > 0
-    again = tune_end_to_end(tiny[0], qmodel, tiny[2], iterations=30, batch_size=16, lr=3e-3, verbose=False)
+
+def weight_codes(qmodel):
+    layers = {name: qmodel.get_submodule(ptq.find_node(qmodel, name).target) for name in ptq.layers(qmodel, qmodel.plan)}
+    return {name: ql.quantize_tensor(layer.weight, layer.weight_qparams) for name, layer in layers.items()}
+
+
+def distance(tiny, qmodel):
+    """KL(float || quantized) of the class probabilities."""
     exact = tiny[0](tiny[2]).log_softmax(1)
-    distance = [nn.functional.kl_div(q(tiny[2]).log_softmax(1), exact, log_target=True, reduction="batchmean") for q in (qmodel, again)]
-    assert distance[1] < distance[0]
-    for name in ptq.layers(again, again.plan):
-        a, b = (g.get_submodule(ptq.find_node(g, name).target) for g in (qmodel, again))
-        assert torch.equal(ql.quantize_tensor(a.weight, a.weight_qparams), ql.quantize_tensor(b.weight, b.weight_qparams))
+    return nn.functional.kl_div(qmodel(tiny[2]).log_softmax(1), exact, log_target=True, reduction="batchmean")
+
+
+@pytest.mark.parametrize("learn_weights", [False, True])
+def test_tuning_comes_closer_to_the_float_network(tiny, learned, learn_weights):
+    how = dict(iterations=60, batch_size=16, lr=3e-3, lr_weights=1e-2, learn_weights=learn_weights, flip=learn_weights, verbose=False)
+    before, tuned = tensors(learned), tune_end_to_end(tiny[0], learned, tiny[2], **how)
+    assert same(tensors(learned), before), "a copy is tuned"
+    assert distance(tiny, tuned) < 0.9 * distance(tiny, learned)
+    assert same(tensors(tuned), tensors(tune_end_to_end(tiny[0], learned, tiny[2].split(20), **how))), "deterministic under a seed"
+    old, new = weight_codes(learned), weight_codes(tuned)
+    assert same(old, new) != learn_weights
+    assert all(code.abs().max() <= 3 for code in new.values()), "3 bits"
+    assert all((old[name] - new[name]).abs().max() <= 1 for name in old), "no further than the neighbour in so short a time"
+
+
+def test_gradient_of_a_learned_layer():
+    """Of the latent codes: the weight's gradient times the step, 0 beyond half a code outside the range; of log_scale: the sum of dw * w."""
+    torch.manual_seed(0)
+    layer, exact, x = nn.Conv2d(3, 4, 3), torch.randn(4, 3, 3, 3), torch.randn(2, 3, 8, 8)
+    layer.weight_qparams = q = ql.choose_qparams(*exact.flatten(1).aminmax(dim=1), 2, axis=0)
+    layer.requires_grad_(False).weight.copy_(ql.fake_quantize(exact, q))
+    learned, weight = tune._LearnedLayer(layer, exact), layer.weight.clone().requires_grad_()
+    with torch.no_grad():
+        learned.latent.view(-1)[:4] = torch.tensor([q.qmin - 0.6, q.qmin - 0.3, q.qmax + 0.3, q.qmax + 0.6])
+        weight.copy_(ql.dequantize(learned.codes.int(), q))
+    y = learned(x)
+    assert torch.equal(y, nn.functional.conv2d(x, weight, layer.bias))
+    y.square().sum().backward()
+    nn.functional.conv2d(x, weight, layer.bias).square().sum().backward()
+    step = weight.grad * q.scale.view(-1, 1, 1, 1)
+    step.view(-1)[[0, 3]] = 0
+    assert torch.allclose(learned.latent.grad, step, rtol=1e-5)
+    assert torch.allclose(learned.log_scale.grad, (weight.grad * weight).sum((1, 2, 3), keepdim=True), rtol=1e-4)
+
+
+def test_tuning_starts_from_the_network_as_it_is(tiny, learned):
+    tuned = tune_end_to_end(tiny[0], learned, tiny[2], iterations=1, batch_size=16, lr=1e-9, lr_weights=1e-9, learn_weights=True, verbose=False)
+    assert same(weight_codes(tuned), weight_codes(learned))
+    assert torch.allclose(tuned(tiny[2]), learned(tiny[2]), atol=1e-5)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(batch_size=64), "48 calibration images do not fill a batch of 64"), (dict(lr=0), "lr=0"), (dict(iterations=0), "iterations=0"),
+])  # fmt: skip
+def test_tuning_refuses(tiny, learned, change, message):
+    with pytest.raises(ql.UserError, match=message):
+        tune_end_to_end(tiny[0], learned, tiny[2], **dict(batch_size=16) | change)
 
 
 def test_deterministic_under_a_seed(tiny, learned):

@@ -11,11 +11,11 @@ from quantlab.plots.style import COLOURS, DATA_COLOUR, ERROR_COLOUR, MARKERS, ca
 COLOURS.update({
     "nearest": "#7f7f7f", "equalisation": "#b8860b", "bias correction": "#4aa3a2", "analytic bias correction": "#9fd0cf",
     "BatchNorm re-estimation": "#8c6bb1", "AdaRound": "#d95f02", "BRECQ": "#2b6cb0", "QDrop": "#1b7f3b", "QDrop + Fisher": "#66c2a5",
-    "QDrop + end to end": "#0b3d1b", "ONNX Runtime int8": "#c2185b",
+    "QDrop + end to end": "#7fbf4d", "QDrop + fine-tuning": "#0b3d1b", "ONNX Runtime int8": "#c2185b",
 })  # fmt: skip
 MARKERS.update({
     "nearest": "o", "equalisation": "v", "bias correction": "s", "analytic bias correction": "p", "BatchNorm re-estimation": "D", "AdaRound": "^",
-    "BRECQ": "P", "QDrop": "*", "QDrop + Fisher": "X", "QDrop + end to end": "h", "ONNX Runtime int8": "d",
+    "BRECQ": "P", "QDrop": "*", "QDrop + Fisher": "X", "QDrop + end to end": "h", "QDrop + fine-tuning": "H", "ONNX Runtime int8": "d",
 })  # fmt: skip
 
 
