@@ -62,7 +62,7 @@ def tune_end_to_end(
 
     images: float32 [N, 3, H, W] or an iterable of batches. loss = KL(softmax(z / T) || softmax(z_q / T)) T^2 between the float network's
     logits z and the quantized one's, on random batches. Adam, falling to 0 as a cosine from lr (relative, for biases absolute). learn_weights:
-    codes may move too, at lr_weights (in codes); without it every weight keeps its code. flip: a batch is mirrored with probability 1/2.
+    codes may move too, at lr_weights (in codes); without it every weight keeps its code. flip: every image is mirrored with probability 1/2.
     Raises UserError for fewer images than a batch and for settings that are not positive.
     """
     images = images if isinstance(images, torch.Tensor) else torch.cat(list(images))
@@ -79,14 +79,14 @@ def tune_end_to_end(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / iterations)))
     generator = torch.Generator().manual_seed(seed)
     with exact_float(), tqdm(range(iterations), desc="tune", leave=False, disable=not verbose) as progress:
-        views = [lambda batch: batch, lambda batch: batch.flip(-1)][: 1 + flip]
-        targets = [_log_softmax(graph, images, view, temperature) for view in views]
+        targets = torch.stack([_log_softmax(graph, shown, temperature) for shown in (images, images.flip(-1))[: 1 + flip]])
         for _ in progress:
             index = torch.randint(len(images), (batch_size,), generator=generator)
-            which = int(torch.randint(2, (), generator=generator)) if flip else 0
-            batch = views[which](images[index].to(device())).contiguous(memory_format=torch.channels_last)
-            output = (learning(batch) / temperature).log_softmax(1)
-            loss = temperature**2 * nn.functional.kl_div(output, targets[which][index], log_target=True, reduction="batchmean")
+            mirrored = torch.rand(batch_size, generator=generator) < 0.5 if flip else torch.zeros(batch_size, dtype=torch.bool)
+            batch = images[index]
+            batch[mirrored] = batch[mirrored].flip(-1)
+            output = (learning(batch.to(device()).contiguous(memory_format=torch.channels_last)) / temperature).log_softmax(1)
+            loss = temperature**2 * nn.functional.kl_div(output, targets[mirrored.long(), index], log_target=True, reduction="batchmean")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -96,8 +96,8 @@ def tune_end_to_end(
 
 
 @torch.no_grad()
-def _log_softmax(graph, images, view, temperature):
-    return torch.cat([(graph(view(batch.to(device()))) / temperature).log_softmax(1) for batch in images.split(BATCH)])
+def _log_softmax(graph, images, temperature):
+    return torch.cat([(graph(batch.to(device())) / temperature).log_softmax(1) for batch in images.split(BATCH)])
 
 
 def _swap(network, graph):
