@@ -384,6 +384,8 @@ def divergence(qmodel):
             total += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
     return total / len(ql.limited(images.heldout, limit))
 
+
+# %%
 tried = []
 half, rates = {"iterations": max(iterations // 2, 1)}, ((1e-3, True), (2e-3, False), (2e-3, True), (4e-3, True))
 variants = [half, half | {"flip": True}, *(half | {"learn_weights": True, "lr_weights": lr, "flip": flip} for lr, flip in rates), TUNED["fine-tuning"]]
