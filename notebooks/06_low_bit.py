@@ -41,7 +41,6 @@ from quantlab import builtin, corrections, mixed, plots, ptq, results
 from quantlab.equalization import equalize
 from quantlab.plots import lowbit
 from quantlab.reconstruct import ReconstructConfig, reconstruct
-from quantlab.runtime import device
 from quantlab.tune import tune_end_to_end
 
 # %% tags=["parameters"]
@@ -377,12 +376,12 @@ if len(frame) and frame.heldout.notna().any():
 
 # %%
 def divergence(qmodel):
-    total = 0.0
+    where, total, split = next(qmodel.buffers()).device, 0.0, ql.limited(images.heldout, limit)
     with torch.inference_mode():
-        for batch, _ in ql.limited(images.heldout, limit).batches():
-            log_p, log_q = (net.to(device())(batch.to(device())).log_softmax(1) for net in (network, qmodel))
+        for batch, _ in split.batches():
+            log_p, log_q = (net.to(where)(batch.to(where)).log_softmax(1) for net in (network, qmodel))
             total += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-    return total / len(ql.limited(images.heldout, limit))
+    return total / len(split)
 
 
 # %%
