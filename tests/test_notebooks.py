@@ -73,7 +73,7 @@ def test_all_notebooks_run_and_then_are_skipped(workbook):
     rows = results.load()
     assert {"float", "by hand"} <= set(rows.method) and set(rows.dataset) == {"digits"}
     by_hand = rows[rows.method == "by hand"].notebook.value_counts().to_dict()
-    expected = {"03_quantize_by_hand": 12, "04_observers": 21, "06_low_bit": 33}
+    expected = {"03_quantize_by_hand": 12, "04_observers": 21, "06_low_bit": 34}
     assert by_hand == expected | {"08_original_experiment": 3, "09_questions": 25, "10_beyond": 2}
     report = read_text(workbook / "results" / "report.html")
     assert "Smoke run." in report and "W4A4 histogram" in report and report.count("data:image/png;base64") > 4
