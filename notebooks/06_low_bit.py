@@ -12,7 +12,7 @@
 #
 # **Question.** How much of what 4, 3 and 2 bits cost can be won back without training, by which method, and why do papers disagree about it?
 #
-# **Cost.** A minute on the digits. The full preset learns about 40 networks of two to three minutes each and tunes as many for two to four more, on
+# **Cost.** A minute or two on the digits. The full preset learns about 40 networks of two to three minutes each and tunes as many for two to four more, on
 # two CPU cores. Every row is recorded when it is measured and not measured again, so the notebook can be stopped, continued and run in pieces
 # (`widths`, `methods`, `sections`); its tables and figures take the rows already published with those of this run.
 
@@ -194,7 +194,7 @@ if unknown := parts - set(METHODS) - {"Fisher", *TUNED}:
 # %% [markdown]
 # `QDrop + Fisher` is QDrop with the other loss. `+ end to end` goes on with the steps, scales and biases of the whole network together,
 # against the float network's logits, every weight keeping its code, for half as many iterations. `+ fine-tuning` lets the codes move as well
-# (QFT, Finkelstein et al. 2022, arXiv:2212.02634), mirrors half of the images and takes as many iterations: what training would do, on the
+# (QFT, Finkelstein et al. 2022, arXiv:2212.02634), mirrors half of the images and takes as many iterations, still on the
 # calibration images alone and without labels. `+` a correction applies it to what was learned.
 
 # %%
@@ -371,8 +371,8 @@ if len(frame) and frame.heldout.notna().any():
 
 
 # %% [markdown]
-# How fast may codes move in fine-tuning, and do mirrored images help? Held-out images again, at the narrowest width, where it matters most. The
-# divergence from the float network's answers, in nats, is less noisy than the accuracy, which differs by half a point from run to run:
+# How fast may codes move in fine-tuning, and do mirrored images help? Held-out images again, at the narrowest width, where it matters most:
+# points lost, and the mean divergence from the float network's answers in nats.
 
 # %%
 def divergence(qmodel):

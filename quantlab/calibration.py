@@ -50,33 +50,45 @@ def collect(model, batches, placement="fused", verbose=False, fold_batchnorm=Non
     Raises UserError for an empty calibration set and for values that are not finite, naming the edge.
     """
     graph, plan, digest = prepare(model, placement, fold_batchnorm)
-    graph.to(device())
-    counter = _Counter(graph, plan)
-    n_images = 0
-    with exact_float():
-        for batch in tqdm(batches, desc="collect", unit=" batches", leave=False, disable=not verbose):
-            counter.run(batch.to(device()))
-            n_images += len(batch)
+    edges = {name: EdgeStats() for name in plan.observed}
+
+    def count(name, value):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            try:
+                edges[name].update(value)
+            except UserError as error:
+                raise UserError(f"edge {name}: {error}") from None
+
+    n_images = watch(graph, edges, count, batches, verbose, "collect")
     if not n_images:
         raise UserError("the calibration set is empty: give at least one batch of images")
-    unseen = [name for name, edge in counter.edges.items() if not edge.count]
+    unseen = [name for name, edge in edges.items() if not edge.count]
     if unseen:
         raise UserError(f"edge {unseen[0]} never saw a floating-point value; it cannot be quantized")
-    return CalibrationStats(counter.edges, placement, digest, n_images)
+    return CalibrationStats(edges, placement, digest, n_images)
 
 
-class _Counter(fx.Interpreter):
-    """Runs the graph and updates an edge's statistics as soon as its value exists."""
+@torch.no_grad()
+def watch(graph, names, see, batches, verbose=False, desc="observe"):
+    """Run the graph over `batches` (float32 [B, C, H, W] each) and call see(name, value) for the nodes in `names` as soon as their value exists.
 
-    def __init__(self, graph, plan):
+    Returns the number of images.
+    """
+    watcher, n_images = _Watcher(graph.to(device()), names, see), 0
+    with exact_float():
+        for batch in tqdm(batches, desc=desc, unit=" batches", leave=False, disable=not verbose):
+            watcher.run(batch.to(device()))
+            n_images += len(batch)
+    return n_images
+
+
+class _Watcher(fx.Interpreter):
+    def __init__(self, graph, names, see):
         super().__init__(graph)
-        self.edges = {name: EdgeStats() for name in plan.observed}
+        self.names, self.see = names, see
 
     def run_node(self, node):
         value = super().run_node(node)
-        if node.name in self.edges and isinstance(value, torch.Tensor) and value.is_floating_point():
-            try:
-                self.edges[node.name].update(value)
-            except UserError as error:
-                raise UserError(f"edge {node.name}: {error}") from None
+        if node.name in self.names:
+            self.see(node.name, value)
         return value

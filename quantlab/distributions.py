@@ -12,15 +12,13 @@ import math
 
 import pandas as pd
 import torch
-from torch import fx
-from tqdm.auto import tqdm
 
 from quantlab import observers
 from quantlab.affine import check_bits, choose_qparams, fake_quantize
-from quantlab.calibration import prepare
+from quantlab.calibration import prepare, watch
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import find_kinds
-from quantlab.runtime import UserError, device, exact_float
+from quantlab.runtime import UserError
 
 SHARES = torch.arange(1, 21, dtype=torch.float64) / 20  # of the extremes: the ranges that range_costs tries
 
@@ -44,28 +42,8 @@ def find_layers(graph):
 # ---- One pass ---------------------------------------------------------------------------------------------------------------
 
 
-class _Watcher(fx.Interpreter):
-    """Runs a graph and hands the values of the named nodes to `see(name, value)` as soon as they exist."""
-
-    def __init__(self, graph, names, see):
-        super().__init__(graph)
-        self.names, self.see = set(names), see
-
-    def run_node(self, node):
-        value = super().run_node(node)
-        if node.name in self.names:
-            self.see(node.name, value)
-        return value
-
-
-@torch.no_grad()
 def _watch(graph, names, see, batches, verbose=False):
-    watcher, seen = _Watcher(graph.to(device()), names, see), 0
-    with exact_float():
-        for batch in tqdm(batches, desc="observe layers", unit=" batches", leave=False, disable=not verbose):
-            watcher.run(batch.to(device()))
-            seen += len(batch)
-    if not seen:
+    if not watch(graph, names, see, batches, verbose, "observe layers"):
         raise UserError("no images to observe: give at least one batch")
 
 
