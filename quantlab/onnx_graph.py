@@ -1,4 +1,4 @@
-"""A torch.fx graph as ONNX: the walk over its nodes, their shapes and arguments. The operators are in onnx_operators.py.
+"""A torch.fx graph as ONNX: the walk over its nodes, their shapes and arguments. The operators are in onnx_operators.py and onnx_shapes.py.
 
 Spatial sizes are fixed, the batch size need not be: the graph runs on two and on three images, and what differs depends on it.
 """
@@ -89,7 +89,7 @@ class GraphWriter:
 
     def refuse(self, node, why="has no ONNX export"):
         what = type(self.graph.get_submodule(node.target)).__name__ if node.op == "call_module" else call_name(node)
-        raise UserError(f"node {node.name}: {what} {why}; replace it by an operation that quantlab/onnx_operators.py names")
+        raise UserError(f"node {node.name}: {what} {why}; replace it by an operation that quantlab/onnx_operators.py or onnx_shapes.py names")
 
     def shape(self, node):
         """The node's shape (or value, for arithmetic on sizes), None wherever it depends on the batch size."""
