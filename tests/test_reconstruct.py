@@ -221,7 +221,8 @@ def test_tuning_comes_closer_to_the_float_network(tiny, learned, learn_weights):
     assert same(tensors(tuned), tensors(tune_end_to_end(tiny[0], learned, tiny[2].split(20), **how))), "deterministic under a seed"
     old, new = weight_codes(learned), weight_codes(tuned)
     assert same(old, new) != learn_weights
-    assert all(code.abs().max() <= 3 for code in new.values()), "3 bits"
+    layers = [tuned.get_submodule(ptq.find_node(tuned, name).target) for name in new]
+    assert all(torch.equal(layer.weight, ql.fake_quantize(layer.weight, layer.weight_qparams)) for layer in layers), "on the grid of 3 bits"
     assert all((old[name] - new[name]).abs().max() <= 1 for name in old), "no further than the neighbour in so short a time"
 
 
