@@ -45,8 +45,13 @@ def parser():
     train.add_argument("--size", type=int, help="side in pixels, where images differ in size")
     train.add_argument("--out", help="checkpoint to write (default: checkpoint/MODEL-DATA.safetensors)")
     train.add_argument("--restart", action="store_true", help="replace a finished checkpoint; drop an unfinished run of other settings")
+    train.add_argument("--recipe", help="two-cores, two-cores-long or accelerator; settings below change it")
+    train.add_argument("--start-from", metavar="CHECKPOINT", help="begin with these weights: a second cycle")
+    train.add_argument("--threads", type=int, help="processor threads (default: torch's)")
+    train.add_argument("--save-every", type=float, default=60, metavar="SECONDS", help="what a kill may cost (default: %(default)s)")
+    kinds = {**typing.get_type_hints(ql.TrainConfig), "phases": str}
     for field in dataclasses.fields(ql.TrainConfig):
-        kind = typing.get_type_hints(ql.TrainConfig)[field.name]
+        kind = kinds[field.name]
         action = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         train.add_argument("--" + field.name.replace("_", "-"), default=None, help=f"default on images: {field.default}", **action)
     data = add("data", _data, "load and describe a data set; cifar10 downloads it, jpeg makes the JPEG copy of it")
@@ -112,15 +117,24 @@ def _publish(options):
 
 
 def _train(options):
-    from quantlab.train import default_config, is_complete
+    import torch
 
+    from quantlab.train import default_config, is_complete, parse_phases
+
+    if options.threads is not None:
+        if options.threads < 1:
+            raise UserError(f"--threads {options.threads}: name at least 1")
+        torch.set_num_threads(options.threads)
+    if options.phases is not None:
+        options.phases = parse_phases(options.phases)
     data = ql.load_data(options.data, size=options.size)
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(ql.TrainConfig) if getattr(options, f.name) is not None}
-    config = default_config(given.pop("model", "resnet20"), data, **given)
+    network = given.pop("model", "resnet50" if options.recipe else "resnet20")
+    config = default_config(network, data, options.recipe, **given)
     out = options.out or root() / "checkpoint" / f"{config.model}-{data.name}.safetensors"
     if is_complete(out) and not options.restart:
         raise UserError(f"{out} is complete; name another file with --out, or pass --restart to replace it")
-    _, card = ql.train(config, data, out, restart=options.restart)
+    _, card = ql.train(config, data, out, start_from=options.start_from, restart=options.restart, save_every=options.save_every)
     print(f"{out}: {card.test_top1:.2f} % top-1 on {card.n_test:,} test images of {data}")
 
 

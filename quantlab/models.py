@@ -111,6 +111,7 @@ class Card:
     hardware: str
     created: str
     source: str
+    heldout_top1: float | None = None  # on the images that training did not see, of the weights as stored
 
 
 def software():
@@ -123,15 +124,41 @@ def card_path(checkpoint):
     return pathlib.Path(checkpoint).with_suffix(".json")
 
 
-def save_checkpoint(model, path, data, *, architecture, result, recipe=None, history=(), source="quantlab train"):
-    """Write the weights of `model` (contiguous, on the CPU) and its card; return the card. result: its Evaluation on data.test."""
+def zero_last_gamma(model):
+    """Set the scale of every residual block's last BatchNorm to 0, so that each block starts as the identity (Goyal et al. 2017)."""
+    for module in model.modules():
+        last = getattr(module, "bn3", getattr(module, "bn2", None))
+        if last is not None:
+            nn.init.zeros_(last.weight)
+
+
+@torch.no_grad()
+def round_to_half(model):
+    """Round float32 weights and statistics to half precision in place; False, and nothing done, where one would overflow."""
+    values = [value for value in model.state_dict().values() if value.dtype == torch.float32]
+    if not all(torch.isfinite(value.half()).all() for value in values):
+        return False
+    for value in values:
+        value.copy_(value.half())
+    return True
+
+
+def save_checkpoint(model, path, data, *, architecture, result, heldout=None, recipe=None, history=(), half=False, source="quantlab train"):
+    """Write the weights of `model` (contiguous, on the CPU) and its card; return the card.
+
+    result, heldout: its Evaluation on data.test and data.heldout. half: store float32 tensors in half precision (`round_to_half` first).
+    """
     path = pathlib.Path(path)
-    save_tensors(path, model.state_dict(), {"architecture": architecture})
+    tensors = model.state_dict()
+    if half:
+        tensors = {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()}
+    save_tensors(path, tensors, {"architecture": architecture})
     card = Card(
         architecture=architecture, num_outputs=_head(model).out_features, trained_on=data.name, data_fingerprint=data.fingerprint,
         classes=data.classes, mean=data.test.mean, std=data.test.std, recipe=recipe or {}, history=tuple(history), test_top1=result.top1,
         n_test=result.n, sha256=sha256(path), software=software(), hardware=device_name(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), source=source,
+        heldout_top1=heldout.top1 if heldout else None,
     )  # fmt: skip
     write_text(card_path(path), json.dumps(dataclasses.asdict(card), indent=1) + "\n")
     return card

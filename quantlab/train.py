@@ -1,8 +1,10 @@
-"""Train a network: one-cycle SGD, augmentation on whole batches in memory, bfloat16 where it is native, resumable at every epoch.
+"""Train a network: one-cycle SGD in phases of growing image size, resumable at any step.
 
     train(TrainConfig(model="resnet20", epochs=24), data, "checkpoint/resnet20-….safetensors")
 
-Epoch e draws its shuffle and its augmentation from seed (seed, e), so a resumed run continues exactly as an uninterrupted one.
+Augmentation works on whole batches in memory; bfloat16 where it is native. Epoch e draws its shuffle
+and its augmentation from the seed (seed, e), and the state of that generator is part of what is saved,
+so that a resumed run continues exactly as an uninterrupted one.
 """
 
 import contextlib
@@ -17,48 +19,133 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from quantlab import models
-from quantlab.evaluate import evaluate
+from quantlab.evaluate import evaluate, limited
 from quantlab.runtime import UserError, device, has_bf16, save_tensors, seed_everything
+
+SAVE_EVERY = 60  # seconds between two saves of an unfinished run: what a kill may cost
+HALF_ABOVE = 20_000_000  # bytes of float32 weights from which a checkpoint is stored in half precision
+
+# ---- Settings -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides the weights, besides the data. Learning rates are per batch; smoothing and averaging are shares."""
+    """Everything that decides the weights, besides the data.
+
+    Learning rates are per batch; warmup, smoothing and averaging are fractions. `phases` is a schedule
+    of (epochs, image side in pixels): the augmented image is resized to that side (bilinear,
+    antialiased) under one learning-rate line over all steps. Without phases `epochs` run at full size.
+    """
 
     model: str = "resnet20"
-    epochs: int = 24
+    epochs: int = 24  # with phases: their sum
+    phases: tuple = ()
     batch_size: int = 128
     learning_rate: float = 0.2  # peak of the one-cycle schedule
-    warmup: float = 0.2  # share of the steps until the peak
+    warmup: float = 0.2  # fraction of the steps until the peak
     momentum: float = 0.9
     weight_decay: float = 5e-4  # not on biases and BatchNorm
     label_smoothing: float = 0.0
     crop: int = 4  # pixels of zero padding before the random crop
     flip: bool = True  # mirror half of the images
     cutout: int = 0  # side of a square set to the mean, in pixels
-    averaging: float = 0.0  # decay per step of the exponential moving average of the weights; 0: none
+    averaging: float = 0.0  # decay per step of the moving average of the weights; 0: none
+    zero_last_gamma: bool = False  # each residual block starts as the identity
+    heldout_images: int = 0  # that many follow every epoch, at the phase's size; 0: all of them
     seed: int = 0
 
     def __post_init__(self):
         allowed = {
-            "epochs": (1, 10**5), "batch_size": (1, 10**6), "learning_rate": (0, 100), "warmup": (0.001, 0.999), "momentum": (0.001, 0.9999),
-            "weight_decay": (0, 1), "label_smoothing": (0, 0.99), "crop": (0, 64), "cutout": (0, 512), "averaging": (0, 0.999999),
+            "epochs": (1, 10**5),
+            "batch_size": (1, 10**6),
+            "learning_rate": (0, 100),
+            "warmup": (0.001, 0.999),
+            "momentum": (0.001, 0.9999),
+            "weight_decay": (0, 1),
+            "label_smoothing": (0, 0.99),
+            "crop": (0, 64),
+            "cutout": (0, 512),
+            "averaging": (0, 0.999999),
+            "heldout_images": (0, 10**7),
             "seed": (0, 2**31),
-        }  # fmt: skip
+        }
         for name, (low, high) in allowed.items():
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name}={getattr(self, name)}: allowed are values from {low} to {high}")
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"{name}={value}: allowed are values from {low} to {high}")
+        for epochs, size in self.phases:
+            if not (1 <= epochs <= 10**5 and 1 <= size <= 2048):
+                raise UserError(
+                    f"phase {epochs}@{size}: allowed are 1 to 100000 epochs at 1 to 2048 pixels"
+                )
+        object.__setattr__(self, "phases", tuple((n, size) for n, size in self.phases))
+        if self.phases:
+            object.__setattr__(self, "epochs", sum(n for n, _ in self.phases))
+
+    def sizes(self):
+        """The image side of every epoch; None where images keep the size that they have."""
+        by_phase = [size for n, size in self.phases for _ in range(n)]
+        return by_phase or [None] * self.epochs
 
 
-def default_config(model, data, **changes):
-    """The recipe for a network on a data set; digits are few and must not be mirrored."""
-    digits = {"epochs": 20, "batch_size": 64, "learning_rate": 0.1, "flip": False, "crop": 2}
-    return TrainConfig(**{"model": model, **(digits if data.smoke else {"epochs": 40}), **changes})
+def parse_phases(text):
+    """ "10@16,6@24,3@32" -> ((10, 16), (6, 24), (3, 32)): epochs @ image side, in order."""
+    try:
+        phases = [tuple(map(int, phase.split("@"))) for phase in text.split(",")]
+        return tuple((epochs, size) for epochs, size in phases)
+    except ValueError:
+        raise UserError(
+            f"phases {text!r}: write EPOCHS@SIZE,… such as 10@16,6@24,3@32 (sizes in pixels)"
+        ) from None
+
+
+_PHASED = dict(
+    model="resnet50",
+    learning_rate=0.1,
+    warmup=0.15,
+    label_smoothing=0.1,
+    zero_last_gamma=True,
+    heldout_images=1000,
+)
+RECIPES = {
+    # two hours on two cores with native bfloat16
+    "two-cores": dict(_PHASED, phases=((10, 16), (6, 24), (3, 32))),
+    # three and a half hours there
+    "two-cores-long": dict(_PHASED, phases=((12, 16), (10, 24), (8, 32))),
+    # minutes on an accelerator, days without
+    "accelerator": dict(
+        _PHASED,
+        phases=((60, 32),),
+        batch_size=256,
+        learning_rate=0.2,
+        cutout=8,
+    ),
+}
+
+
+def default_config(model, data, recipe=None, **changes):
+    """The recipe for a network on a data set; digits are few and must not be mirrored.
+
+    recipe: a key of RECIPES; None: the one for this network and machine. UserError for unknown ones.
+    """
+    if recipe is not None and recipe not in RECIPES:
+        raise UserError(f"recipe {recipe!r} is unknown; use one of: {', '.join(RECIPES)}")
+    if data.smoke and recipe is None:
+        settings = {"epochs": 20, "batch_size": 64, "learning_rate": 0.1, "flip": False, "crop": 2}
+    elif recipe is None and model != "resnet50":
+        settings = {"epochs": 40}
+    else:
+        machine = "accelerator" if device().type == "cuda" else "two-cores"
+        settings = RECIPES[recipe or machine]
+    if "epochs" in changes and "phases" not in changes:
+        settings = {k: v for k, v in settings.items() if k != "phases"}
+    return TrainConfig(**{**settings, "model": model, **changes})
 
 
 def is_complete(out):
     """True where a finished checkpoint lies and no unfinished run would go on."""
-    return models.card_path(out).exists() and pathlib.Path(out).exists() and not state_path(out).exists()
+    out = pathlib.Path(out)
+    return models.card_path(out).exists() and out.exists() and not state_path(out).exists()
 
 
 def state_path(out):
@@ -66,69 +153,313 @@ def state_path(out):
     return pathlib.Path(out).with_suffix(".training.safetensors")
 
 
-def train(config, data, out, *, restart=False, verbose=True):
-    """Train `config.model` on data.train, follow data.heldout, test once on data.test; write `out` and its card; return (model, card).
+# ---- The run --------------------------------------------------------------------------------------
 
-    A kill loses at most one epoch: the state is kept in OUT.training.safetensors until the run is complete, and a state of the same
-    settings is always resumed. Raises UserError when it belongs to other settings (restart: it is dropped), or when memory runs out.
+
+def train(
+    config, data, out, *, start_from=None, restart=False, save_every=SAVE_EVERY, verbose=True
+):
+    """Train on data.train, follow data.heldout, test once on data.test; return (model, card).
+
+    Writes `out` and its card. A kill loses at most `save_every` seconds: the state is kept in
+    OUT.training.safetensors until the run is complete, and a state of the same settings is resumed.
+    start_from: a checkpoint whose weights begin the run instead of random ones; the card then tells
+    both. Raises UserError when a state belongs to other settings (restart: it is dropped), when the
+    network cannot take a phase's image size, or when memory runs out.
     """
     out = pathlib.Path(out)
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: a checkpoint's name ends in .safetensors")
-    seed_everything(config.seed)
-    model = models.build(config.model, len(data.classes)).to(device(), memory_format=torch.channels_last)
-    average = models.build(config.model, len(data.classes)).to(device()) if config.averaging else model
-    average.load_state_dict(model.state_dict())
-    optimizer = _optimizer(model, config)
+    run = _Run(config, data, start_from)
+    _check_sizes(run.model, config, data)
     state = state_path(out)
-    history = _load_state(state, config, data, model, average, optimizer, restart) if state.exists() else []
-    forward = _compiled(model)
-    source = dataclasses.replace(data.train, images=_resident(data.train.images))
-    for epoch in range(len(history), config.epochs):
-        started = time.perf_counter()
-        loss, top1 = _epoch(forward, model, average, optimizer, source, config, epoch, verbose)
-        heldout = evaluate(average, data.heldout).top1
-        seconds = time.perf_counter() - started
-        history.append({"epoch": epoch + 1, "loss": loss, "train_top1": top1, "heldout_top1": heldout, "seconds": round(seconds, 1)})
-        _save_state(state, config, data, model, average, optimizer, history)
-        if verbose:
-            print(f"epoch {epoch + 1}/{config.epochs}: loss {loss:.3f}, train {top1:.2f} %, held out {heldout:.2f} %, {seconds:.0f} s", flush=True)
-    result = evaluate(average, data.test)
-    card = models.save_checkpoint(
-        average, out, data, architecture=config.model, result=result, recipe=dataclasses.asdict(config), history=history
-    )
+    if state.exists():
+        run.load(state, restart)
+    last_save = time.perf_counter()
+    for _ in run.steps(verbose):
+        if time.perf_counter() - last_save >= save_every:
+            run.save(state)
+            last_save = time.perf_counter()
+    run.save(state)
+    card = _finish(run, out)
     state.unlink(missing_ok=True)
-    return average.eval(), card
+    return run.average.eval(), card
 
 
-def _epoch(forward, model, average, optimizer, split, config, epoch, verbose):
-    """One pass over the training images; return mean loss and accuracy in percent on the augmented images."""
-    model.train()
-    generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
-    order = torch.randperm(len(split), generator=generator)
-    steps = len(order) // config.batch_size or 1
-    autocast = torch.autocast(device().type, torch.bfloat16) if has_bf16() else contextlib.nullcontext()
-    loss_sum = torch.zeros((), device=device())
-    correct = torch.zeros((), device=device(), dtype=torch.int64)
-    bar = tqdm(range(steps), desc=f"epoch {epoch + 1}/{config.epochs}", unit=" steps", leave=False, disable=not verbose, mininterval=1)
-    for step in bar:
-        _set_learning_rate(optimizer, config, epoch * steps + step, config.epochs * steps)
-        index = order[step * config.batch_size : (step + 1) * config.batch_size]
-        images = augment(split.images[index].to(device()), generator, config.crop, config.flip, config.cutout, split.mean)
+def _finish(run, out):
+    """Write the checkpoint, in half precision where it is large, and the accuracy of what was written."""
+    large = sum(4 * p.numel() for p in run.average.parameters()) > HALF_ABOVE
+    half = large and models.round_to_half(run.average)
+    return models.save_checkpoint(
+        run.average,
+        out,
+        run.data,
+        architecture=run.config.model,
+        result=evaluate(run.average, run.data.test),
+        heldout=evaluate(run.average, run.data.heldout),
+        recipe=run.recipe(),
+        history=run.history,
+        half=half,
+    )
+
+
+def _check_sizes(model, config, data):
+    """One image of every phase's size through the network, before hours are spent on it."""
+    shape = tuple(data.train.images[torch.arange(1)].shape[-2:])
+    for size in dict.fromkeys(config.sizes()):
+        height, width = (size, size) if size else shape
+        try:
+            with torch.inference_mode():
+                model.eval()(torch.zeros(1, 3, height, width, device=device()))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0][:120]
+            raise UserError(
+                f"{config.model} cannot take images of {width}x{height} pixels ({reason}); "
+                "choose a larger size in the phases"
+            ) from None
+
+
+class _Run:
+    """An unfinished training: network, momentum, and how far it has come (epoch, step in it)."""
+
+    def __init__(self, config, data, start_from=None):
+        self.config, self.data = config, data
+        seed_everything(config.seed)
+        self.model = models.build(config.model, len(data.classes))
+        if config.zero_last_gamma:
+            models.zero_last_gamma(self.model)
+        self.first_cycle = _start(self.model, config, data, start_from)
+        self.model = self.model.to(device(), memory_format=torch.channels_last)
+        self.average = self.model
+        if config.averaging:
+            self.average = models.build(config.model, len(data.classes)).to(device())
+            self.average.load_state_dict(self.model.state_dict())
+        self.optimizer = _optimizer(self.model, config)
+        self.history = []
+        self.step = 0  # within the epoch
+        self.seconds = 0.0  # of the epoch, without those spent before a kill and not saved
+        self.generator = torch.Generator()
+        self.loss_sum = torch.zeros((), device=device())
+        self.correct = torch.zeros((), device=device(), dtype=torch.int64)
+        self.steps_per_epoch = len(data.train) // config.batch_size or 1
+
+    def steps(self, verbose):
+        """Train step by step to the end, yielding after each; the caller decides when to save."""
+        config = self.config
+        forward = _compiled(self.model)
+        split = dataclasses.replace(self.data.train, images=_resident(self.data.train.images))
+        sizes = config.sizes()
+        progress = _Progress(self, sizes, verbose)
+        while len(self.history) < config.epochs:
+            epoch = len(self.history)
+            order = self._begin(epoch, len(split))
+            self.model.train()
+            while self.step < self.steps_per_epoch:
+                started = time.perf_counter()
+                rows = slice(self.step * config.batch_size, (self.step + 1) * config.batch_size)
+                self._learn(forward, split, order[rows], sizes[epoch])
+                self.step += 1
+                self.seconds += time.perf_counter() - started
+                progress.update(self)
+                yield
+            self._end(epoch, sizes[epoch], verbose)
+        progress.close()
+
+    def _begin(self, epoch, n):
+        """The epoch's order of images; its generator goes on to draw the augmentation."""
+        generator = torch.Generator().manual_seed(self.config.seed * 100_003 + epoch)
+        order = torch.randperm(n, generator=generator)
+        if self.step == 0:
+            self.generator = generator
+            self.loss_sum.zero_()
+            self.correct.zero_()
+            self.seconds = 0.0
+        return order
+
+    def _learn(self, forward, split, index, size):
+        """One step of SGD on the images at `index`."""
+        config = self.config
+        done = len(self.history) * self.steps_per_epoch + self.step
+        _set_learning_rate(self.optimizer, config, done, config.epochs * self.steps_per_epoch)
+        images = augment(
+            split.images[index].to(device()),
+            self.generator,
+            config.crop,
+            config.flip,
+            config.cutout,
+            split.mean,
+        )
+        images = resized(split.normalize(images), size)
         labels = split.labels[index].to(device())
+        native = has_bf16()
+        autocast = torch.autocast(device().type, torch.bfloat16) if native else contextlib.nullcontext()
         try:
             with autocast:
-                logits = forward(split.normalize(images).contiguous(memory_format=torch.channels_last))
+                logits = forward(images.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-            optimizer.zero_grad()
+            self.optimizer.zero_grad()
             loss.backward()
         except torch.OutOfMemoryError:
-            raise UserError(f"batch_size={config.batch_size} does not fit into the device's memory; try {max(config.batch_size // 2, 1)}") from None
-        optimizer.step()
-        _average(average, model, config.averaging, epoch * steps + step)
-        loss_sum += loss.detach()
-        correct += (logits.detach().argmax(1) == labels).sum()
-    return loss_sum.item() / steps, 100 * correct.item() / (steps * len(index))
+            raise UserError(
+                f"batch_size={config.batch_size} does not fit into the device's memory; "
+                f"try {max(config.batch_size // 2, 1)}"
+            ) from None
+        self.optimizer.step()
+        _average(self.average, self.model, config.averaging, done)
+        self.loss_sum += loss.detach()
+        self.correct += (logits.detach().argmax(1) == labels).sum()
+
+    def _end(self, epoch, size, verbose):
+        """Record the epoch: mean loss, accuracy on augmented and on held-out images in percent."""
+        started = time.perf_counter()
+        config = self.config
+        split = limited(self.data.heldout, config.heldout_images or None)
+
+        def network(images):
+            return self.average.eval()(resized(images, size))
+
+        heldout = evaluate(network, split)
+        seen = self.steps_per_epoch * min(config.batch_size, len(self.data.train))
+        record = {"epoch": epoch + 1, **({"size": size} if size else {})}
+        record["loss"] = self.loss_sum.item() / self.steps_per_epoch
+        record["train_top1"] = 100 * self.correct.item() / seen
+        record["heldout_top1"] = heldout.top1
+        record["seconds"] = round(self.seconds + time.perf_counter() - started, 1)
+        self.history.append(record)
+        self.step = 0
+        if verbose:
+            at = f" at {size}x{size}" if size else ""
+            tqdm.write(
+                f"epoch {epoch + 1}/{config.epochs}{at}: loss {record['loss']:.3f}, "
+                f"train {record['train_top1']:.2f} %, held out {heldout.top1:.2f} % "
+                f"of {heldout.n:,}, {record['seconds']:.0f} s"
+            )
+
+    # -- Saved as one safetensors file: tensors, and settings and history as its metadata --
+
+    def recipe(self):
+        """What the card says: every setting, the arithmetic, and the cycle before this one."""
+        arithmetic = "bfloat16 autocast, float32 weights" if has_bf16() else "float32"
+        told = {**dataclasses.asdict(self.config), "arithmetic": arithmetic}
+        return {**told, "start_from": self.first_cycle} if self.first_cycle else told
+
+    def settings(self):
+        """What a saved state must agree with to be resumed."""
+        data = {"data": self.data.name, "data_fingerprint": self.data.fingerprint}
+        start = {"start_from": self.first_cycle["sha256"]} if self.first_cycle else {}
+        return json.loads(json.dumps({**dataclasses.asdict(self.config), **data, **start}))
+
+    def save(self, path):
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        if self.average is not self.model:
+            tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        names = {p: n for n, p in self.model.named_parameters()}
+        for parameter, state in self.optimizer.state.items():
+            tensors[f"momentum.{names[parameter]}"] = state["momentum_buffer"]
+        tensors["generator"] = self.generator.get_state()
+        tensors["loss_sum"], tensors["correct"] = self.loss_sum, self.correct
+        place = {"step": self.step, "seconds": self.seconds, "history": self.history}
+        metadata = {"settings": json.dumps(self.settings()), "place": json.dumps(place)}
+        save_tensors(path, tensors, metadata)
+
+    def load(self, path, restart):
+        """Go on where `path` left off; refuse the state of other settings, unless `restart`."""
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            there, place = json.loads(metadata["settings"]), json.loads(metadata["place"])
+            self.step, self.seconds = place["step"], place["seconds"]
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
+            if restart:
+                return
+            raise UserError(
+                f"{path} is damaged; delete it to start again, or pass --restart"
+            ) from None
+        asked = self.settings()
+        if there != asked:
+            self.step = 0
+            if restart:
+                return
+            differing = ", ".join(
+                f"{k}: {there.get(k)} there, {asked.get(k)} asked for"
+                for k in {**there, **asked}
+                if there.get(k) != asked.get(k)
+            )
+            raise UserError(
+                f"{path} was trained with other settings ({differing}); "
+                "use those, or pass --restart to begin again"
+            )
+        self.history = place["history"]
+        for prefix, module in (("model.", self.model), ("average.", self.average)):
+            part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if part:
+                module.load_state_dict(part)
+        for name, parameter in self.model.named_parameters():
+            buffer = tensors.get(f"momentum.{name}")
+            if buffer is not None:
+                like = torch.empty_like(parameter).copy_(buffer)
+                self.optimizer.state[parameter]["momentum_buffer"] = like
+        self.generator.set_state(tensors["generator"])
+        self.loss_sum.copy_(tensors["loss_sum"])
+        self.correct.copy_(tensors["correct"])
+
+
+class _Progress:
+    """One line: epoch, image size, step, images a second, time left over all phases."""
+
+    def __init__(self, run, sizes, verbose):
+        side = run.data.train.images[torch.arange(1)].shape[-1]
+        self.cost = [(size or side) ** 2 for size in sizes]  # of a step, in pixels of an image
+        self.sizes, self.done, self.started = sizes, 0, time.perf_counter()
+        total = len(sizes) * run.steps_per_epoch
+        first = len(run.history) * run.steps_per_epoch + run.step
+        self.bar = tqdm(
+            total=total, initial=first, unit=" steps", disable=not verbose, mininterval=1,
+            bar_format="{desc}: step {n_fmt}/{total_fmt} |{bar:20}|{postfix}",
+        )  # fmt: skip
+
+    def update(self, run):
+        if self.bar.disable:
+            return
+        epoch, per_epoch = len(run.history), run.steps_per_epoch
+        self.done += self.cost[epoch]
+        left = sum(self.cost[epoch:]) * per_epoch - run.step * self.cost[epoch]
+        seconds = time.perf_counter() - self.started
+        size = f" at {self.sizes[epoch]}x{self.sizes[epoch]}" if self.sizes[epoch] else ""
+        self.bar.set_description_str(f"epoch {epoch + 1}/{len(self.sizes)}{size}", refresh=False)
+        rate = run.config.batch_size * run.step / max(run.seconds, 1e-9)
+        remaining = tqdm.format_interval(seconds * left / self.done)
+        self.bar.set_postfix_str(f"{rate:,.0f} images/s, {remaining} left", refresh=False)
+        self.bar.update(1)
+
+    def close(self):
+        self.bar.close()
+
+
+def _start(model, config, data, start_from):
+    """Load the weights to begin with, if any; return what the card tells of them, or None."""
+    if start_from is None:
+        return None
+    card = models.load_card(start_from)
+    if card.num_outputs != len(data.classes):
+        raise UserError(
+            f"{start_from} has {card.num_outputs} outputs but {data.name} has "
+            f"{len(data.classes)} classes; start from a network of as many"
+        )
+    model.load_state_dict(models.load_model(config.model, start_from).state_dict())
+    facts = ("recipe", "history", "test_top1", "sha256", "source", "hardware")
+    return {name: getattr(card, name) for name in facts}
+
+
+# ---- One batch ------------------------------------------------------------------------------------
+
+
+def resized(images, size):
+    """float32 [B, C, H, W] -> [B, C, size, size], bilinear and antialiased; None: as they are."""
+    if size is None or images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def augment(images, generator, crop, flip, cutout, mean):
@@ -194,46 +525,3 @@ def _resident(images):
     if device().type == "cpu" or not isinstance(getattr(images, "store", images), torch.Tensor):
         return images
     return images[torch.arange(len(images))].to(device())
-
-
-# ---- Resuming: one safetensors file, weights and momentum as tensors, settings and history as its metadata ------------------
-
-
-def _settings(config, data):
-    return {**dataclasses.asdict(config), "data": data.name, "data_fingerprint": data.fingerprint}
-
-
-def _save_state(path, config, data, model, average, optimizer, history):
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    if average is not model:
-        tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
-    names = {p: n for n, p in model.named_parameters()}
-    tensors |= {f"momentum.{names[p]}": s["momentum_buffer"] for p, s in optimizer.state.items()}
-    metadata = {"settings": json.dumps(_settings(config, data)), "history": json.dumps(history)}
-    save_tensors(path, tensors, metadata)
-
-
-def _load_state(path, config, data, model, average, optimizer, restart):
-    """Restore everything in place and return the history; refuse the state of other settings, showing both, unless `restart`."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        old, history = json.loads(metadata["settings"]), json.loads(metadata["history"])
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
-        if restart:
-            return []
-        raise UserError(f"{path} is damaged; delete it to start again, or pass --restart") from None
-    new = json.loads(json.dumps(_settings(config, data)))
-    if old != new and restart:
-        return []
-    if old != new:
-        differing = ", ".join(f"{k}: {old.get(k)} there, {new.get(k)} asked for" for k in {**old, **new} if old.get(k) != new.get(k))
-        raise UserError(f"{path} was trained with other settings ({differing}); use those, or pass --restart to begin again")
-    for prefix, module in (("model.", model), ("average.", average)):
-        part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        if part:
-            module.load_state_dict(part)
-    for name, parameter in model.named_parameters():
-        optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)
-    return history

@@ -6,12 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
 from conftest import CHECKOUT
 
 import quantlab as ql
+from quantlab import models
 from quantlab.data import Dataset, Split
 from quantlab.train import augment, default_config
 
@@ -34,29 +39,191 @@ def few():
 def test_it_learns_and_writes_its_card(few, tmp_path):
     model, card = ql.train(SETTINGS, few, tmp_path / "net.safetensors", verbose=False)
     assert card.test_top1 > 90 and [h["epoch"] for h in card.history] == [1, 2, 3]
-    assert card.recipe == dataclasses.asdict(SETTINGS) and card.trained_on == "noise" and card.data_fingerprint == few.fingerprint
+    assert dataclasses.asdict(SETTINGS).items() <= card.recipe.items() and card.trained_on == "noise" and card.data_fingerprint == few.fingerprint
     assert not list(tmp_path.glob("*.training.*")), "the state of a complete run is removed"
     assert torch.equal(ql.load_model("resnet20", tmp_path / "net.safetensors").fc.weight, model.fc.weight)
 
 
-@pytest.mark.parametrize("averaging", [0.0, 0.9])
-def test_an_interrupted_run_continues_exactly(few, tmp_path, monkeypatch, averaging):
-    config = dataclasses.replace(SETTINGS, averaging=averaging)
-    straight, _ = ql.train(config, few, tmp_path / "straight.safetensors", verbose=False)
-    def stop_after_first_epoch(*args):
-        if args[6] == 1:
-            raise KeyboardInterrupt
-        return original(*args)
+class Stopped(Exception):
+    """What stands for a kill: nothing after it runs."""
 
-    original = module._epoch
+
+def train_with_stops(monkeypatch, config, data, out, stops, **options):
+    """Train, killed after each number of steps in `stops` (counted anew after every start)."""
+    original = module._Run.steps
+    for stop in stops:
+
+        def until(run, verbose, stop=stop):
+            for count, _ in enumerate(original(run, verbose), start=1):
+                yield
+                if count == stop:
+                    raise Stopped
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(module._Run, "steps", until)
+            ql.train(config, data, out, verbose=False, **options)
+    return ql.train(config, data, out, verbose=False, **options)
+
+
+@pytest.mark.parametrize("averaging", [0.0, 0.9])
+@pytest.mark.parametrize(
+    "phases, stops",
+    [((), [2]), ((), [1, 4, 2]), (((1, 4), (1, 6), (1, 8)), [3, 3, 1])],
+    ids=["in an epoch", "three times", "across phases"],
+)
+def test_an_interrupted_run_continues_exactly(
+    few, tmp_path, monkeypatch, averaging, phases, stops
+):
+    config = dataclasses.replace(SETTINGS, averaging=averaging, phases=phases, cutout=2)
+    straight, told = ql.train(config, few, tmp_path / "straight.safetensors", verbose=False)
+    resumed, card = train_with_stops(
+        monkeypatch, config, few, tmp_path / "resumed.safetensors", stops, save_every=0
+    )
+    pairs = zip(straight.state_dict().values(), resumed.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert [h["loss"] for h in card.history] == [h["loss"] for h in told.history]
+    assert [h["train_top1"] for h in card.history] == [h["train_top1"] for h in told.history]
+
+
+def test_what_was_not_saved_is_trained_again_to_the_same_weights(few, tmp_path, monkeypatch):
+    straight, _ = ql.train(SETTINGS, few, tmp_path / "straight.safetensors", verbose=False)
+    resumed, _ = train_with_stops(
+        monkeypatch, SETTINGS, few, tmp_path / "resumed.safetensors", [5], save_every=3600
+    )
+    assert torch.equal(straight.fc.weight, resumed.fc.weight)
+
+
+def test_phases_resize_the_augmented_image_under_one_learning_rate_line(few, tmp_path, monkeypatch):
+    seen = []
+
+    def watch(images, size):
+        seen.append(size)
+        return resized(images, size)
+
+    resized = module.resized
+    monkeypatch.setattr(module, "resized", watch)
+    rates = []
+    set_rate = module._set_learning_rate
+
+    def note(optimizer, config, step, total):
+        set_rate(optimizer, config, step, total)
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(module, "_set_learning_rate", note)
+    config = dataclasses.replace(SETTINGS, phases=((1, 4), (2, 8)), heldout_images=10)
+    _, card = ql.train(config, few, tmp_path / "net.safetensors", verbose=False)
+    assert config.epochs == 3 and [h["size"] for h in card.history] == [4, 8, 8]
+    assert set(seen) == {4, 8} and len(rates) == 12
+    peak = rates.index(max(rates))
+    assert all(a < b for a, b in zip(rates[:peak], rates[1 : peak + 1]))
+    falls = [a - b for a, b in zip(rates[peak:], rates[peak + 1 :])]
+    assert falls == pytest.approx([falls[0]] * len(falls)), "one line down over all phases"
+
+
+def test_resizing_is_pillows_antialiased_bilinear(few):
+    image = few.train.images[:1]
+    ours = module.resized(image.float(), 5)
+    pixels = Image.fromarray(image[0].permute(1, 2, 0).numpy())
+    theirs = torch.from_numpy(np.array(pixels.resize((5, 5), Image.BILINEAR)))
+    assert (ours[0].permute(1, 2, 0) - theirs).abs().max() <= 1, "Pillow rounds to bytes"
+
+
+def test_the_two_cores_recipe_is_that_of_the_handed_network(few):
+    config = default_config("resnet50", few, "two-cores")
+    handed = dict(
+        phases=((10, 16), (6, 24), (3, 32)), batch_size=128, learning_rate=0.1, warmup=0.15,
+        momentum=0.9, weight_decay=5e-4, label_smoothing=0.1, crop=4, flip=True,
+        zero_last_gamma=True, seed=0, cutout=0, averaging=0.0, heldout_images=1000,
+    )  # fmt: skip
+    assert {name: getattr(config, name) for name in handed} == handed and config.epochs == 19
+
+
+def test_every_residual_block_starts_as_the_identity():
+    for name in ("resnet20", "resnet50"):
+        network = models.build(name).eval()
+        models.zero_last_gamma(network)
+        block = network.layer2[1]
+        width = block.conv1.in_channels
+        x = torch.rand(2, width, 4, 4)
+        assert torch.equal(block(x), x)
+
+
+def test_a_second_cycle_starts_from_a_checkpoint_and_tells_of_both(few, tmp_path):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    ql.train(SETTINGS, few, first, verbose=False)
+    weak = dataclasses.replace(SETTINGS, epochs=1, learning_rate=1e-6, averaging=0.0)
+    model, card = ql.train(weak, few, second, start_from=first, verbose=False)
+    start = ql.load_model("resnet20", first)
+    assert (model.fc.weight - start.fc.weight).abs().max() < 1e-4
+    assert card.recipe["start_from"]["sha256"] == models.load_card(first).sha256
+    assert len(card.recipe["start_from"]["history"]) == 3
+    with pytest.raises(ql.UserError, match="is a resnet20, not a resnet50"):
+        config = dataclasses.replace(weak, model="resnet50")
+        ql.train(config, few, tmp_path / "third.safetensors", start_from=first, verbose=False)
+
+
+def test_a_large_network_is_stored_in_half_precision_and_its_card_tells_of_what_is_stored(
+    few, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "HALF_ABOVE", 1000)
+    out = tmp_path / "net.safetensors"
+    ql.train(SETTINGS, few, out, verbose=False)
+    stored = safetensors.torch.load_file(out)
+    assert stored["fc.weight"].dtype == torch.float16
+    loaded, card = ql.load_model("resnet20", out), models.load_card(out)
+    assert loaded.fc.weight.dtype == torch.float32
+    assert ql.evaluate(loaded, few.test).top1 == card.test_top1
+    assert ql.evaluate(loaded, few.heldout).top1 == card.heldout_top1
+    with torch.no_grad():
+        loaded.bn1.running_var[0] = 1e5
+    before = loaded.fc.weight.clone()
+    assert not models.round_to_half(loaded) and torch.equal(before, loaded.fc.weight)
+
+
+@pytest.mark.parametrize("text", ["", "3", "3@", "a@b", "1@2@3", "3@32;4@16"])
+def test_a_schedule_that_cannot_be_read_is_refused(text):
+    with pytest.raises(ql.UserError, match="write EPOCHS@SIZE"):
+        module.parse_phases(text)
+
+
+@pytest.mark.parametrize("phases", [((0, 8),), ((1, 0),), ((1, 8), (-1, 8)), ((1, 10**6),)])
+def test_impossible_phases_are_refused(phases):
+    with pytest.raises(ql.UserError, match="phase .*allowed are 1 to"):
+        ql.TrainConfig(phases=phases)
+
+
+def test_a_size_that_the_network_cannot_take_is_refused_before_anything_is_trained(
+    few, tmp_path, monkeypatch
+):
+    def picky(name, num_classes=10):
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 2, 7), torch.nn.Flatten())
+
+    monkeypatch.setattr(module.models, "build", picky)
+    with pytest.raises(ql.UserError, match="cannot take images of 5x5 pixels.*larger size"):
+        config = dataclasses.replace(SETTINGS, phases=((1, 8), (1, 5)), averaging=0.0)
+        ql.train(config, few, tmp_path / "net.safetensors", verbose=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(few, tmp_path, monkeypatch):
+    out = tmp_path / "net.safetensors"
+    straight, _ = ql.train(SETTINGS, few, tmp_path / "straight.safetensors", verbose=False)
+    saves = []
+
+    def full(tensors, path, metadata):
+        saves.append(path)
+        if len(saves) > 3:
+            raise OSError(28, "No space left on device")
+        return save_file(tensors, path, metadata)
+
+    save_file = safetensors.torch.save_file
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_epoch", stop_after_first_epoch)
-        with pytest.raises(KeyboardInterrupt):
-            ql.train(config, few, tmp_path / "resumed.safetensors", verbose=False)
-    assert (tmp_path / "resumed.training.safetensors").exists() and not (tmp_path / "resumed.safetensors").exists()
-    resumed, card = ql.train(config, few, tmp_path / "resumed.safetensors", verbose=False)
-    assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), resumed.state_dict().values()))
-    assert len(card.history) == 3
+        patch.setattr(safetensors.torch, "save_file", full)
+        with pytest.raises(ql.UserError, match="No space left on device; free space"):
+            ql.train(SETTINGS, few, out, save_every=0, verbose=False)
+    assert [file.name for file in tmp_path.glob("net*")] == ["net.training.safetensors"]
+    resumed, _ = ql.train(SETTINGS, few, out, verbose=False)
+    assert torch.equal(straight.fc.weight, resumed.fc.weight)
 
 
 def test_a_state_of_other_settings_is_refused_and_both_are_shown(few, tmp_path, monkeypatch):
@@ -71,21 +238,26 @@ def test_a_state_of_other_settings_is_refused_and_both_are_shown(few, tmp_path, 
         ql.train(SETTINGS, few, tmp_path / "net.safetensors", verbose=False)
 
 
-def test_a_killed_process_loses_at_most_one_epoch(workbook, tmp_path):
-    arguments = [sys.executable, "-m", "quantlab", "train", "--data", "digits", "--epochs", "4", "--batch-size", "256", "--out", str(tmp_path / "d.safetensors")]
+def test_a_killed_process_goes_on_from_its_last_save(workbook, tmp_path):
+    out = tmp_path / "d.safetensors"
+    state = module.state_path(out)
+    arguments = [
+        *(sys.executable, "-m", "quantlab", "train", "--data", "digits", "--out", str(out)),
+        *("--phases", "1@16,1@32", "--batch-size", "256", "--save-every", "0", "--threads", "1"),
+    ]
     environment = {**os.environ, "QUANTLAB_ROOT": str(workbook)}
-    process = subprocess.Popen(arguments, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-    for line in process.stdout:
-        if line.startswith("epoch 2/4"):
-            process.send_signal(signal.SIGKILL)
-            break
+    options = dict(cwd=CHECKOUT, env=environment, text=True)
+    process = subprocess.Popen(arguments, **options, stdout=subprocess.DEVNULL, stderr=-3)
+    while not state.exists():
+        assert process.poll() is None, "it ended before it saved"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "d.safetensors").exists()
-    done = subprocess.run(arguments, cwd=CHECKOUT, capture_output=True, text=True, env=environment)
+    assert state.exists() and not out.exists()
+    done = subprocess.run(arguments, **options, capture_output=True)
     assert done.returncode == 0, done.stderr
-    epochs = [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("epoch ")]
-    assert epochs in (["epoch 3/4", "epoch 4/4"], ["epoch 4/4"])
-    again = subprocess.run(arguments, cwd=CHECKOUT, capture_output=True, text=True, env=environment)
+    assert "epoch 2/2 at 32x32" in done.stdout and not state.exists()
+    again = subprocess.run(arguments, **options, capture_output=True)
     assert again.returncode == 1 and "is complete" in again.stderr
 
 
@@ -135,7 +307,7 @@ def test_an_interrupted_retraining_is_resumed_and_another_one_dropped(few, tmp_p
     interrupt_at_the_end(config)
     assert module.state_path(out).exists() and not module.is_complete(out)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_epoch", lambda *a: pytest.fail("trained again what was done"))
+        patch.setattr(module._Run, "_learn", lambda *a: pytest.fail("trained again what was done"))
         ql.train(config, few, out, verbose=False)
     assert module.is_complete(out)
     interrupt_at_the_end(config)
