@@ -41,7 +41,9 @@ from tqdm.auto import tqdm
 
 # %%
 import quantlab as ql
-from quantlab import builtin, observers, plots, ptq, results, runtime, sourcemap
+from quantlab.system.files import root
+from quantlab.system.machine import device, seed_everything
+from quantlab import builtin, observers, plots, ptq, results, sourcemap
 from quantlab.evaluate import latency
 from quantlab.plots import beyond
 from quantlab.train import augment
@@ -88,7 +90,7 @@ class RowReader(nn.Module):
         return self.fc(self.lstm(images[:, 0].contiguous())[0][:, -1])
 
 digits = ql.load_data("digits", verbose=False)
-runtime.seed_everything(seed)
+seed_everything(seed)
 reader = RowReader()
 optimizer = torch.optim.Adam(reader.parameters(), 5e-3)
 pixels, labels = digits.train.normalize(digits.train.images[torch.arange(len(digits.train))]), digits.train.labels
@@ -299,7 +301,7 @@ def frozen(net, qmodel):
 # The loop: cross-entropy, Adam with a cosine to zero, the recipe's crop and flip, batches of 64. The accuracy on held-out images is followed eight times.
 
 # %%
-net = trainable(ptq_model, ptq.prepare(network)[0]).to(runtime.device())
+net = trainable(ptq_model, ptq.prepare(network)[0]).to(device())
 total = max(8, round((qat_epochs or (1.5 if smoke else 3)) * len(images.train) / 64))
 optimizer = torch.optim.Adam(net.parameters(), qat_learning_rate)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
@@ -308,8 +310,8 @@ crop, flip = (card.recipe.get(name) for name in ("crop", "flip"))
 
 def batch_of(split):
     index = torch.randint(len(split), (64,), generator=generator)
-    pictures = augment(split.images[index].to(runtime.device()), generator, crop or 0, flip or False, 0, split.mean)
-    return split.normalize(pictures).contiguous(memory_format=torch.channels_last), split.labels[index].to(runtime.device())
+    pictures = augment(split.images[index].to(device()), generator, crop or 0, flip or False, 0, split.mean)
+    return split.normalize(pictures).contiguous(memory_format=torch.channels_last), split.labels[index].to(device())
 
 def heldout_top1(network):
     return ql.evaluate(network, images.heldout, limit=1000).top1
@@ -396,7 +398,7 @@ def distil(network, x, steps, learning_rate=0.1):
 count, steps = distilled or (32 if smoke else 128), distillation_steps or (40 if smoke else 500)
 four = ql.QuantConfig(weight_bits=4, act_bits=4)
 size = next(iter(images.calibration(1, seed))).shape[1:]
-network = network.to(runtime.device())
+network = network.to(device())
 
 def calibrated(source, batches, n, s):
     statistics = ql.collect(network, batches)
@@ -474,7 +476,7 @@ plots.save(beyond.source_map(drawn, text), "source_map")
 
 # %%
 sheets = {name: (sourcemap.tree(modules), sourcemap.arrows(modules)) for name, modules in scans.items()}
-path = sourcemap.write_xmind(runtime.root() / "pic" / "source_map.xmind", sheets)
+path = sourcemap.write_xmind(root() / "pic" / "source_map.xmind", sheets)
 print(f"{path.name}: {path.stat().st_size:,} bytes, sheets {', '.join(sheets)}")
 pd.DataFrame([link for _, links in sheets.values() for link in links[:6]], columns=["module", "uses", "above all"])
 

@@ -1,6 +1,8 @@
 """quantlab: post-training quantization by hand, in the open. The whole public surface is the names below."""
 
-from quantlab.runtime import UserError, make_torchvision_importable, root
+from quantlab.system.errors import UserError
+from quantlab.system.files import root
+from quantlab.system.machine import make_torchvision_importable
 
 make_torchvision_importable()  # before anything imports torchvision
 
@@ -11,7 +13,7 @@ from quantlab.data import load_data  # noqa: E402
 from quantlab.evaluate import evaluate, limited, paired_drop  # noqa: E402
 from quantlab.export import export_onnx  # noqa: E402
 from quantlab.integer import to_integer  # noqa: E402
-from quantlab.models import find_checkpoint, load_card, load_model, load_trained  # noqa: E402
+from quantlab.networks.checkpoints import find_checkpoint, load_card, load_model, load_trained  # noqa: E402
 from quantlab.packed import load_quantized, save_quantized  # noqa: E402
 from quantlab.ptq import quantize, weight_bytes  # noqa: E402
 from quantlab.train import TrainConfig, train  # noqa: E402

@@ -6,7 +6,8 @@ import sys
 import typing
 
 import quantlab as ql
-from quantlab.runtime import UserError, root
+from quantlab.system.errors import UserError
+from quantlab.system.files import root
 
 
 def main(arguments=None):
@@ -145,7 +146,7 @@ def _data(options):
 
 
 def _import(options):
-    from quantlab.models import import_checkpoint
+    from quantlab.networks.checkpoints import import_checkpoint
 
     data = ql.load_data(options.data)
     out = options.out or root() / "checkpoint" / f"{options.model}-{data.name}-imported.safetensors"

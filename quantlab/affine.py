@@ -11,7 +11,7 @@ import dataclasses
 
 import torch
 
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 MIN_BITS, MAX_BITS = 2, 8
 MIN_SCALE = 2.0**-60  # so that scale_in * scale_weight, the scale of a bias, is still a normal float32

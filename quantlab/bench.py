@@ -19,10 +19,12 @@ from quantlab import builtin
 from quantlab.calibration import collect
 from quantlab.config import QuantConfig
 from quantlab.integer import IntegerRun, to_integer
-from quantlab.models import build
+from quantlab.networks.architectures import build
 from quantlab.ptq import quantize
 from quantlab.reconstruct import ReconstructConfig, iteration_cost
-from quantlab.runtime import UserError, atomic_path, device_name, root
+from quantlab.system.errors import UserError
+from quantlab.system.files import atomic_path, root
+from quantlab.system.machine import device_name
 
 SIZE = 32  # pixels a side, as CIFAR-10
 

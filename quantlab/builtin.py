@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from quantlab.graph import find_kinds, normalize, trace
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

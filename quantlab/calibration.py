@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import fold, trace
 from quantlab.plan import make_plan
-from quantlab.runtime import UserError, device, exact_float
+from quantlab.system.errors import UserError
+from quantlab.system.machine import device, exact_float
 
 
 @dataclasses.dataclass

@@ -6,7 +6,8 @@ import pathlib
 import tempfile
 
 from quantlab import imageset
-from quantlab.runtime import UserError, data_folder, root
+from quantlab.system.errors import UserError
+from quantlab.system.files import data_folder, root
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the constants of the original experiment

@@ -7,7 +7,7 @@ from quantlab.affine import check_bits, dequantize, quantize
 from quantlab.graph import find_kinds
 from quantlab.plan import PASSES_CODES
 from quantlab.ptq import Quantizer
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 # ---- Bits -------------------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from quantlab import observers
 from quantlab.affine import check_bits
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

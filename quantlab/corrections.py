@@ -18,7 +18,8 @@ from quantlab.calibration import prepare
 from quantlab.equalization import grouped_weight
 from quantlab.graph import find_kinds, operation_name
 from quantlab.ptq import copy_quantized, find_node, input_qparams, write_codes
-from quantlab.runtime import UserError, device, exact_float
+from quantlab.system.errors import UserError
+from quantlab.system.machine import device, exact_float
 
 # ---- Biases -----------------------------------------------------------------------------------------------------------------
 

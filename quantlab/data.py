@@ -16,7 +16,8 @@ import torch
 
 from quantlab import imageset
 from quantlab.cifar10 import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, FETCH_COMMAND, find_cifar10, is_cifar10, read_cifar10
-from quantlab.runtime import UserError, data_folder, root
+from quantlab.system.errors import UserError
+from quantlab.system.files import data_folder, root
 
 HELDOUT_SHARE, HELDOUT_SEED = 0.1, 20210  # a fixed tenth of every class
 

@@ -18,7 +18,7 @@ from quantlab.affine import check_bits, choose_qparams, fake_quantize
 from quantlab.calibration import prepare, watch
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import find_kinds
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 SHARES = torch.arange(1, 21, dtype=torch.float64) / 20  # of the extremes: the ranges that range_costs tries
 

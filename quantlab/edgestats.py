@@ -8,7 +8,7 @@ import threading
 
 import torch
 
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 MIN_BINS = 2048  # at least this many bins between the smallest and the largest value (zero included)
 PIECE = 1 << 17  # values counted at once

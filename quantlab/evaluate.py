@@ -8,7 +8,8 @@ import time
 import torch
 from tqdm.auto import tqdm
 
-from quantlab.runtime import UserError, device, device_name, exact_float
+from quantlab.system.errors import UserError
+from quantlab.system.machine import device, device_name, exact_float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from quantlab.codes import bias_codes, bias_unit, weight_codes
 from quantlab.observers import observer_name
 from quantlab.onnx_graph import import_onnx
 from quantlab.onnx_operators import OperatorWriter
-from quantlab.runtime import atomic_path
+from quantlab.system.files import atomic_path
 
 
 def export_onnx(qmodel, path, image_shape=(3, 32, 32), batch="dynamic"):

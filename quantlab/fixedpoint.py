@@ -9,7 +9,7 @@ Jacob et al. 2018 (arXiv:1712.05877), section 2.2, as gemmlowp (double) and Tens
 
 import torch
 
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 ROUNDINGS = ("single", "double")
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1

@@ -18,7 +18,7 @@ from torch import nn
 from quantlab import integer_ops as ops, integer_pool as pools
 from quantlab.affine import QParams, dequantize
 from quantlab.fixedpoint import INT32_MAX, INT32_MIN, ROUNDINGS, fixed_point, multiply
-from quantlab.runtime import PACKAGE, write_text
+from quantlab.system.files import PACKAGE, write_text
 
 PATH = PACKAGE.parent / "tests" / "golden_integer.json"
 ABOUT = (

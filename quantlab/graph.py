@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 MODULE_KINDS = {
     "compute": (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),

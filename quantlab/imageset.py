@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from quantlab.runtime import UserError, atomic_path, save_tensors
+from quantlab.system.errors import UserError
+from quantlab.system.files import atomic_path, save_tensors
 
 PARTS = ("train", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

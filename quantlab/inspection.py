@@ -24,7 +24,9 @@ from quantlab.calibration import collect
 from quantlab.config import QuantConfig
 from quantlab.graph import call_name, fold, trace
 from quantlab.ptq import find_node, layers, quantize, weight_bytes
-from quantlab.runtime import UserError, atomic_path, device, exact_float
+from quantlab.system.errors import UserError
+from quantlab.system.files import atomic_path
+from quantlab.system.machine import device, exact_float
 from quantlab.sensitivity import edge_errors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

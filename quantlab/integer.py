@@ -20,7 +20,7 @@ from quantlab.graph import call_name
 from quantlab.integer_convert import EXECUTORS, Converter
 from quantlab.integer_fast import has_compiler
 from quantlab.ptq import find_node
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 
 def to_integer(qmodel, rounding="single", executor="reference", compile=None):

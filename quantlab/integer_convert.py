@@ -8,7 +8,7 @@ from torch import fx, nn
 from quantlab import integer_fast, integer_ops as ops, integer_pool as pools
 from quantlab.graph import PASSES_CODES, call_name, find_kinds
 from quantlab.ptq import Quantizer
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 CLASSES = (ops.Conv, ops.Linear, ops.Affine, ops.Requantize, ops.Add, pools.Average, pools.MaxPool)
 EXECUTORS = {"reference": {c.__name__: c for c in CLASSES}, "fast": integer_fast.FAST}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from quantlab.fixedpoint import requantize
 from quantlab.integer_ops import add_rescaled
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 BLOCK = 2**16  # elements that uncompiled requantization takes at a time; as int64 half a megabyte
 ACCUMULATORS = 2**19  # int32 results of a matrix product at a time, two megabytes: they need not go through memory on their way to codes

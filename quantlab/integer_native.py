@@ -19,7 +19,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from quantlab.runtime import PACKAGE, UserError, atomic_path, sha256, write_text
+from quantlab.system.errors import UserError
+from quantlab.system.files import PACKAGE, atomic_path, sha256, write_text
 
 SOURCE = PACKAGE / "integer_kernels.c"
 ARM = platform.machine().lower() in ("arm64", "aarch64")

@@ -9,7 +9,7 @@ from torch import nn
 
 from quantlab.fixedpoint import INT32_MAX, signed_bits
 from quantlab.integer_ops import Operation
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,8 @@ from quantlab.calibration import prepare
 from quantlab.config import QuantConfig
 from quantlab.evaluate import evaluate, paired_drop
 from quantlab.ptq import choose_edge_qparams, choose_weight_qparams, find_node, layers, quantize
-from quantlab.runtime import UserError, device, exact_float
+from quantlab.system.errors import UserError
+from quantlab.system.machine import device, exact_float
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 

@@ -13,7 +13,7 @@ import scipy.special
 import torch
 
 from quantlab.affine import choose_qparams, fake_quantize
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 # ---- From order statistics --------------------------------------------------------------------------------------------------
 

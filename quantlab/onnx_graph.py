@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from quantlab.graph import call_name, find_kinds
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 OPSET, IR_VERSION = 17, 8  # ONNX 1.12 of 2022: everything needed is there, and every ONNX Runtime since 1.12 reads it
 

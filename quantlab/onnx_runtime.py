@@ -22,7 +22,8 @@ from quantlab.calibration import prepare
 from quantlab.export import export_onnx
 from quantlab.onnx_graph import import_onnx
 from quantlab.ptq import Quantizer
-from quantlab.runtime import UserError, exact_float
+from quantlab.system.errors import UserError
+from quantlab.system.machine import exact_float
 
 
 def import_onnxruntime():

@@ -28,7 +28,8 @@ from quantlab.codes import bias_codes, bias_unit, pack, unpack, weight_codes
 from quantlab.config import QuantConfig
 from quantlab.observers import OBSERVERS, observer_name
 from quantlab.ptq import Quantizer, find_node, layers, weight_bytes
-from quantlab.runtime import UserError, save_tensors
+from quantlab.system.errors import UserError
+from quantlab.system.files import save_tensors
 
 VERSION = 1
 

@@ -6,7 +6,7 @@
 import dataclasses
 
 from quantlab.graph import PASSES_CODES, find_kinds, readers_of
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ from quantlab.affine import quantize
 from quantlab.integer import IntegerRun
 from quantlab.integer_ops import Operation
 from quantlab.ptq import Quantizer
-from quantlab.runtime import UserError, exact_float
+from quantlab.system.errors import UserError
+from quantlab.system.machine import exact_float
 
 TIE = 2.0**-15  # codes; nearer to a tie than this, a float32 sum of several hundred products cannot tell which side it is on
 

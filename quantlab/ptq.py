@@ -15,7 +15,7 @@ from quantlab.affine import MIN_BITS, QParams, choose_qparams, dequantize, fake_
 from quantlab.calibration import prepare
 from quantlab.config import QuantConfig
 from quantlab.graph import PASSES_CODES, find_kinds
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 BIAS_CODES = 2.0**30  # a bias code stays below this, so that an int32 accumulator has room for the products
 

@@ -23,7 +23,8 @@ from quantlab.config import QuantConfig
 from quantlab.ptq import quantize
 from quantlab.reconstruct_config import ReconstructConfig
 from quantlab.reconstruct_state import State, load_unit, unit_tensors
-from quantlab.runtime import UserError, device, exact_float
+from quantlab.system.errors import UserError
+from quantlab.system.machine import device, exact_float
 from quantlab.unit_learner import UnitLearner
 
 

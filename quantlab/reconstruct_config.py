@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 CHOICES = {"unit": ("layer", "block"), "input": ("quantized", "float", "mixed"), "loss": ("mse", "fisher")}
 

@@ -10,7 +10,8 @@ import torch
 
 from quantlab.observers import observer_name
 from quantlab.ptq import find_node
-from quantlab.runtime import UserError, save_tensors
+from quantlab.system.errors import UserError
+from quantlab.system.files import save_tensors
 from quantlab.units import is_quantizer
 
 

@@ -15,7 +15,8 @@ import torch
 from quantlab.config import QuantConfig
 from quantlab.evaluate import paired_drop
 from quantlab.observers import observer_name
-from quantlab.runtime import PACKAGE, UserError, atomic_path, commit, root, write_text
+from quantlab.system.errors import UserError
+from quantlab.system.files import PACKAGE, atomic_path, commit, root, write_text
 
 CONFIGURATION = [
     "dataset", "data_sha", "n_test", "model", "checkpoint_sha", "trained_on", "method", "weight_bits", "act_bits", "first_last_bits",
@@ -100,7 +101,7 @@ def record(rows, path=None):
 
 ARITHMETIC = (  # the modules that decide a number
     "activations", "affine", "calibration", "config", "corrections", "data", "edgestats", "equalization", "evaluate", "graph", "imageset",
-    "learned", "models", "observers", "plan", "ptq", "reconstruct", "reconstruct_config", "reconstruct_state", "runtime", "tune", "unit_learner", "units",
+    "learned", "networks/architectures", "networks/checkpoints", "observers", "plan", "ptq", "reconstruct", "reconstruct_config", "reconstruct_state", "system/files", "system/machine", "tune", "unit_learner", "units",
 )  # fmt: skip
 
 

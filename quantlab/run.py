@@ -9,7 +9,8 @@ import time
 import pandas as pd
 
 from quantlab import data, imageset, results, workbook
-from quantlab.runtime import PACKAGE, UserError, atomic_path, root, sha256, write_text
+from quantlab.system.errors import UserError
+from quantlab.system.files import PACKAGE, atomic_path, root, sha256, write_text
 
 TIME_LIMIT = 3 * 3600  # seconds a notebook
 # glibc gives every large tensor back to the system, and each new one is mapped anew, page by page; with these it keeps what it has.

@@ -7,7 +7,7 @@ from torch import fx
 from quantlab.affine import fake_quantize
 from quantlab.calibration import prepare
 from quantlab.ptq import Quantizer
-from quantlab.runtime import UserError
+from quantlab.system.errors import UserError
 
 
 class _Values(fx.Interpreter):

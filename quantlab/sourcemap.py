@@ -15,7 +15,7 @@ import zipfile
 
 import pandas as pd
 
-from quantlab.runtime import atomic_path
+from quantlab.system.files import atomic_path
 
 # A module's topic is the first whose pattern occurs in its name (without the package's own).
 TOPICS = (

@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from quantlab import models
+from quantlab.networks import architectures, checkpoints
 from quantlab.evaluate import evaluate, limited
-from quantlab.runtime import UserError, device, has_bf16, save_tensors, seed_everything
+from quantlab.system.errors import UserError
+from quantlab.system.files import save_tensors
+from quantlab.system.machine import device, has_bf16, seed_everything
 
 SAVE_EVERY = 60  # seconds between two saves of an unfinished run: what a kill may cost
 HALF_ABOVE = 20_000_000  # bytes of float32 weights from which a checkpoint is stored in half precision
@@ -145,7 +147,7 @@ def default_config(model, data, recipe=None, **changes):
 def is_complete(out):
     """True where a finished checkpoint lies and no unfinished run would go on."""
     out = pathlib.Path(out)
-    return models.card_path(out).exists() and out.exists() and not state_path(out).exists()
+    return checkpoints.card_path(out).exists() and out.exists() and not state_path(out).exists()
 
 
 def state_path(out):
@@ -189,8 +191,8 @@ def train(
 def _finish(run, out):
     """Write the checkpoint, in half precision where it is large, and the accuracy of what was written."""
     large = sum(4 * p.numel() for p in run.average.parameters()) > HALF_ABOVE
-    half = large and models.round_to_half(run.average)
-    return models.save_checkpoint(
+    half = large and checkpoints.round_to_half(run.average)
+    return checkpoints.save_checkpoint(
         run.average,
         out,
         run.data,
@@ -225,14 +227,14 @@ class _Run:
     def __init__(self, config, data, start_from=None):
         self.config, self.data = config, data
         seed_everything(config.seed)
-        self.model = models.build(config.model, len(data.classes))
+        self.model = architectures.build(config.model, len(data.classes))
         if config.zero_last_gamma:
-            models.zero_last_gamma(self.model)
+            architectures.zero_last_gamma(self.model)
         self.first_cycle = _start(self.model, config, data, start_from)
         self.model = self.model.to(device(), memory_format=torch.channels_last)
         self.average = self.model
         if config.averaging:
-            self.average = models.build(config.model, len(data.classes)).to(device())
+            self.average = architectures.build(config.model, len(data.classes)).to(device())
             self.average.load_state_dict(self.model.state_dict())
         self.optimizer = _optimizer(self.model, config)
         self.history = []
@@ -441,13 +443,13 @@ def _start(model, config, data, start_from):
     """Load the weights to begin with, if any; return what the card tells of them, or None."""
     if start_from is None:
         return None
-    card = models.load_card(start_from)
+    card = checkpoints.load_card(start_from)
     if card.num_outputs != len(data.classes):
         raise UserError(
             f"{start_from} has {card.num_outputs} outputs but {data.name} has "
             f"{len(data.classes)} classes; start from a network of as many"
         )
-    model.load_state_dict(models.load_model(config.model, start_from).state_dict())
+    model.load_state_dict(checkpoints.load_model(config.model, start_from).state_dict())
     facts = ("recipe", "history", "test_top1", "sha256", "source", "hardware")
     return {name: getattr(card, name) for name in facts}
 

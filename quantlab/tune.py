@@ -18,7 +18,8 @@ from quantlab.affine import quantize as to_codes
 from quantlab.calibration import prepare
 from quantlab.learned import LearnedStep
 from quantlab.ptq import copy_quantized, find_node, input_qparams, layers, write_codes
-from quantlab.runtime import UserError, device, exact_float
+from quantlab.system.errors import UserError
+from quantlab.system.machine import device, exact_float
 from quantlab.units import is_quantizer
 
 BATCH = 256  # images at once for the targets

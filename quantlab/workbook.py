@@ -9,7 +9,8 @@ import re
 import jupytext
 import nbformat
 
-from quantlab.runtime import UserError, repository_url, root, write_text
+from quantlab.system.errors import UserError
+from quantlab.system.files import repository_url, root, write_text
 
 KERNEL = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}}
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import quantlab as ql
-from quantlab import runtime
+from quantlab.system import files
 
-CHECKOUT = runtime.PACKAGE.parent
+CHECKOUT = files.PACKAGE.parent
 JPEG_ARCHIVE = CHECKOUT.parent / "shared" / "data" / "cifar10-images.tar.xz"
 os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import quantlab as ql
+from quantlab.system import files
 from quantlab import builtin
 
 needs_eager = pytest.mark.skipif(not builtin.backends()[0].available, reason=builtin.backends()[0].note)
@@ -54,7 +55,7 @@ def test_no_compiler_and_no_engine(monkeypatch):
 
 
 def test_only_this_module_imports_torch_ao():
-    package = ql.runtime.PACKAGE
+    package = files.PACKAGE
     for file in [*package.glob("*.py"), *(package.parent / "notebooks").glob("*.py")]:
         imports = [line for line in file.read_text().splitlines() if "import" in line and ("torch.ao" in line or "torchao" in line)]
         assert file.name == "builtin.py" or not [line for line in imports if line.strip().startswith(("import", "from"))], file

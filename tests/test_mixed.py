@@ -14,7 +14,7 @@ from torch import nn
 
 import quantlab as ql
 from quantlab import mixed, ptq, results
-from quantlab.runtime import PACKAGE
+from quantlab.system.files import PACKAGE
 
 
 @pytest.fixture(scope="module")

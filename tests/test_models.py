@@ -12,7 +12,8 @@ import torch
 from conftest import CHECKOUT, JPEG_ARCHIVE
 
 import quantlab as ql
-from quantlab import models
+from quantlab.system import files
+from quantlab.networks import architectures, checkpoints
 from quantlab.evaluate import Evaluation
 
 
@@ -25,7 +26,7 @@ def some_result(n=20):
 def checkpoint(tmp_path, digits):
     torch.manual_seed(5)
     model = ql.load_model("resnet20")
-    models.save_checkpoint(model, tmp_path / "net.safetensors", digits, architecture="resnet20", result=some_result())
+    checkpoints.save_checkpoint(model, tmp_path / "net.safetensors", digits, architecture="resnet20", result=some_result())
     return model, tmp_path / "net.safetensors"
 
 
@@ -64,10 +65,10 @@ def test_damaged_checkpoint_and_card(checkpoint):
         with pytest.raises(ql.UserError, match="damaged"):
             ql.load_model("resnet20", path)
     path.write_bytes(content)
-    models.card_path(path).write_text("{}")
+    checkpoints.card_path(path).write_text("{}")
     with pytest.raises(ql.UserError, match="not a checkpoint card"):
         ql.load_model("resnet20", path)
-    models.card_path(path).unlink()
+    checkpoints.card_path(path).unlink()
     with pytest.raises(ql.UserError, match="not found; train one with"):
         ql.load_model("resnet20", path)
 
@@ -77,8 +78,8 @@ def test_weights_that_do_not_fit(checkpoint):
     state = safetensors.torch.load_file(path)
     state["fc.weight"] = torch.zeros(7, 64)
     safetensors.torch.save_file(state, path)
-    card = json.loads(models.card_path(path).read_text())
-    models.card_path(path).write_text(json.dumps({**card, "sha256": ql.runtime.sha256(path)}))
+    card = json.loads(checkpoints.card_path(path).read_text())
+    checkpoints.card_path(path).write_text(json.dumps({**card, "sha256": files.sha256(path)}))
     with pytest.raises(ql.UserError, match="does not fit resnet20: size mismatch for fc.weight"):
         ql.load_model("resnet20", path)
 
@@ -101,7 +102,7 @@ def command(*arguments, **environment):
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"net": {f"module.{k}": v for k, v in s.items()}}])
 def test_import_of_a_state_dict(tmp_path, digits, resnet20, wrap):
     torch.save(wrap(resnet20.state_dict()), tmp_path / "mine.pt")
-    _, card = models.import_checkpoint(tmp_path / "mine.pt", "resnet20", tmp_path / "mine.safetensors", digits)
+    _, card = checkpoints.import_checkpoint(tmp_path / "mine.pt", "resnet20", tmp_path / "mine.safetensors", digits)
     assert card.test_top1 > 95 and card.source == "imported from mine.pt"
     assert torch.equal(ql.load_model("resnet20", tmp_path / "mine.safetensors").fc.weight, resnet20.fc.weight)
 
@@ -110,7 +111,7 @@ def test_a_1000_way_head_is_kept_and_evaluated_over_the_first_ten(tmp_path, digi
     state = resnet20.state_dict()
     wide = {**state, "fc.weight": torch.cat([state["fc.weight"], torch.randn(990, 64)]), "fc.bias": torch.cat([state["fc.bias"], torch.full((990,), 100.0)])}
     torch.save(wide, tmp_path / "wide.pt")
-    model, card = models.import_checkpoint(tmp_path / "wide.pt", "resnet20", tmp_path / "wide.safetensors", digits)
+    model, card = checkpoints.import_checkpoint(tmp_path / "wide.pt", "resnet20", tmp_path / "wide.safetensors", digits)
     assert card.num_outputs == 1000 and card.test_top1 == pytest.approx(ql.evaluate(resnet20, digits.test).top1)
     loaded, _ = ql.load_trained("resnet20", digits, tmp_path / "wide.safetensors")
     assert ql.evaluate(loaded, digits.test).top1 == card.test_top1
@@ -135,7 +136,7 @@ def test_import_executes_nothing(tmp_path, workbook):
 def test_files_that_are_no_state_dict(tmp_path, digits, content, message):
     content(tmp_path / "odd.pt")
     with pytest.raises(ql.UserError, match=message):
-        models.import_checkpoint(tmp_path / "odd.pt", "resnet50", tmp_path / "out.safetensors", digits)
+        checkpoints.import_checkpoint(tmp_path / "odd.pt", "resnet50", tmp_path / "out.safetensors", digits)
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -171,7 +172,7 @@ def test_committed_jpeg_accuracy_and_its_eight_bits(jpeg):
 
 
 def test_a_checkpoint_is_found_by_name_and_for_the_same_classes_only(digits, jpeg):
-    assert models.find_checkpoint("resnet20", digits).stem == "resnet20-digits"
+    assert checkpoints.find_checkpoint("resnet20", digits).stem == "resnet20-digits"
     other = dataclasses.replace(jpeg, name="cifar100", classes=tuple(str(i) for i in range(100)))
-    assert models.find_checkpoint("resnet20", other) is None
-    assert models.find_checkpoint("resnet20", dataclasses.replace(jpeg, name="cifar10")).stem == "resnet20-cifar10-jpeg"
+    assert checkpoints.find_checkpoint("resnet20", other) is None
+    assert checkpoints.find_checkpoint("resnet20", dataclasses.replace(jpeg, name="cifar10")).stem == "resnet20-cifar10-jpeg"

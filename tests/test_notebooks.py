@@ -14,7 +14,7 @@ from conftest import CHECKOUT, read_text
 
 import quantlab as ql
 from quantlab import results, run, workbook as files
-from quantlab.runtime import repository_url
+from quantlab.system.files import repository_url
 
 NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
 TINY = {"preset": "smoke", "n_calibration": "32", "data": "digits"}

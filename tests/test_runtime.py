@@ -9,7 +9,7 @@ import torch
 from conftest import CHECKOUT
 
 import quantlab as ql
-from quantlab import runtime
+from quantlab.system import files, machine
 
 
 def python(code, **environment):
@@ -29,7 +29,7 @@ def test_torchvision_imports_after_quantlab():
 
 def test_operators_are_declared_only_where_the_extension_does_not_load():
     alone = python("import torchvision")
-    declared = runtime.make_torchvision_importable()
+    declared = machine.make_torchvision_importable()
     assert declared == (alone.returncode != 0), "declared exactly where torchvision fails to import by itself"
     if declared:
         with pytest.raises((RuntimeError, NotImplementedError)):
@@ -39,12 +39,12 @@ def test_operators_are_declared_only_where_the_extension_does_not_load():
 def test_atomic_files(tmp_path):
     target = tmp_path / "deep" / "file.txt"
     with pytest.raises(ZeroDivisionError):
-        with runtime.atomic_path(target) as temporary:
+        with files.atomic_path(target) as temporary:
             temporary.write_text("half")
             1 / 0
     assert list(target.parent.iterdir()) == []
-    runtime.write_text(target, "whole")
-    with pytest.raises(ql.UserError, match="cannot write"), runtime.atomic_path(target):
+    files.write_text(target, "whole")
+    with pytest.raises(ql.UserError, match="cannot write"), files.atomic_path(target):
         raise OSError(28, "No space left on device")
     assert target.read_text() == "whole" and len(list(target.parent.iterdir())) == 1
 
@@ -54,7 +54,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     code = f"""
 import resource, signal, sys
 import quantlab as ql
-from quantlab.models import import_checkpoint, save_checkpoint
+from quantlab.networks.checkpoints import import_checkpoint, save_checkpoint
 data = ql.load_data("digits", verbose=False)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
@@ -71,7 +71,7 @@ except ql.UserError as error:
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ql.UserError, match="cannot write .*; free space there or name another folder"):
-        runtime.write_text(tmp_path / "file" / "below.txt", "x")
+        files.write_text(tmp_path / "file" / "below.txt", "x")
 
 
 @pytest.mark.parametrize("arguments, message", [

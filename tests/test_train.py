@@ -16,7 +16,7 @@ from PIL import Image
 from conftest import CHECKOUT
 
 import quantlab as ql
-from quantlab import models
+from quantlab.networks import architectures, checkpoints
 from quantlab.data import Dataset, Split
 from quantlab.train import augment, default_config
 
@@ -140,8 +140,8 @@ def test_the_two_cores_recipe_is_that_of_the_handed_network(few):
 
 def test_every_residual_block_starts_as_the_identity():
     for name in ("resnet20", "resnet50"):
-        network = models.build(name).eval()
-        models.zero_last_gamma(network)
+        network = architectures.build(name).eval()
+        architectures.zero_last_gamma(network)
         block = network.layer2[1]
         width = block.conv1.in_channels
         x = torch.rand(2, width, 4, 4)
@@ -155,7 +155,7 @@ def test_a_second_cycle_starts_from_a_checkpoint_and_tells_of_both(few, tmp_path
     model, card = ql.train(weak, few, second, start_from=first, verbose=False)
     start = ql.load_model("resnet20", first)
     assert (model.fc.weight - start.fc.weight).abs().max() < 1e-4
-    assert card.recipe["start_from"]["sha256"] == models.load_card(first).sha256
+    assert card.recipe["start_from"]["sha256"] == checkpoints.load_card(first).sha256
     assert len(card.recipe["start_from"]["history"]) == 3
     with pytest.raises(ql.UserError, match="is a resnet20, not a resnet50"):
         config = dataclasses.replace(weak, model="resnet50")
@@ -170,14 +170,14 @@ def test_a_large_network_is_stored_in_half_precision_and_its_card_tells_of_what_
     ql.train(SETTINGS, few, out, verbose=False)
     stored = safetensors.torch.load_file(out)
     assert stored["fc.weight"].dtype == torch.float16
-    loaded, card = ql.load_model("resnet20", out), models.load_card(out)
+    loaded, card = ql.load_model("resnet20", out), checkpoints.load_card(out)
     assert loaded.fc.weight.dtype == torch.float32
     assert ql.evaluate(loaded, few.test).top1 == card.test_top1
     assert ql.evaluate(loaded, few.heldout).top1 == card.heldout_top1
     with torch.no_grad():
         loaded.bn1.running_var[0] = 1e5
     before = loaded.fc.weight.clone()
-    assert not models.round_to_half(loaded) and torch.equal(before, loaded.fc.weight)
+    assert not checkpoints.round_to_half(loaded) and torch.equal(before, loaded.fc.weight)
 
 
 @pytest.mark.parametrize("text", ["", "3", "3@", "a@b", "1@2@3", "3@32;4@16"])
@@ -198,7 +198,7 @@ def test_a_size_that_the_network_cannot_take_is_refused_before_anything_is_train
     def picky(name, num_classes=10):
         return torch.nn.Sequential(torch.nn.Conv2d(3, 2, 7), torch.nn.Flatten())
 
-    monkeypatch.setattr(module.models, "build", picky)
+    monkeypatch.setattr(module.architectures, "build", picky)
     with pytest.raises(ql.UserError, match="cannot take images of 5x5 pixels.*larger size"):
         config = dataclasses.replace(SETTINGS, phases=((1, 8), (1, 5)), averaging=0.0)
         ql.train(config, few, tmp_path / "net.safetensors", verbose=False)
@@ -227,7 +227,7 @@ def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(few, tmp_path, m
 
 
 def test_a_state_of_other_settings_is_refused_and_both_are_shown(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.models, "save_checkpoint", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(module.checkpoints, "save_checkpoint", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         ql.train(SETTINGS, few, tmp_path / "net.safetensors", verbose=False)
     with pytest.raises(ql.UserError, match="epochs: 3 there, 5 asked for, seed: 0 there, 1 asked for"):
@@ -301,7 +301,7 @@ def test_an_interrupted_retraining_is_resumed_and_another_one_dropped(few, tmp_p
 
     def interrupt_at_the_end(config):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module.models, "save_checkpoint", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(module.checkpoints, "save_checkpoint", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
             ql.train(config, few, out, verbose=False)
 
     interrupt_at_the_end(config)

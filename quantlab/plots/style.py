@@ -5,7 +5,7 @@ import textwrap
 import matplotlib.pyplot as plt
 import seaborn as sns
 
-from quantlab.runtime import atomic_path, root
+from quantlab.system.files import atomic_path, root
 
 COLOURS = dict(zip(
     ["float", "minmax", "percentile", "histogram", "mse", "entropy", "eager int8", "PT2E int8", "aciq_laplace", "aciq_gauss"],

@@ -1,0 +1,16 @@
+"""The one kind of error that a user can mend, and "did you mean"."""
+
+import difflib
+
+
+class UserError(Exception):
+    """Something the user can mend, in one line: what was wrong, what is allowed, what to do.
+
+    Shown without a traceback.
+    """
+
+
+def did_you_mean(word, known, cutoff=0.6):
+    """ "; did you mean NAME?" for the nearest of the known names, or "" where none is near."""
+    near = difflib.get_close_matches(str(word), [str(name) for name in known], 1, cutoff)
+    return f"; did you mean {near[0]}?" if near else ""

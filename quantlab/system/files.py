@@ -1,0 +1,95 @@
+"""Folders of the workbook, files that are written whole or not at all, and the commit they come from."""
+
+import contextlib
+import functools
+import hashlib
+import os
+import pathlib
+import subprocess
+import tempfile
+import tomllib
+
+from quantlab.system.errors import UserError
+
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent
+
+
+def root():
+    """Folder of the workbook: $QUANTLAB_ROOT, else the checkout around this package, else the working directory."""
+    if "QUANTLAB_ROOT" in os.environ:
+        return pathlib.Path(os.environ["QUANTLAB_ROOT"]).resolve()
+    return PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else pathlib.Path.cwd()
+
+
+def data_folder():
+    """Where downloads and caches go: data/ of the workbook, or $QUANTLAB_DATA where that is a folder."""
+    named = os.environ.get("QUANTLAB_DATA")
+    return pathlib.Path(named) if named and pathlib.Path(named).is_dir() else root() / "data"
+
+
+def repository_url():
+    """Address for clone commands and badges, kept in pyproject.toml and nowhere else."""
+    with open(root() / "pyproject.toml", "rb") as file:
+        return tomllib.load(file)["project"]["urls"]["Repository"]
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path`; move it there when the block succeeds, delete it when not. No half-written files."""
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free space there or name another folder") from None
+    os.close(handle)
+    temporary = pathlib.Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space there or name another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path, text):
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_tensors(path, tensors, metadata):
+    """Write tensors (name -> tensor, any device) and text metadata as one safetensors file, atomically."""
+    import safetensors.torch
+
+    with atomic_path(path) as temporary:
+        try:
+            safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        except safetensors.SafetensorError as error:  # a full disk, told in the library's own class
+            raise OSError(str(error)) from None
+
+
+def sha256(path):
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def commit():
+    """Short hash of the checked-out commit, '+' appended where tracked files differ from it; '' outside a repository."""
+    git = functools.partial(subprocess.run, cwd=root(), capture_output=True, text=True)
+    try:
+        head = git(["git", "rev-parse", "--short=10", "HEAD"])
+        dirty = git(["git", "status", "--porcelain", "--untracked-files=no", "--", "quantlab", "notebooks"])
+    except FileNotFoundError:
+        return ""
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""
