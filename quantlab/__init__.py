@@ -9,7 +9,7 @@ make_torchvision_importable()  # before anything imports torchvision
 from quantlab.affine import QParams, choose_qparams, dequantize, fake_quantize, quantize as quantize_tensor  # noqa: E402
 from quantlab.calibration import collect  # noqa: E402
 from quantlab.config import QuantConfig  # noqa: E402
-from quantlab.data import load_data  # noqa: E402
+from quantlab.images.datasets import load_data  # noqa: E402
 from quantlab.evaluate import evaluate, limited, paired_drop  # noqa: E402
 from quantlab.export import export_onnx  # noqa: E402
 from quantlab.integer import to_integer  # noqa: E402

@@ -140,7 +140,7 @@ def _train(options):
 
 
 def _data(options):
-    from quantlab.cifar10 import make_jpeg_copy
+    from quantlab.images.cifar10 import make_jpeg_copy
 
     print(make_jpeg_copy(options.out)) if options.source == "jpeg" else ql.load_data(options.source, size=options.size)
 

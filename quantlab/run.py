@@ -8,7 +8,9 @@ import time
 
 import pandas as pd
 
-from quantlab import data, imageset, results, workbook
+from quantlab import results, workbook
+from quantlab.images import datasets as data
+from quantlab.images import imageset
 from quantlab.system.errors import UserError
 from quantlab.system.files import PACKAGE, atomic_path, root, sha256, write_text
 

@@ -16,9 +16,9 @@ from conftest import make_tar
 from PIL import Image
 
 import quantlab as ql
-from quantlab import cifar10 as files_of_cifar10
-from quantlab import data as qdata
-from quantlab import imageset
+from quantlab.images import cifar10 as files_of_cifar10
+from quantlab.images import datasets as qdata
+from quantlab.images import imageset
 
 
 def load(path, **options):

@@ -17,7 +17,7 @@ from conftest import CHECKOUT
 
 import quantlab as ql
 from quantlab.networks import architectures, checkpoints
-from quantlab.data import Dataset, Split
+from quantlab.images.datasets import Dataset, Split
 from quantlab.train import augment, default_config
 
 module = importlib.import_module("quantlab.train")  # ql.train is the function

@@ -5,7 +5,7 @@ import os
 import pathlib
 import tempfile
 
-from quantlab import imageset
+from quantlab.images import imageset
 from quantlab.system.errors import UserError
 from quantlab.system.files import data_folder, root
 
