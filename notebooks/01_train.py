@@ -33,7 +33,7 @@ import torch
 
 import quantlab as ql
 from quantlab import plots, results
-from quantlab.train import default_config
+from quantlab.networks.train import default_config
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 import quantlab as ql
 from quantlab import builtin, edgestats, observers, plots, ptq, results, tables
-from quantlab.train import augment, default_config
+from quantlab.networks.train import augment, default_config
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

@@ -46,7 +46,7 @@ from quantlab.system.machine import device, seed_everything
 from quantlab import builtin, observers, plots, ptq, results, sourcemap
 from quantlab.evaluate import latency
 from quantlab.plots import beyond
-from quantlab.train import augment
+from quantlab.networks.train import augment
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

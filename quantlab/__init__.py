@@ -16,7 +16,7 @@ from quantlab.integer import to_integer  # noqa: E402
 from quantlab.networks.checkpoints import find_checkpoint, load_card, load_model, load_trained  # noqa: E402
 from quantlab.packed import load_quantized, save_quantized  # noqa: E402
 from quantlab.ptq import quantize, weight_bytes  # noqa: E402
-from quantlab.train import TrainConfig, train  # noqa: E402
+from quantlab.networks.train import TrainConfig, train  # noqa: E402
 
 __all__ = [
     "QParams", "QuantConfig", "TrainConfig", "UserError", "choose_qparams", "collect", "dequantize", "evaluate", "export_onnx", "fake_quantize",

@@ -120,7 +120,7 @@ def _publish(options):
 def _train(options):
     import torch
 
-    from quantlab.train import default_config, is_complete, parse_phases
+    from quantlab.networks.train import default_config, is_complete, parse_phases
 
     if options.threads is not None:
         if options.threads < 1:

@@ -18,9 +18,9 @@ from conftest import CHECKOUT
 import quantlab as ql
 from quantlab.networks import architectures, checkpoints
 from quantlab.images.datasets import Dataset, Split
-from quantlab.train import augment, default_config
+from quantlab.networks.train import augment, default_config
 
-module = importlib.import_module("quantlab.train")  # ql.train is the function
+module = importlib.import_module("quantlab.networks.train")  # ql.train is the function
 SETTINGS = ql.TrainConfig(epochs=3, batch_size=32, learning_rate=0.05, flip=False, crop=1, averaging=0.9)
 
 
