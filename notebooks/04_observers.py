@@ -32,7 +32,9 @@ import torch
 from tqdm.auto import tqdm
 
 import quantlab as ql
-from quantlab import builtin, distributions, edgestats, observers, plots, results, sensitivity
+from quantlab import builtin, edgestats, observers, plots, results
+from quantlab.analysis import distributions
+from quantlab.analysis import sensitivity
 from quantlab.plots import panel
 
 # %% tags=["parameters"]

@@ -30,7 +30,8 @@ from IPython.display import display
 from scipy import stats as statistics
 
 import quantlab as ql
-from quantlab import distributions, observers, plots
+from quantlab import observers, plots
+from quantlab.analysis import distributions
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

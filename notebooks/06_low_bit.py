@@ -37,7 +37,8 @@ from IPython.display import display
 from tqdm.auto import tqdm
 
 import quantlab as ql
-from quantlab import builtin, corrections, mixed, plots, ptq, results
+from quantlab import builtin, corrections, plots, ptq, results
+from quantlab.analysis import mixed
 from quantlab.equalization import equalize
 from quantlab.plots import lowbit
 from quantlab.reconstruct import ReconstructConfig, reconstruct

@@ -18,7 +18,8 @@ from torch import nn
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
-from quantlab import distributions, observers, plots
+from quantlab import observers, plots
+from quantlab.analysis import distributions
 from quantlab.affine import fake_quantize
 from quantlab.calibration import collect
 from quantlab.config import QuantConfig
@@ -27,7 +28,7 @@ from quantlab.ptq import find_node, layers, quantize, weight_bytes
 from quantlab.system.errors import UserError
 from quantlab.system.files import atomic_path
 from quantlab.system.machine import device, exact_float
-from quantlab.sensitivity import edge_errors
+from quantlab.analysis.sensitivity import edge_errors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 32

@@ -11,9 +11,10 @@ from conftest import CHECKOUT
 from torch import fx, nn
 
 import quantlab as ql
-from quantlab import distributions, observers, plots
+from quantlab import observers, plots
+from quantlab.analysis import distributions
 from quantlab.calibration import prepare
-from quantlab.distributions import densities, edge_values, find_layers, observe_layers, outliers, range_costs, split_error
+from quantlab.analysis.distributions import densities, edge_values, find_layers, observe_layers, outliers, range_costs, split_error
 from quantlab.edgestats import EdgeStats
 
 

@@ -11,7 +11,8 @@ import torch
 from conftest import CHECKOUT, read_text
 
 import quantlab as ql
-from quantlab import ptq, results, sensitivity, tables
+from quantlab import ptq, results, tables
+from quantlab.analysis import sensitivity
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import find_kinds
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import quantlab as ql
-from quantlab.sensitivity import edge_errors
+from quantlab.analysis.sensitivity import edge_errors
 
 
 def decibels(signal, noise):

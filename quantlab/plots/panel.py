@@ -10,7 +10,7 @@ import torch
 
 from quantlab import observers
 from quantlab.affine import choose_qparams
-from quantlab.distributions import split_error
+from quantlab.analysis.distributions import split_error
 from quantlab.plots.style import COLOURS, DATA_COLOUR, ERROR_COLOUR, MARKERS, caption
 
 SHARES = torch.linspace(0.1, 1.5, 71, dtype=torch.float64)  # of the observer's range: what the slider and the error curve cover
