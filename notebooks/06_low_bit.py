@@ -37,12 +37,13 @@ from IPython.display import display
 from tqdm.auto import tqdm
 
 import quantlab as ql
-from quantlab import builtin, corrections, plots, ptq, results
+from quantlab import builtin, plots, ptq, results
+from quantlab.improving import corrections
 from quantlab.analysis import mixed
-from quantlab.equalization import equalize
+from quantlab.improving.equalization import equalize
 from quantlab.plots import lowbit
-from quantlab.reconstruct import ReconstructConfig, reconstruct
-from quantlab.tune import tune_end_to_end
+from quantlab.improving.reconstruct import ReconstructConfig, reconstruct
+from quantlab.improving.tune import tune_end_to_end
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

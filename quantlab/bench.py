@@ -21,7 +21,7 @@ from quantlab.config import QuantConfig
 from quantlab.integer import IntegerRun, to_integer
 from quantlab.networks.architectures import build
 from quantlab.ptq import quantize
-from quantlab.reconstruct import ReconstructConfig, iteration_cost
+from quantlab.improving.reconstruct import ReconstructConfig, iteration_cost
 from quantlab.system.errors import UserError
 from quantlab.system.files import atomic_path, root
 from quantlab.system.machine import device_name

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import quantlab as ql
-from quantlab import corrections, equalization, graph as graphs, ptq
+from quantlab import graph as graphs, ptq
+from quantlab.improving import corrections
+from quantlab.improving import equalization
 
 
 def layer(graph, name):

@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 import quantlab as ql
-from quantlab import ptq, reconstruct as rc, tune, units
-from quantlab.activations import Cache
-from quantlab.learned import LearnedRounding, LearnedStep, Masks, round_to_step
-from quantlab.reconstruct_config import PRESETS
-from quantlab.tune import tune_end_to_end
+from quantlab import ptq
+from quantlab.improving import reconstruct as rc
+from quantlab.improving import tune
+from quantlab.improving import units
+from quantlab.improving.activations import Cache
+from quantlab.improving.learned import LearnedRounding, LearnedStep, Masks, round_to_step
+from quantlab.improving.reconstruct_config import PRESETS
+from quantlab.improving.tune import tune_end_to_end
 
 
 class Tiny(nn.Module):

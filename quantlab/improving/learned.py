@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quantlab.affine import MAX_BITS
-from quantlab.units import is_quantizer
+from quantlab.improving.units import is_quantizer
 
 ZETA, GAMMA = 1.1, -0.1  # AdaRound's stretch of the sigmoid, so that h reaches 0 and 1
 

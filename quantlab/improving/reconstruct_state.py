@@ -12,7 +12,7 @@ from quantlab.observers import observer_name
 from quantlab.ptq import find_node
 from quantlab.system.errors import UserError
 from quantlab.system.files import save_tensors
-from quantlab.units import is_quantizer
+from quantlab.improving.units import is_quantizer
 
 
 def unit_tensors(qmodel, unit):

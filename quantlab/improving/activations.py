@@ -5,7 +5,7 @@ import tempfile
 
 import torch
 
-from quantlab.units import extract, find_units, is_quantizer, origin
+from quantlab.improving.units import extract, find_units, is_quantizer, origin
 
 BATCH = 128  # images at once where nothing is learned
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from quantlab.learned import Masks, learnable
+from quantlab.improving.learned import Masks, learnable
 from quantlab.ptq import find_node, input_qparams, write_codes
 
 
