@@ -37,8 +37,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 import quantlab as ql
-from quantlab import graph, onnx_runtime, plots, proof, ptq, results
-from quantlab.fixedpoint import fixed_point, multiply, signed_bits
+from quantlab import graph, onnx_runtime, plots, ptq, results
+from quantlab.integer.network import proof
+from quantlab.integer.fixedpoint import fixed_point, multiply, signed_bits
 from quantlab.packed import file_sizes
 
 # %% tags=["parameters"]

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from quantlab import builtin
 from quantlab.calibration import collect
 from quantlab.config import QuantConfig
-from quantlab.integer import IntegerRun, to_integer
+from quantlab.integer.network import IntegerRun, to_integer
 from quantlab.networks.architectures import build
 from quantlab.ptq import quantize
 from quantlab.improving.reconstruct import ReconstructConfig, iteration_cost

@@ -15,9 +15,10 @@ import random
 import torch
 from torch import nn
 
-from quantlab import integer_ops as ops, integer_pool as pools
+from quantlab.integer.network import operations as ops
+from quantlab.integer.network import pooling as pools
 from quantlab.affine import QParams, dequantize
-from quantlab.fixedpoint import INT32_MAX, INT32_MIN, ROUNDINGS, fixed_point, multiply
+from quantlab.integer.fixedpoint import INT32_MAX, INT32_MIN, ROUNDINGS, fixed_point, multiply
 from quantlab.system.files import PACKAGE, write_text
 
 PATH = PACKAGE.parent / "tests" / "golden_integer.json"

@@ -10,8 +10,10 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantlab as ql
-from quantlab import integer_fast, integer_gemm, proof
-from quantlab.integer import IntegerRun, to_integer
+from quantlab.integer.fast import operations as integer_fast
+from quantlab.integer.fast import gemm as integer_gemm
+from quantlab.integer.network import proof
+from quantlab.integer.network import IntegerRun, to_integer
 from quantlab.plan import PLACEMENTS
 
 CONFIGS = [ql.QuantConfig(8, 8), ql.QuantConfig(4, 4), ql.QuantConfig(2, 3, residual_bits=6, first_last_bits=8),

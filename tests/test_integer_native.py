@@ -9,9 +9,13 @@ from conftest import equal_codes
 from hypothesis import given, settings, strategies as st
 
 import quantlab as ql
-from quantlab import fixedpoint, integer_fast, integer_native as native, integer_ops as ops, integer_pool as pools
+from quantlab.integer.network import fixedpoint
+from quantlab.integer.fast import operations as integer_fast
+from quantlab.integer.fast import native
+from quantlab.integer.network import operations as ops
+from quantlab.integer.network import pooling as pools
 from quantlab.affine import choose_qparams
-from quantlab.integer import to_integer
+from quantlab.integer.network import to_integer
 
 INT32 = (-(2**31), 2**31 - 1)
 

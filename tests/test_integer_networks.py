@@ -7,8 +7,8 @@ from conftest import equal_codes
 from torch import nn
 
 import quantlab as ql
-from quantlab import proof
-from quantlab.integer import to_integer
+from quantlab.integer.network import proof
+from quantlab.integer.network import to_integer
 
 
 

@@ -11,7 +11,12 @@ from conftest import read_text
 from torch import nn
 
 import quantlab as ql
-from quantlab import fixedpoint, golden, integer_fast, integer_gemm as gemm, integer_ops as ops, integer_pool as pools
+from quantlab import golden
+from quantlab.integer.network import fixedpoint
+from quantlab.integer.fast import operations as integer_fast
+from quantlab.integer.fast import gemm
+from quantlab.integer.network import operations as ops
+from quantlab.integer.network import pooling as pools
 from quantlab.affine import QParams, choose_qparams, fake_quantize
 
 VECTORS = json.loads(read_text(golden.PATH))

@@ -10,8 +10,8 @@ from torch import fx
 from tqdm.auto import tqdm
 
 from quantlab.affine import quantize
-from quantlab.integer import IntegerRun
-from quantlab.integer_ops import Operation
+from quantlab.integer.network import IntegerRun
+from quantlab.integer.operations import Operation
 from quantlab.ptq import Quantizer
 from quantlab.system.errors import UserError
 from quantlab.system.machine import exact_float

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quantlab.affine import QParams, quantize
-from quantlab.fixedpoint import INT32_MAX, fixed_point, multiply, requantize, signed_bits
+from quantlab.integer.fixedpoint import INT32_MAX, fixed_point, multiply, requantize, signed_bits
 from quantlab.system.errors import UserError
 
 ADD_SHIFT = 20  # fractional bits of an add's operands, as in TensorFlow Lite: 9-bit differences of codes stay below 2^28

@@ -11,8 +11,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from quantlab.fixedpoint import requantize
-from quantlab.integer_ops import add_rescaled
+from quantlab.integer.fixedpoint import requantize
+from quantlab.integer.operations import add_rescaled
 from quantlab.system.errors import UserError
 
 BLOCK = 2**16  # elements that uncompiled requantization takes at a time; as int64 half a megabyte

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from quantlab.fixedpoint import INT32_MAX, signed_bits
-from quantlab.integer_ops import Operation
+from quantlab.integer.fixedpoint import INT32_MAX, signed_bits
+from quantlab.integer.operations import Operation
 from quantlab.system.errors import UserError
 
 

@@ -13,12 +13,12 @@ import pandas as pd
 import torch
 from torch import fx, nn
 
-from quantlab import integer_ops as ops
+from quantlab.integer.network import operations as ops
 from quantlab.affine import quantize
-from quantlab.fixedpoint import check_rounding
+from quantlab.integer.fixedpoint import check_rounding
 from quantlab.graph import call_name
-from quantlab.integer_convert import EXECUTORS, Converter
-from quantlab.integer_fast import has_compiler
+from quantlab.integer.convert import EXECUTORS, Converter
+from quantlab.integer.fast.operations import has_compiler
 from quantlab.ptq import find_node
 from quantlab.system.errors import UserError
 

@@ -9,7 +9,10 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from quantlab import integer_gemm as gemm, integer_native as native, integer_ops as ops, integer_pool as pools
+from quantlab.integer.fast import gemm
+from quantlab.integer.fast import native
+from quantlab.integer.network import operations as ops
+from quantlab.integer.network import pooling as pools
 
 
 def has_compiler(device_type):

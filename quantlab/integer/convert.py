@@ -5,7 +5,9 @@ import copy
 import torch
 from torch import fx, nn
 
-from quantlab import integer_fast, integer_ops as ops, integer_pool as pools
+from quantlab.integer.fast import operations as integer_fast
+from quantlab.integer.network import operations as ops
+from quantlab.integer.network import pooling as pools
 from quantlab.graph import PASSES_CODES, call_name, find_kinds
 from quantlab.ptq import Quantizer
 from quantlab.system.errors import UserError
