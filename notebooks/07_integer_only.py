@@ -40,7 +40,7 @@ import quantlab as ql
 from quantlab import graph, onnx_runtime, plots, ptq, results
 from quantlab.integer.network import proof
 from quantlab.integer.fixedpoint import fixed_point, multiply, signed_bits
-from quantlab.packed import file_sizes
+from quantlab.export.packed import file_sizes
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

@@ -11,10 +11,10 @@ from quantlab.calibration import collect  # noqa: E402
 from quantlab.config import QuantConfig  # noqa: E402
 from quantlab.images.datasets import load_data  # noqa: E402
 from quantlab.evaluate import evaluate, limited, paired_drop  # noqa: E402
-from quantlab.export import export_onnx  # noqa: E402
+from quantlab.export.onnx import export_onnx  # noqa: E402
 from quantlab.integer.network import to_integer  # noqa: E402
 from quantlab.networks.checkpoints import find_checkpoint, load_card, load_model, load_trained  # noqa: E402
-from quantlab.packed import load_quantized, save_quantized  # noqa: E402
+from quantlab.export.packed import load_quantized, save_quantized  # noqa: E402
 from quantlab.ptq import quantize, weight_bytes  # noqa: E402
 from quantlab.networks.train import TrainConfig, train  # noqa: E402
 

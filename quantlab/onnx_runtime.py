@@ -19,8 +19,8 @@ from torch import fx
 
 from quantlab.affine import quantize
 from quantlab.calibration import prepare
-from quantlab.export import export_onnx
-from quantlab.onnx_graph import import_onnx
+from quantlab.export.onnx import export_onnx
+from quantlab.export.onnx_graph import import_onnx
 from quantlab.ptq import Quantizer
 from quantlab.system.errors import UserError
 from quantlab.system.machine import exact_float

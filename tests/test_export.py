@@ -16,10 +16,11 @@ from test_graph import Tangle, randomize_batchnorm
 from torch import nn
 
 import quantlab as ql
-from quantlab import onnx_runtime, packed
-from quantlab.codes import pack, unpack
+from quantlab import onnx_runtime
+from quantlab.export.onnx import packed
+from quantlab.export.codes import pack, unpack
 from quantlab.graph import fold, trace
-from quantlab.onnx_operators import OperatorWriter
+from quantlab.export.onnx_operators import OperatorWriter
 
 try:
     import onnx

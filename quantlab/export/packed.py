@@ -24,7 +24,7 @@ import torch
 
 from quantlab.affine import QParams, dequantize
 from quantlab.calibration import prepare
-from quantlab.codes import bias_codes, bias_unit, pack, unpack, weight_codes
+from quantlab.export.codes import bias_codes, bias_unit, pack, unpack, weight_codes
 from quantlab.config import QuantConfig
 from quantlab.observers import OBSERVERS, observer_name
 from quantlab.ptq import Quantizer, find_node, layers, weight_bytes

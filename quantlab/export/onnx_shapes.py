@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from quantlab.onnx_graph import GraphWriter
+from quantlab.export.onnx_graph import GraphWriter
 
 PAD_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}  # torch's name -> ONNX's
 

@@ -8,7 +8,7 @@ Nothing here knows of quantization; export.py does.
 import torch
 from torch import fx
 
-from quantlab.onnx_shapes import PAD_MODES, ShapeWriter
+from quantlab.export.onnx_shapes import PAD_MODES, ShapeWriter
 
 
 class OperatorWriter(ShapeWriter):
