@@ -37,7 +37,8 @@ from IPython.display import display
 from tqdm.auto import tqdm
 
 import quantlab as ql
-from quantlab import builtin, plots, ptq, results
+from quantlab import plots, ptq, results
+from quantlab.rivals import pytorch as builtin
 from quantlab.improving import corrections
 from quantlab.analysis import mixed
 from quantlab.improving.equalization import equalize
@@ -294,7 +295,7 @@ def rival(name):
             raise ql.UserError(backend.note)
         converted = builtin.pt2e_int8(network.cpu(), batches, batch_size=100)
         return "PT2E int8", converted, builtin.bytes_on_disk(converted)
-    from quantlab.onnx_runtime import onnxruntime_int8
+    from quantlab.rivals.onnxruntime import onnxruntime_int8
 
     converted = onnxruntime_int8(network.cpu(), batches)
     return "ONNX Runtime int8", converted, converted.bytes

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from quantlab import builtin
+from quantlab.rivals import pytorch as builtin
 from quantlab.calibration import collect
 from quantlab.config import QuantConfig
 from quantlab.integer.network import IntegerRun, to_integer
@@ -103,7 +103,7 @@ def bench_integer(model, images, rounds, compiled):
     if builtin.backends()[0].available:
         networks["eager int8"] = builtin.eager_int8(model, [images])
     try:
-        from quantlab.onnx_runtime import onnxruntime_float, onnxruntime_int8
+        from quantlab.rivals.onnxruntime import onnxruntime_float, onnxruntime_int8
 
         networks |= {"ONNX Runtime float": onnxruntime_float(model), "ONNX Runtime int8": onnxruntime_int8(model, [images], exact=False)}
     except (ImportError, UserError) as error:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantlab import builtin
+from quantlab.rivals import pytorch as builtin
 
 
 class Reader(nn.Module):

@@ -9,7 +9,7 @@ import torch
 
 import quantlab as ql
 from quantlab.system import files
-from quantlab import builtin
+from quantlab.rivals import pytorch as builtin
 
 needs_eager = pytest.mark.skipif(not builtin.backends()[0].available, reason=builtin.backends()[0].note)
 

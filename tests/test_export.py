@@ -16,7 +16,7 @@ from test_graph import Tangle, randomize_batchnorm
 from torch import nn
 
 import quantlab as ql
-from quantlab import onnx_runtime
+from quantlab.rivals import onnxruntime as onnx_runtime
 from quantlab.export.onnx import packed
 from quantlab.export.codes import pack, unpack
 from quantlab.graph import fold, trace

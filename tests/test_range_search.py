@@ -10,7 +10,7 @@ import torch
 from conftest import CHECKOUT
 
 import quantlab as ql
-from quantlab import builtin
+from quantlab.rivals import pytorch as builtin
 from quantlab.edgestats import EdgeStats
 from quantlab.observers import histogram, search_range
 

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from quantlab import sourcemap
+from quantlab.rivals import sourcemap
 
 FILES = {
     "__init__.py": "from .observer import *\nfrom .prepare import prepare as prepare_model\n",
