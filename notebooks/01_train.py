@@ -32,7 +32,8 @@ import pandas as pd
 import torch
 
 import quantlab as ql
-from quantlab import plots, results
+from quantlab import plots
+from quantlab.workbook.notebooks import results
 from quantlab.networks.train import default_config
 
 # %% tags=["parameters"]

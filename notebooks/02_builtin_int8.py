@@ -29,7 +29,8 @@ import pandas as pd
 import torch
 
 import quantlab as ql
-from quantlab import plots, results
+from quantlab import plots
+from quantlab.workbook.notebooks import results
 from quantlab.rivals import pytorch as builtin
 from quantlab.evaluate import latency
 

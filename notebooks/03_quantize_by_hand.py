@@ -32,7 +32,8 @@ import torch
 from tqdm.auto import tqdm
 
 import quantlab as ql
-from quantlab import observers, plots, ptq, results
+from quantlab import observers, plots, ptq
+from quantlab.workbook.notebooks import results
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

@@ -37,7 +37,8 @@ from IPython.display import display
 from tqdm.auto import tqdm
 
 import quantlab as ql
-from quantlab import plots, ptq, results
+from quantlab import plots, ptq
+from quantlab.workbook.notebooks import results
 from quantlab.rivals import pytorch as builtin
 from quantlab.improving import corrections
 from quantlab.analysis import mixed

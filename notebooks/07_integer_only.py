@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 import quantlab as ql
-from quantlab import graph, plots, ptq, results
+from quantlab import graph, plots, ptq
+from quantlab.workbook.notebooks import results
 from quantlab.rivals import onnxruntime as onnx_runtime
 from quantlab.integer.network import proof
 from quantlab.integer.fixedpoint import fixed_point, multiply, signed_bits

@@ -38,7 +38,9 @@ import torch
 from tqdm.auto import tqdm
 
 import quantlab as ql
-from quantlab import edgestats, observers, plots, ptq, results, tables
+from quantlab import edgestats, observers, plots, ptq
+from quantlab.workbook.notebooks import results
+from quantlab.workbook.notebooks import tables
 from quantlab.rivals import pytorch as builtin
 from quantlab.networks.train import augment, default_config
 

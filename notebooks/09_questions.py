@@ -37,7 +37,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import quantlab as ql
-from quantlab import graph, observers, plan, plots, results
+from quantlab import graph, observers, plan, plots
+from quantlab.workbook.notebooks import results
 from quantlab.edgestats import EdgeStats
 from quantlab.plots import questions
 

@@ -30,7 +30,9 @@ import pandas as pd
 from IPython.display import Image, Markdown, display
 
 import quantlab as ql
-from quantlab import plots, results, tables
+from quantlab import plots
+from quantlab.workbook.notebooks import results
+from quantlab.workbook.notebooks import tables
 
 # %% tags=["parameters"]
 source = "auto"  # local (results.csv), published (published.csv), or auto: local where there are local results

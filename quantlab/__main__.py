@@ -86,7 +86,7 @@ def parser():
 
 
 def _run(options):
-    from quantlab.run import run, status_table
+    from quantlab.workbook.run import run, status_table
 
     frame = run(options.numbers, dict(options.parameters), source=options.data, force=options.force, time_limit=options.time_limit)
     print("\n" + status_table(frame))
@@ -94,7 +94,7 @@ def _run(options):
 
 
 def _list(options):
-    from quantlab.workbook import notebooks
+    from quantlab.workbook.notebooks import notebooks
 
     for notebook in notebooks().values():
         print(f"{notebook.path.stem}: {notebook.title}")
@@ -103,7 +103,7 @@ def _list(options):
 
 
 def _report(options):
-    from quantlab.run import run, status_table
+    from quantlab.workbook.run import run, status_table
 
     frame = run(["11"], force=True)
     print(status_table(frame))
@@ -111,8 +111,8 @@ def _report(options):
 
 
 def _publish(options):
-    from quantlab.results import published_path
-    from quantlab.tables import publish
+    from quantlab.workbook.results import published_path
+    from quantlab.workbook.tables import publish
 
     print(f"{publish()} rows published to {published_path()}; README.md updated")
 
@@ -155,13 +155,13 @@ def _import(options):
 
 
 def _bench(options):
-    from quantlab.bench import bench
+    from quantlab.workbook.bench import bench
 
     bench(options.sections, options.model, options.batch, options.rounds, options.compiled)
 
 
 def _inspect(options):
-    from quantlab.inspection import inspect
+    from quantlab.workbook.inspection import inspect
 
     out = options.out or root() / "results" / f"inspect-{options.target.split(':')[-1]}.html"
     given = {name: getattr(options, name) for name in ("size", "mean", "std", "bits", "n", "weights", "unlabelled")}
@@ -169,7 +169,7 @@ def _inspect(options):
 
 
 def _sync(options):
-    from quantlab.workbook import sync
+    from quantlab.workbook.notebooks import sync
 
     print("\n".join(sync()) or "everything is in step")
 

@@ -8,7 +8,8 @@ import torch
 from conftest import make_image_folder, read_text
 
 import quantlab as ql
-from quantlab import bench, inspection
+from quantlab.workbook.notebooks import bench
+from quantlab.workbook.notebooks import inspection
 from quantlab.__main__ import main
 from quantlab.observers import OBSERVERS
 

@@ -13,7 +13,8 @@ from test_results import some_row
 from torch import nn
 
 import quantlab as ql
-from quantlab import ptq, results
+from quantlab import ptq
+from quantlab.workbook.notebooks import results
 from quantlab.analysis import mixed
 from quantlab.system.files import PACKAGE
 

@@ -13,7 +13,9 @@ import pytest
 from conftest import CHECKOUT, read_text
 
 import quantlab as ql
-from quantlab import results, run, workbook as files
+from quantlab.workbook.notebooks import results
+from quantlab.workbook.notebooks import run
+from quantlab.workbook.notebooks import notebooks as files
 from quantlab.system.files import repository_url
 
 NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))

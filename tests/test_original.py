@@ -11,7 +11,9 @@ import torch
 from conftest import CHECKOUT, read_text
 
 import quantlab as ql
-from quantlab import ptq, results, tables
+from quantlab import ptq
+from quantlab.workbook.notebooks import results
+from quantlab.workbook.notebooks import tables
 from quantlab.analysis import sensitivity
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import find_kinds

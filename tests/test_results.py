@@ -9,7 +9,8 @@ import torch
 from conftest import CHECKOUT, read_text
 
 import quantlab as ql
-from quantlab import results, tables
+from quantlab.workbook.notebooks import results
+from quantlab.workbook.notebooks import tables
 from quantlab.evaluate import Evaluation, evaluate, latency, limited
 
 

@@ -5,7 +5,7 @@ import re
 
 import pandas as pd
 
-from quantlab import results
+from quantlab.workbook.notebooks import results
 from quantlab.system.errors import UserError
 from quantlab.system.files import root, write_text
 

@@ -8,7 +8,8 @@ import time
 
 import pandas as pd
 
-from quantlab import results, workbook
+from quantlab.workbook.notebooks import results
+from quantlab.workbook.notebooks import notebooks as workbook
 from quantlab.images import datasets as data
 from quantlab.images import imageset
 from quantlab.system.errors import UserError
