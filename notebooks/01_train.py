@@ -33,7 +33,7 @@ import torch
 
 import quantlab as ql
 from quantlab import plots
-from quantlab.workbook.notebooks import results
+from quantlab.workbook import results
 from quantlab.networks.train import default_config
 
 # %% tags=["parameters"]

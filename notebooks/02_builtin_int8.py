@@ -30,7 +30,7 @@ import torch
 
 import quantlab as ql
 from quantlab import plots
-from quantlab.workbook.notebooks import results
+from quantlab.workbook import results
 from quantlab.rivals import pytorch as builtin
 from quantlab.evaluate import latency
 

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 import quantlab as ql
 from quantlab import observers, plots, ptq
-from quantlab.workbook.notebooks import results
+from quantlab.workbook import results
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

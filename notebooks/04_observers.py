@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 import quantlab as ql
 from quantlab import edgestats, observers, plots
-from quantlab.workbook.notebooks import results
+from quantlab.workbook import results
 from quantlab.rivals import pytorch as builtin
 from quantlab.analysis import distributions
 from quantlab.analysis import sensitivity

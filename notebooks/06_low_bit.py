@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 import quantlab as ql
 from quantlab import plots, ptq
-from quantlab.workbook.notebooks import results
+from quantlab.workbook import results
 from quantlab.rivals import pytorch as builtin
 from quantlab.improving import corrections
 from quantlab.analysis import mixed

@@ -38,9 +38,9 @@ from tqdm.auto import tqdm
 
 import quantlab as ql
 from quantlab import graph, plots, ptq
-from quantlab.workbook.notebooks import results
+from quantlab.workbook import results
 from quantlab.rivals import onnxruntime as onnx_runtime
-from quantlab.integer.network import proof
+from quantlab.integer import proof
 from quantlab.integer.fixedpoint import fixed_point, multiply, signed_bits
 from quantlab.export.packed import file_sizes
 

@@ -39,8 +39,8 @@ from tqdm.auto import tqdm
 
 import quantlab as ql
 from quantlab import edgestats, observers, plots, ptq
-from quantlab.workbook.notebooks import results
-from quantlab.workbook.notebooks import tables
+from quantlab.workbook import results
+from quantlab.workbook import tables
 from quantlab.rivals import pytorch as builtin
 from quantlab.networks.train import augment, default_config
 

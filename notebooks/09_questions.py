@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 import quantlab as ql
 from quantlab import graph, observers, plan, plots
-from quantlab.workbook.notebooks import results
+from quantlab.workbook import results
 from quantlab.edgestats import EdgeStats
 from quantlab.plots import questions
 

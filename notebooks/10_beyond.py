@@ -44,7 +44,7 @@ import quantlab as ql
 from quantlab.system.files import root
 from quantlab.system.machine import device, seed_everything
 from quantlab import observers, plots, ptq
-from quantlab.workbook.notebooks import results
+from quantlab.workbook import results
 from quantlab.rivals import pytorch as builtin
 from quantlab.rivals import sourcemap
 from quantlab.evaluate import latency

@@ -31,8 +31,8 @@ from IPython.display import Image, Markdown, display
 
 import quantlab as ql
 from quantlab import plots
-from quantlab.workbook.notebooks import results
-from quantlab.workbook.notebooks import tables
+from quantlab.workbook import results
+from quantlab.workbook import tables
 
 # %% tags=["parameters"]
 source = "auto"  # local (results.csv), published (published.csv), or auto: local where there are local results

@@ -15,10 +15,10 @@ import random
 import torch
 from torch import nn
 
-from quantlab.integer.network import operations as ops
-from quantlab.integer.network import pooling as pools
 from quantlab.affine import QParams, dequantize
 from quantlab.integer.fixedpoint import INT32_MAX, INT32_MIN, ROUNDINGS, fixed_point, multiply
+from quantlab.integer.network import operations as ops
+from quantlab.integer.network import pooling as pools
 from quantlab.system.files import PACKAGE, write_text
 
 PATH = PACKAGE.parent / "tests" / "golden_integer.json"
@@ -58,7 +58,7 @@ def _products(draw, rounding):
         rows.append((draw.randint(INT32_MIN, INT32_MAX) >> draw.randint(max(shift, 0), 28), draw.randint(2**30, INT32_MAX), shift))
     x, q, shift = (torch.tensor(column) for column in zip(*rows))
     return {"operation": "multiply", "rounding": rounding, "x": x.tolist(), "multiplier": q.tolist(), "shift": shift.tolist(),
-            "codes": multiply(x, q, shift, rounding).tolist()}  # fmt: skip
+            "codes": multiply(x, q, shift, rounding).tolist()}
 
 
 def _operations(draw, rounding):
@@ -70,7 +70,7 @@ def _operations(draw, rounding):
         "depthwise, dilation 2": (nn.Conv2d(4, 4, 3, groups=4, padding=2, dilation=2), wide, signed, 8, 5),
         "2 groups": (nn.Conv2d(4, 6, (1, 3), groups=2), signed, _grid(draw, 2), 3, 5),
         "ReLU6, asymmetric weights": (nn.Conv2d(2, 3, 2), wide, wide.clamped(0, 6 * wide.scale), 8, 4),
-    }  # fmt: skip
+    }
     for name, (layer, grid_in, out, bits, size) in convolutions.items():
         _set_weights(draw, layer, bits, symmetric="asymmetric" not in name)
         op = ops.Conv("conv", layer, grid_in, out, rounding)
@@ -93,18 +93,18 @@ def _operations(draw, rounding):
         "average 2x2": {"windows": (pools.Windows(2, 2),) * 2}, "average 3x3, padding counts": {"windows": (pools.Windows(3, 2, 1),) * 2},
         "average 3x3, padding does not count": {"windows": (pools.Windows(3, 2, 1, count_include_pad=False),) * 2},
         "average global": {"dims": (2, 3)}, "average adaptive 3x2": {"windows": (pools.Windows(output=3), pools.Windows(output=2))},
-    }  # fmt: skip
+    }
     for name, options in averages.items():
         op = pools.Average("average", wide, narrow, rounding, **options)
         yield _case(op, name, rounding, [_codes(draw, wide, 1, 3, 5, 5)], **_window_options(options))
     windows, codes = (pools.Windows(3, 2, 1),) * 2, _codes(draw, signed, 1, 3, 6, 6)
     yield {"operation": "max 3x3, stride 2, padding 1", "rounding": rounding, "inputs": [_plain(codes)],
-           "parameters": _window_options({"windows": windows}), "codes": _plain(pools.MaxPool(windows)(codes))}  # fmt: skip
+           "parameters": _window_options({"windows": windows}), "codes": _plain(pools.MaxPool(windows)(codes))}
     parts = [ops.Requantize("part", grid, wide, rounding) for grid in (narrow, signed)]
     codes = [_codes(draw, grid, 1, 2, 3, 3) for grid in (narrow, signed)]
     yield {"operation": "concat", "rounding": rounding, "inputs": [_plain(x) for x in codes],
            "parameters": {"dim": 1, "parts": [_constants(part) for part in parts]},
-           "codes": _plain(torch.cat([part(x) for part, x in zip(parts, codes)], 1))}  # fmt: skip
+           "codes": _plain(torch.cat([part(x) for part, x in zip(parts, codes)], 1))}
 
 
 def _grid(draw, bits, low=0, high=None, zero_point=None):
@@ -149,7 +149,7 @@ def _case(op, name, rounding, inputs, **options):
     acc = op.accumulate(*inputs)
     parameters = _constants(op) | {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
     return {"operation": name, "rounding": rounding, "inputs": [_plain(x) for x in inputs], "parameters": parameters,
-            "accumulator": _plain(acc), "codes": _plain(op(*inputs))}  # fmt: skip
+            "accumulator": _plain(acc), "codes": _plain(op(*inputs))}
 
 
 if __name__ == "__main__":

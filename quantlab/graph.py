@@ -35,7 +35,7 @@ CALL_KINDS = {  # functions and tensor methods by name
                   "channel_shuffle", "pixel_shuffle", "movedim", "detach", "clone"},
     "dropout": {"dropout", "dropout1d", "dropout2d", "alpha_dropout", "stochastic_depth"},
     "shape": {"size", "dim", "getattr"},
-}  # fmt: skip
+}
 PASSES_CODES = ("rearrange", "maxpool")  # the output holds codes of its input, at most fewer or in another order
 
 

@@ -179,7 +179,7 @@ def _model_range(stats, bits, factor, absolute):
 OBSERVERS = {
     "minmax": minmax, "percentile": percentile, "histogram": histogram, "mse": mse, "entropy": entropy,
     "aciq_laplace": aciq_laplace, "aciq_gauss": aciq_gauss,
-}  # fmt: skip
+}
 
 
 def find_observer(observer):

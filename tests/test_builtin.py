@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import quantlab as ql
-from quantlab.system import files
 from quantlab.rivals import pytorch as builtin
+from quantlab.system import files
 
 needs_eager = pytest.mark.skipif(not builtin.backends()[0].available, reason=builtin.backends()[0].note)
 

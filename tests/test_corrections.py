@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import quantlab as ql
-from quantlab import graph as graphs, ptq
-from quantlab.improving import corrections
-from quantlab.improving import equalization
+from quantlab import graph as graphs
+from quantlab import ptq
+from quantlab.improving import corrections, equalization
 
 
 def layer(graph, name):

@@ -162,7 +162,7 @@ def _stranger(folder):
     (_without_test, "no train/ and test/ folders"), (_without_classes, "no images found; expected train/CLASS"),
     (_unreadable, "train/cat/0003.png cannot be read as an image"), (_truncated_image, "train/cat/0003.png cannot be read"),
     (_stranger, "classes that train/ lacks: cow"),
-])  # fmt: skip
+])
 def test_bad_folders(workbook, image_folder, damage, message):
     damage(image_folder)
     with pytest.raises(ql.UserError, match=message):

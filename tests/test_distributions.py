@@ -13,8 +13,16 @@ from torch import fx, nn
 import quantlab as ql
 from quantlab import observers, plots
 from quantlab.analysis import distributions
+from quantlab.analysis.distributions import (
+    densities,
+    edge_values,
+    find_layers,
+    observe_layers,
+    outliers,
+    range_costs,
+    split_error,
+)
 from quantlab.calibration import prepare
-from quantlab.analysis.distributions import densities, edge_values, find_layers, observe_layers, outliers, range_costs, split_error
 from quantlab.edgestats import EdgeStats
 
 
@@ -81,7 +89,7 @@ def test_layers_are_found_from_the_graph(resnet20):
     assert odd == {
         "bn": ("batchnorm", "relu"), "conv": ("compute", "relu_1"), "depthwise": ("compute", "relu6"), "dead": ("compute", "relu_2"),
         "fc": ("compute", None),
-    }  # fmt: skip
+    }
 
 
 def test_the_folded_first_layer_is_what_the_network_computes(resnet20, digits):
@@ -143,7 +151,7 @@ def test_dead_channels_and_the_figures_of_a_network_with_a_dead_layer():
     figures = [
         plots.ridges(density, "text", ranges), plots.layer_histograms(density, ranges[:-1], "text"), plots.tails(table, "text", {4: 6e-5, 6: 2e-9}),
         plots.channel_spread(live, activations, "text", 4), plots.weights_beside_activations(density.assign(z=density.x), "text"),
-    ]  # fmt: skip
+    ]
     for figure in figures:
         figure.canvas.draw()
     assert [t.get_text() for t in figures[0].axes[0].get_yticklabels()] == ["bn", "conv", "depthwise", "dead", "fc"]

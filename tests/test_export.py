@@ -16,11 +16,11 @@ from test_graph import Tangle, randomize_batchnorm
 from torch import nn
 
 import quantlab as ql
-from quantlab.rivals import onnxruntime as onnx_runtime
-from quantlab.export.onnx import packed
 from quantlab.export.codes import pack, unpack
-from quantlab.graph import fold, trace
+from quantlab.export.onnx import packed
 from quantlab.export.onnx_operators import OperatorWriter
+from quantlab.graph import fold, trace
+from quantlab.rivals import onnxruntime as onnx_runtime
 
 try:
     import onnx
@@ -34,7 +34,7 @@ CONFIGS = [
     ql.QuantConfig(3, 5, residual_bits=None), ql.QuantConfig(6, 7, act_symmetric=True, act_signed=True), ql.QuantConfig(5, 2, weight_symmetric=False, per_channel=False),
     ql.QuantConfig(8, 8, weight_symmetric=False), ql.QuantConfig(7, 6, weight_symmetric=False, per_channel=False),
     ql.QuantConfig(8, 4, placement="inputs"),
-]  # fmt: skip
+]
 CONFIGS = [dataclasses.replace(config, observer="minmax", weight_observer="minmax") for config in CONFIGS] + [ql.QuantConfig(4, 4)]
 
 
@@ -288,7 +288,7 @@ def test_shape_arithmetic(file):
     nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect", bias=False), nn.ZeroPad2d((1, 0, 2, 3)), nn.BatchNorm2d(4, affine=False),
     nn.Linear(9, 3), nn.Linear(9, 3, bias=False),
     nn.Sequential(nn.Flatten(), nn.Linear(360, 6), nn.Unflatten(1, (2, 3))), nn.ChannelShuffle(2), nn.ReLU6(), nn.Hardtanh(-2, 0.5),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_a_layer_has_torchs_meaning(layer, file):
     assert_same_floats(nn.Sequential(layer).eval(), torch.randn(3, 4, 10, 9), file)
 
@@ -409,7 +409,7 @@ def test_the_tangle_and_a_fixed_batch(file):
     (Call(lambda x: torch.add(x, x, alpha=2)), "node add: add with alpha has no ONNX export"),
     (nn.AvgPool2d(2, divisor_override=3), "node _0: AvgPool2d with divisor_override has no ONNX export"),
     (Call(lambda x: x.chunk(2, 0)[0]), "node chunk: chunk along the batch has no ONNX export"),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_what_has_no_export_is_named_and_nothing_is_written(layer, message, file, tmp_path):
     with pytest.raises(ql.UserError, match=message):
         ql.export_onnx(fold(trace(nn.Sequential(layer, nn.Flatten()))), file)

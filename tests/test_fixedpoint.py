@@ -5,10 +5,20 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import quantlab as ql
-from quantlab.integer.fixedpoint import INT32_MAX, INT32_MIN, divide_by_power_of_two, doubling_high_mul, fixed_point, multiply, requantize, signed_bits
+from quantlab.integer.fixedpoint import (
+    INT32_MAX,
+    INT32_MIN,
+    divide_by_power_of_two,
+    doubling_high_mul,
+    fixed_point,
+    multiply,
+    requantize,
+    signed_bits,
+)
 
 int32 = st.integers(INT32_MIN, INT32_MAX)
 mantissa = st.integers(2**30, 2**31 - 1)

@@ -156,7 +156,7 @@ def test_batchnorm_without_running_statistics_is_not_folded():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "googlenet", "shufflenet_v2_x0_5",
-                                  "squeezenet1_1", "efficientnet_b0"])  # fmt: skip
+                                  "squeezenet1_1", "efficientnet_b0"])
 def test_torchvision_networks_at_eight_bits(name):
     """Random weights with re-estimated BatchNorm statistics: the logits stay far above the noise, and no residual branch stays float."""
     import torchvision

@@ -8,10 +8,9 @@ import torch
 from conftest import make_image_folder, read_text
 
 import quantlab as ql
-from quantlab.workbook.notebooks import bench
-from quantlab.workbook.notebooks import inspection
 from quantlab.__main__ import main
 from quantlab.observers import OBSERVERS
+from quantlab.workbook.notebooks import bench, inspection
 
 MODULE = '''
 import torch
@@ -98,7 +97,7 @@ def test_folders_without_classes_and_without_a_test_part_work(place):
     ("my_networks:build", ["--weights", "my_networks.py"], "does not hold weights of my_networks:build"),
     ("my_networks:build", ["--data", "nowhere"], "nowhere is not a folder"),
     ("my_networks:build", ["--bits", "9"], "weight_bits=9: a width is an integer from 2 to 8"),
-])  # fmt: skip
+])
 def test_mistakes_get_one_line_and_leave_no_file(place, capsys, target, more, said):
     assert run(*more, target=target) == 1
     error = capsys.readouterr().err

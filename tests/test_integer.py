@@ -10,14 +10,13 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantlab as ql
-from quantlab.integer.fast import operations as integer_fast
 from quantlab.integer.fast import gemm as integer_gemm
-from quantlab.integer.network import proof
-from quantlab.integer.network import IntegerRun, to_integer
+from quantlab.integer.fast import operations as integer_fast
+from quantlab.integer.network import IntegerRun, proof, to_integer
 from quantlab.plan import PLACEMENTS
 
 CONFIGS = [ql.QuantConfig(8, 8), ql.QuantConfig(4, 4), ql.QuantConfig(2, 3, residual_bits=6, first_last_bits=8),
-           ql.QuantConfig(8, 8, weight_symmetric=False, per_channel=False, act_symmetric=True)]  # fmt: skip
+           ql.QuantConfig(8, 8, weight_symmetric=False, per_channel=False, act_symmetric=True)]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +172,7 @@ def test_simulation_only_is_refused_by_name(resnet20, stats, digits):
     ([nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(4, 2, 1)], r"node _0 \(Conv2d\) has no integer form here"),
     ([nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Conv1d(4, 2, 1)], r"node _2 \(Conv1d\) ends|node _2 \(Conv1d\) has no integer form here"),
     ([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 2, 1)], r"node _1 \(BatchNorm2d\) has no integer form here"),
-], ids=["hardswish", "reflect", "conv1d", "batchnorm"])  # fmt: skip
+], ids=["hardswish", "reflect", "conv1d", "batchnorm"])
 def test_operations_without_integer_form_are_named(layers, message):
     model = nn.Sequential(*layers).eval()
     qmodel = ql.quantize(model, ql.collect(model, [torch.randn(2, 3, 6, 6)]))

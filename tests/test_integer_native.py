@@ -6,16 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import equal_codes
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import quantlab as ql
-from quantlab.integer.network import fixedpoint
-from quantlab.integer.fast import operations as integer_fast
+from quantlab.affine import choose_qparams
 from quantlab.integer.fast import native
+from quantlab.integer.fast import operations as integer_fast
+from quantlab.integer.network import fixedpoint, to_integer
 from quantlab.integer.network import operations as ops
 from quantlab.integer.network import pooling as pools
-from quantlab.affine import choose_qparams
-from quantlab.integer.network import to_integer
 
 INT32 = (-(2**31), 2**31 - 1)
 
@@ -102,7 +102,7 @@ def convolutions(draw):
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation)]
     size = tuple(draw(st.integers(max(1, r - a - b), 12)) for r, a, b in zip(reach, padding[2::-2], padding[3::-2]))
     return (draw(st.integers(1, 5)), channels, outputs, groups, kernel, pair(1, 3), dilation, padding, size,
-            draw(st.integers(2, 9)), draw(st.integers(-128, 127)), draw(st.integers(1, 3)), draw(st.integers(0, 10**6)))  # fmt: skip
+            draw(st.integers(2, 9)), draw(st.integers(-128, 127)), draw(st.integers(1, 3)), draw(st.integers(0, 10**6)))
 
 
 @given(convolutions(), st.sampled_from([*fixedpoint.ROUNDINGS, None]))
@@ -183,7 +183,7 @@ def test_passes_over_codes(shape, rounding):
 
 @pytest.mark.parametrize("rounding", fixedpoint.ROUNDINGS)
 @pytest.mark.parametrize("options", [{"windows": (pools.Windows(output=1),) * 2}, {"dims": (2, 3)}, {"dims": (-2, -1), "keepdim": True},
-                                     {"dims": (2,)}, {"windows": (pools.Windows(output=2),) * 2}], ids=str)  # fmt: skip
+                                     {"dims": (2,)}, {"windows": (pools.Windows(output=2),) * 2}], ids=str)
 def test_averages(options, rounding):
     need_compiler()
     grid, out = (ops.Grid.of(choose_qparams(*ends, 8), 128) for ends in ((-1.0, 3.0), (-0.4, 1.1)))

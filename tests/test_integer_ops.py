@@ -12,12 +12,12 @@ from torch import nn
 
 import quantlab as ql
 from quantlab import golden
-from quantlab.integer.network import fixedpoint
-from quantlab.integer.fast import operations as integer_fast
+from quantlab.affine import QParams, choose_qparams, fake_quantize
 from quantlab.integer.fast import gemm
+from quantlab.integer.fast import operations as integer_fast
+from quantlab.integer.network import fixedpoint
 from quantlab.integer.network import operations as ops
 from quantlab.integer.network import pooling as pools
-from quantlab.affine import QParams, choose_qparams, fake_quantize
 
 VECTORS = json.loads(read_text(golden.PATH))
 
@@ -86,7 +86,7 @@ def test_convolutions_by_definition(case):
 def test_linear_layers_by_definition(case):
     p = case["parameters"]
     acc = [[b + sum((x - p["zero_point_in"]) * w for x, w in zip(row, weights)) for weights, b in zip(array(p["weight"]), array(p["bias"]))]
-           for row in array(case["inputs"][0])]  # fmt: skip
+           for row in array(case["inputs"][0])]
     assert acc == array(case["accumulator"])
     expected = acc if "logits" in case["operation"] else [[store(a, p, case["rounding"], o) for o, a in enumerate(row)] for row in acc]
     assert expected == array(case["codes"])
@@ -96,12 +96,12 @@ def test_linear_layers_by_definition(case):
 def test_add_by_definition(case):
     p, mode = case["parameters"], case["rounding"]
     terms = [[rescale((code - z) << 20, q, s, mode) for code in x["codes"]]
-             for x, z, q, s in zip(case["inputs"], *(array(p[k]) for k in ("zero_points", "multipliers", "shifts")))]  # fmt: skip
+             for x, z, q, s in zip(case["inputs"], *(array(p[k]) for k in ("zero_points", "multipliers", "shifts")))]
     assert [store(a + b, p, mode) for a, b in zip(*terms)] == case["codes"]["codes"]
 
 
 @pytest.mark.parametrize("case", [c for c in VECTORS["cases"] if c["operation"].startswith(("requantize", "affine", "concat"))],
-                         ids=lambda c: f"{c['operation']} {c['rounding']}")  # fmt: skip
+                         ids=lambda c: f"{c['operation']} {c['rounding']}")
 def test_affine_requantize_and_concat_by_definition(case):
     p, mode, x = case["parameters"], case["rounding"], case["inputs"][0]
     if case["operation"] == "concat":
@@ -131,13 +131,13 @@ def test_pools_by_definition():
             "2x2": lambda: nn.functional.avg_pool2d(real, 2), "3x3, padding counts": lambda: nn.functional.avg_pool2d(real, 3, 2, 1),
             "3x3, padding does not count": lambda: nn.functional.avg_pool2d(real, 3, 2, 1, count_include_pad=False),
             "global": lambda: real.mean((2, 3)), "adaptive 3x2": lambda: nn.functional.adaptive_avg_pool2d(real, (3, 2)),
-        }[kind]()  # fmt: skip
+        }[kind]()
         acc = torch.tensor(array(case["accumulator"]))
         q, shift = (torch.tensor(array(p[k]), dtype=torch.float64) for k in ("multiplier", "shift"))
         ratio = (acc * q * 2.0 ** (shift - 31)) / average  # s_in / s_out, the same everywhere
         assert ratio.nan_to_num(ratio.nanmedian()).sub(ratio.nanmedian()).abs().max() < 1e-8 * ratio.nanmedian()
         flat = [store(a, {**p, "multiplier": {"shape": [1], "values": [m]}, "shift": {"shape": [1], "values": [s]}}, case["rounding"])
-                for a, m, s in zip(flatten(acc.tolist()), *(flatten(v.long().expand_as(acc).tolist()) for v in (q, shift)))]  # fmt: skip
+                for a, m, s in zip(flatten(acc.tolist()), *(flatten(v.long().expand_as(acc).tolist()) for v in (q, shift)))]
         assert flat == case["codes"]["codes"]
 
 
@@ -205,7 +205,7 @@ def test_convolution_against_onnx_runtime(options):
     x = torch.randint(0, 256, (4, 8, 12, 12), dtype=torch.int32)
     (s_in, z_in), (s_out, z_out) = ort_constants(grid_in), ort_constants(out)
     constants = {"xs": s_in, "xz": z_in, "w": op.weight.to(torch.int8), "ws": layer.weight_qparams.scale, "wz": torch.zeros(len(layer.weight), dtype=torch.int8),
-                 "ys": s_out, "yz": z_out, "b": op.bias}  # fmt: skip
+                 "ys": s_out, "yz": z_out, "b": op.bias}
     attributes = {"pads": [layer.padding[0]] * 4, "strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
     nearly_equal(op(x), ort_run("QLinearConv", {"x": x.to(torch.uint8)}, constants, attributes))
 
@@ -217,7 +217,7 @@ def test_linear_against_onnx_runtime():
     x = torch.randint(0, 256, (256, 64), dtype=torch.int32)
     (s_in, z_in), (s_out, z_out) = ort_constants(grid_in), ort_constants(out)
     constants = {"xs": s_in, "xz": z_in, "w": op.weight.t().to(torch.int8).contiguous(), "ws": layer.weight_qparams.scale,
-                 "wz": torch.zeros(32, dtype=torch.int8), "ys": s_out, "yz": z_out}  # fmt: skip
+                 "wz": torch.zeros(32, dtype=torch.int8), "ys": s_out, "yz": z_out}
     nearly_equal(op(x), ort_run("QLinearMatMul", {"x": x.to(torch.uint8)}, constants))
 
 
@@ -227,7 +227,7 @@ def test_add_against_onnx_runtime():
     x, y = (torch.randint(0, 256, (100_000,), dtype=torch.int32) for _ in range(2))
     (sa, za), (sb, zb), (so, zo) = (ort_constants(g) for g in (a, b, out))
     theirs = ort_run("QLinearAdd", {"a": x.to(torch.uint8), "as": sa, "az": za, "b": y.to(torch.uint8)}, {"bs": sb, "bz": zb, "os": so, "oz": zo},
-                     domain="com.microsoft")  # fmt: skip
+                     domain="com.microsoft")
     nearly_equal(op(x, y), theirs, 0.01)
     exact = (a.scale * (x - a.zero_point).double() + b.scale * (y - b.zero_point).double()) / out.scale + out.zero_point
     rounded, away = exact.round().clamp(0, 255).int(), (exact - exact.floor() - 0.5).abs()
@@ -265,7 +265,7 @@ def test_max_pool_against_onnx_runtime(ceil_mode):
 
 @pytest.mark.parametrize("size", [5, 7, 8])
 @pytest.mark.parametrize("options", [{"kernel": 2, "stride": 2}, {"kernel": 3, "stride": 2, "padding": 1}, {"kernel": 3, "stride": 2, "ceil_mode": True},
-                                     {"kernel": 3, "stride": 2, "padding": 1, "ceil_mode": True}], ids=str)  # fmt: skip
+                                     {"kernel": 3, "stride": 2, "padding": 1, "ceil_mode": True}], ids=str)
 def test_windows_are_torchs(size, options):
     x = torch.randint(-50, 50, (2, 3, size, size))
     names = {"kernel": "kernel_size"}

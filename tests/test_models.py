@@ -12,9 +12,9 @@ import torch
 from conftest import CHECKOUT, JPEG_ARCHIVE
 
 import quantlab as ql
-from quantlab.system import files
-from quantlab.networks import architectures, checkpoints
 from quantlab.evaluate import Evaluation
+from quantlab.networks import checkpoints
+from quantlab.system import files
 
 
 def some_result(n=20):
@@ -132,7 +132,7 @@ def test_import_executes_nothing(tmp_path, workbook):
 @pytest.mark.parametrize("content, message", [
     (lambda f: torch.save(torch.zeros(3), f), "holds no state dict"), (lambda f: f.write_bytes(b"garbage"), "cannot be read as a state dict"),
     (lambda f: torch.save({"conv.weight": torch.zeros(3)}, f), "does not fit resnet50"),
-])  # fmt: skip
+])
 def test_files_that_are_no_state_dict(tmp_path, digits, content, message):
     content(tmp_path / "odd.pt")
     with pytest.raises(ql.UserError, match=message):

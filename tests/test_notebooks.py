@@ -13,10 +13,9 @@ import pytest
 from conftest import CHECKOUT, read_text
 
 import quantlab as ql
-from quantlab.workbook.notebooks import results
-from quantlab.workbook.notebooks import run
-from quantlab.workbook.notebooks import notebooks as files
 from quantlab.system.files import repository_url
+from quantlab.workbook.notebooks import notebooks as files
+from quantlab.workbook.notebooks import results, run
 
 NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
 TINY = {"preset": "smoke", "n_calibration": "32", "data": "digits"}
@@ -81,7 +80,7 @@ def test_all_notebooks_run_and_then_are_skipped(workbook):
     assert "Smoke run." in report and "W4A4 histogram" in report and report.count("data:image/png;base64") > 4
     pictures = {p.name for p in (workbook / "pic").iterdir()}
     assert {"01_confusion_resnet20_digits.png", "03_accuracy_by_bits_resnet20_digits.svg", "images_train_digits.png",
-            "04_panel_resnet20_digits.png", "05_ridges_resnet20_digits.svg"} <= pictures  # fmt: skip
+            "04_panel_resnet20_digits.png", "05_ridges_resnet20_digits.svg"} <= pictures
     for executed in (workbook / "results" / "runs").glob("*.ipynb"):
         stderr = [o.text for c in cells_of(executed) for o in c.get("outputs", []) if o.get("name") == "stderr"]
         assert not [t for t in stderr if "Warning" in t], stderr

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 import quantlab as ql
 from quantlab import observers
 from quantlab.edgestats import MIN_BINS, PIECE, EdgeStats
-from quantlab.observers import OBSERVERS, aciq_gauss, aciq_laplace, entropy, histogram, mse, percentile, quantization_error, weight_range
+from quantlab.observers import (
+    OBSERVERS,
+    aciq_gauss,
+    aciq_laplace,
+    entropy,
+    histogram,
+    mse,
+    percentile,
+    quantization_error,
+    weight_range,
+)
 
 
 def observe(*tensors):

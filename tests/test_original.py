@@ -12,11 +12,10 @@ from conftest import CHECKOUT, read_text
 
 import quantlab as ql
 from quantlab import ptq
-from quantlab.workbook.notebooks import results
-from quantlab.workbook.notebooks import tables
 from quantlab.analysis import sensitivity
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import find_kinds
+from quantlab.workbook.notebooks import results, tables
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def is_on_grid(x, q):
 @pytest.mark.parametrize("config", [
     ql.QuantConfig(8, 8), ql.QuantConfig(4, 4), ql.QuantConfig(2, 3, observer="percentile", residual_bits=6),
     ql.QuantConfig(3, 3, first_last_bits=8), ql.QuantConfig(4, 4, act_symmetric=True, weight_symmetric=False, per_channel=False),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_every_layer_reads_codes_of_its_width(resnet20, stats, digits, config):
     qmodel = ql.quantize(resnet20, stats, config)
     record = Record(qmodel)

@@ -10,9 +10,9 @@ import torch
 from conftest import CHECKOUT
 
 import quantlab as ql
-from quantlab.rivals import pytorch as builtin
 from quantlab.edgestats import EdgeStats
 from quantlab.observers import histogram, search_range
+from quantlab.rivals import pytorch as builtin
 
 needs_torch_ao = pytest.mark.skipif(not builtin.backends()[0].available, reason=builtin.backends()[0].note)
 
@@ -29,7 +29,7 @@ def tensor(shape):
     return {
         "shifted": x + 0.7, "two humps": torch.where(x > 0.3, x + 3, x * 0.3 - 1), "one outlier": torch.cat([x, torch.tensor([-25.0])]),
         "skewed": x.exp() - 1, "mostly negative": -(x**2) + 0.4,
-    }[shape]  # fmt: skip
+    }[shape]
 
 
 def criterion(stats, bits, p):

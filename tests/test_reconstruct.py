@@ -9,8 +9,7 @@ from torch import nn
 import quantlab as ql
 from quantlab import ptq
 from quantlab.improving import reconstruct as rc
-from quantlab.improving import tune
-from quantlab.improving import units
+from quantlab.improving import tune, units
 from quantlab.improving.activations import Cache
 from quantlab.improving.learned import LearnedRounding, LearnedStep, Masks, round_to_step
 from quantlab.improving.reconstruct_config import PRESETS
@@ -65,7 +64,7 @@ def same(a, b):
 
 @pytest.mark.parametrize(("name", "layers", "blocks"), [
     ("resnet18", 21, 10), ("mobilenet_v2", 53, 33), ("densenet121", 121, 121), ("googlenet", 58, 58),
-])  # fmt: skip
+])
 def test_units_of_torchvision_networks(name, layers, blocks):
     import torchvision
 
@@ -182,7 +181,7 @@ def test_masks_keep_the_share_and_differ_between_calls():
 @pytest.mark.parametrize("how", [
     *(rc.ReconstructConfig.preset(m, iterations=30, batch_size=16, lr=0.05) for m in PRESETS),
     rc.ReconstructConfig(loss="fisher", iterations=60, batch_size=16, lr=0.05, weight_lambda=1e-3),
-], ids=["adaround", "brecq", "qdrop", "fisher"])  # fmt: skip
+], ids=["adaround", "brecq", "qdrop", "fisher"])
 def test_no_unit_is_worse_than_nearest_and_some_are_better(tiny, how):
     qmodel = run(tiny, how=how)
     log = qmodel.reconstruction
@@ -257,7 +256,7 @@ def test_tuning_starts_from_the_network_as_it_is(tiny, learned):
 
 @pytest.mark.parametrize(("change", "message"), [
     (dict(batch_size=64), "48 calibration images do not fill a batch of 64"), (dict(lr=0), "lr=0"), (dict(iterations=0), "iterations=0"),
-])  # fmt: skip
+])
 def test_tuning_refuses(tiny, learned, change, message):
     with pytest.raises(ql.UserError, match=message):
         tune_end_to_end(tiny[0], learned, tiny[2], **dict(batch_size=16) | change)

@@ -9,9 +9,8 @@ import torch
 from conftest import CHECKOUT, read_text
 
 import quantlab as ql
-from quantlab.workbook.notebooks import results
-from quantlab.workbook.notebooks import tables
 from quantlab.evaluate import Evaluation, evaluate, latency, limited
+from quantlab.workbook.notebooks import results, tables
 
 
 def evaluation(correct, seconds=2.0):
@@ -24,7 +23,7 @@ def some_row(digits, seed=0, created=None, dataset=None, **more):
     good = torch.arange(200) % 10 > 0
     worse = torch.arange(200) % 10 > 1
     row = results.make_row(data=digits, model="resnet20", card=card, baseline=evaluation(good), result=evaluation(worse), method="by hand",
-                           config=more.pop("config", ql.QuantConfig(4, 4)), n_calibration=64, seed=seed, bytes=1000, notebook="test")  # fmt: skip
+                           config=more.pop("config", ql.QuantConfig(4, 4)), n_calibration=64, seed=seed, bytes=1000, notebook="test")
     if dataset:
         row["dataset"] = dataset
         row["run_key"] = results.run_key(row)

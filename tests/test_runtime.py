@@ -38,10 +38,9 @@ def test_operators_are_declared_only_where_the_extension_does_not_load():
 
 def test_atomic_files(tmp_path):
     target = tmp_path / "deep" / "file.txt"
-    with pytest.raises(ZeroDivisionError):
-        with files.atomic_path(target) as temporary:
-            temporary.write_text("half")
-            1 / 0
+    with pytest.raises(ZeroDivisionError), files.atomic_path(target) as temporary:
+        temporary.write_text("half")
+        1 / 0
     assert list(target.parent.iterdir()) == []
     files.write_text(target, "whole")
     with pytest.raises(ql.UserError, match="cannot write"), files.atomic_path(target):
@@ -85,7 +84,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (["train", "--data", "digits", "--model", "resnet2O", "--out", "x.safetensors"], "did you mean resnet20?"),
     (["import-checkpoint", "missing.pt", "--data", "digits"], "missing.pt not found"),
     (["data", "images"], "no image set in"),
-])  # fmt: skip
+])
 def test_mistakes_get_one_line_and_status_1(workbook, arguments, message):
     done = quantlab(*arguments, QUANTLAB_ROOT=str(workbook))
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr

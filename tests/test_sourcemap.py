@@ -70,7 +70,7 @@ def test_topics_and_tables(modules):
      ("quantization.fx.convert", "convert"), ("quantization.quantize_fx", "entry points"), ("nn.intrinsic.modules.fused", "fusing"),
      ("nn.quantized.dynamic.modules.rnn", "quantized modules"), ("quantization.pt2e.observer", "observers"),
      ("quantization.pt2e.quantizer.x86_inductor_quantizer", "quantizers")],
-)  # fmt: skip
+)
 def test_topics_of_the_installed_packages_names(name, topic):
     assert sourcemap.topic_of(name) == topic
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
 from conftest import CHECKOUT
+from PIL import Image
 
 import quantlab as ql
-from quantlab.networks import architectures, checkpoints
 from quantlab.images.datasets import Dataset, Split
+from quantlab.networks import architectures, checkpoints
 from quantlab.networks.train import augment, default_config
 
 module = importlib.import_module("quantlab.networks.train")  # ql.train is the function
@@ -134,7 +134,7 @@ def test_the_two_cores_recipe_is_that_of_the_handed_network(few):
         phases=((10, 16), (6, 24), (3, 32)), batch_size=128, learning_rate=0.1, warmup=0.15,
         momentum=0.9, weight_decay=5e-4, label_smoothing=0.1, crop=4, flip=True,
         zero_last_gamma=True, seed=0, cutout=0, averaging=0.0, heldout_images=1000,
-    )  # fmt: skip
+    )
     assert {name: getattr(config, name) for name in handed} == handed and config.epochs == 19
 
 

@@ -99,7 +99,7 @@ def _channel_rows(key, order, layer, count, sums):
         "order": order, "layer": layer.name, "kind": layer.kind, "relu": layer.relu or "", "point": key[1], "channel": range(len(mean)),
         "count": count, "zeros": zeros, "minimum": minimum, "maximum": maximum, "mean": mean,
         "std": (second / count - mean.square()).clamp(min=0).sqrt(),
-    })  # fmt: skip
+    })
 
 
 # ---- What a range costs -----------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def layer_costs(model, batch, placement="fused"):
         reads, writes = (n.meta["tensor_meta"].shape.numel() for n in (node.args[0], node))
         channels = layer.weight.shape[0]
         rows.append({"layer": name, "weights": layer.weight.numel(), "constants": channels * (1 + (layer.bias is not None)),
-                     "reads": reads, "macs": writes * layer.weight.numel() // channels})  # fmt: skip
+                     "reads": reads, "macs": writes * layer.weight.numel() // channels})
     return pd.DataFrame(rows)
 
 

@@ -67,7 +67,7 @@ def _row(order, node, quantizer, role, signal, noise, own):
     return {
         "order": order, "edge": node.target.removeprefix("quantizers."), "role": role, "bits": quantizer.qparams.bits,
         "noise_share": noise / max(signal, 1e-300), "sqnr": _db(signal, noise), "own_sqnr": _db(signal, own),
-    }  # fmt: skip
+    }
 
 
 def _db(signal, noise):

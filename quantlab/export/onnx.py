@@ -17,9 +17,9 @@ import json
 import torch
 
 from quantlab.export.codes import bias_codes, bias_unit, weight_codes
-from quantlab.observers import observer_name
 from quantlab.export.onnx_graph import import_onnx
 from quantlab.export.onnx_operators import OperatorWriter
+from quantlab.observers import observer_name
 from quantlab.system.files import atomic_path
 
 

@@ -24,8 +24,8 @@ import torch
 
 from quantlab.affine import QParams, dequantize
 from quantlab.calibration import prepare
-from quantlab.export.codes import bias_codes, bias_unit, pack, unpack, weight_codes
 from quantlab.config import QuantConfig
+from quantlab.export.codes import bias_codes, bias_unit, pack, unpack, weight_codes
 from quantlab.observers import OBSERVERS, observer_name
 from quantlab.ptq import Quantizer, find_node, layers, weight_bytes
 from quantlab.system.errors import UserError
@@ -71,7 +71,7 @@ def _quantizers(qmodel):
         {"target": n.target, "name": n.name, "behind": n.prev.name, "reads": n.args[0].name, "readers": sorted(u.name for u in n.users),
          "scale": q.scale.item(), "zero_point": q.zero_point.item(), "qmin": q.qmin, "qmax": q.qmax}
         for n in qmodel.graph.nodes if n.op == "call_module" and isinstance(q := qmodel.get_submodule(n.target), Quantizer)
-    ]  # fmt: skip
+    ]
 
 
 def graph_hash(graph):

@@ -15,7 +15,15 @@ import numpy as np
 import torch
 
 from quantlab.images import imageset
-from quantlab.images.cifar10 import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, FETCH_COMMAND, find_cifar10, is_cifar10, read_cifar10
+from quantlab.images.cifar10 import (
+    CIFAR10_CLASSES,
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    FETCH_COMMAND,
+    find_cifar10,
+    is_cifar10,
+    read_cifar10,
+)
 from quantlab.system.errors import UserError
 from quantlab.system.files import data_folder, root
 

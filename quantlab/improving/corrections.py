@@ -12,11 +12,11 @@ import math
 import torch
 from torch import nn
 
-from quantlab.improving.activations import Networks
 from quantlab.affine import quantize as to_codes
 from quantlab.calibration import prepare
-from quantlab.improving.equalization import grouped_weight
 from quantlab.graph import find_kinds, operation_name
+from quantlab.improving.activations import Networks
+from quantlab.improving.equalization import grouped_weight
 from quantlab.ptq import copy_quantized, find_node, input_qparams, write_codes
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float

@@ -17,15 +17,15 @@ import torch
 from torch import fx
 from tqdm.auto import tqdm
 
-from quantlab.improving.activations import BATCH, Networks
 from quantlab.calibration import prepare
 from quantlab.config import QuantConfig
-from quantlab.ptq import quantize
+from quantlab.improving.activations import BATCH, Networks
 from quantlab.improving.reconstruct_config import ReconstructConfig
 from quantlab.improving.reconstruct_state import State, load_unit, unit_tensors
+from quantlab.improving.unit_learner import UnitLearner
+from quantlab.ptq import quantize
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float
-from quantlab.improving.unit_learner import UnitLearner
 
 
 def reconstruct(model, stats, images, config=QuantConfig(), how=ReconstructConfig(), state=None, verbose=True, trace=None):

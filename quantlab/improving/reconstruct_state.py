@@ -8,11 +8,11 @@ import pathlib
 import safetensors
 import torch
 
+from quantlab.improving.units import is_quantizer
 from quantlab.observers import observer_name
 from quantlab.ptq import find_node
 from quantlab.system.errors import UserError
 from quantlab.system.files import save_tensors
-from quantlab.improving.units import is_quantizer
 
 
 def unit_tensors(qmodel, unit):

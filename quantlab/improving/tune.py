@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 from quantlab.affine import quantize as to_codes
 from quantlab.calibration import prepare
 from quantlab.improving.learned import LearnedStep
+from quantlab.improving.units import is_quantizer
 from quantlab.ptq import copy_quantized, find_node, input_qparams, layers, write_codes
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float
-from quantlab.improving.units import is_quantizer
 
 BATCH = 256  # images at once for the targets
 NEAR = 0.49  # codes: how far from its code a weight may lie when its learning starts

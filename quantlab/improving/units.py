@@ -63,7 +63,7 @@ def _unit(end, nodes, later, kinds, qmodel):
     outputs = [n.name for n in nodes if n == end or n in read_later and kinds[n] not in ("shape", "constant")]
     layers = tuple(n.name for n in nodes if kinds[n] == "compute")
     return Unit(layers[0] if len(layers) == 1 else origin(end, qmodel).name, layers, tuple(n.name for n in nodes), tuple(inputs), end.name,
-                tuple(outputs), origin(end, qmodel).name)  # fmt: skip
+                tuple(outputs), origin(end, qmodel).name)
 
 
 def is_quantizer(node, qmodel):

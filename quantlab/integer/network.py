@@ -13,12 +13,12 @@ import pandas as pd
 import torch
 from torch import fx, nn
 
-from quantlab.integer.network import operations as ops
 from quantlab.affine import quantize
-from quantlab.integer.fixedpoint import check_rounding
 from quantlab.graph import call_name
 from quantlab.integer.convert import EXECUTORS, Converter
 from quantlab.integer.fast.operations import has_compiler
+from quantlab.integer.fixedpoint import check_rounding
+from quantlab.integer.network import operations as ops
 from quantlab.ptq import find_node
 from quantlab.system.errors import UserError
 
@@ -183,4 +183,4 @@ def _report_rows(network, values):
             "shift": "" if shift is None else f"{shift.min()}..{shift.max()}", "macs": macs,
             "bops": macs * bits_in * op.weight_bits if macs else 0,
             "live_bytes": sum(bytes for owner, bytes in size.items() if order[owner] <= order[node] <= last.get(owner, order[node])),
-        }  # fmt: skip
+        }

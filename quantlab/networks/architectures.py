@@ -6,6 +6,7 @@ from torch import nn
 
 from quantlab.system.errors import UserError, did_you_mean
 
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: y = relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))."""
 

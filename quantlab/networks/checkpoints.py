@@ -20,6 +20,7 @@ from quantlab.system.errors import UserError
 from quantlab.system.files import root, save_tensors, sha256, write_text
 from quantlab.system.machine import device_name
 
+
 @dataclasses.dataclass(frozen=True)
 class Card:
     """What a checkpoint is: stored beside its weights as FILE.json. Accuracies are top-1 in percent."""
@@ -80,7 +81,7 @@ def save_checkpoint(model, path, data, *, architecture, result, heldout=None, re
         n_test=result.n, sha256=sha256(path), software=software(), hardware=device_name(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), source=source,
         heldout_top1=heldout.top1 if heldout else None,
-    )  # fmt: skip
+    )
     write_text(card_path(path), json.dumps(dataclasses.asdict(card), indent=1) + "\n")
     return card
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from quantlab.networks import architectures, checkpoints
 from quantlab.evaluate import evaluate, limited
+from quantlab.networks import architectures, checkpoints
 from quantlab.system.errors import UserError
 from quantlab.system.files import save_tensors
 from quantlab.system.machine import device, has_bf16, seed_everything
@@ -419,7 +419,7 @@ class _Progress:
         self.bar = tqdm(
             total=total, initial=first, unit=" steps", disable=not verbose, mininterval=1,
             bar_format="{desc}: step {n_fmt}/{total_fmt} |{bar:20}|{postfix}",
-        )  # fmt: skip
+        )
 
     def update(self, run):
         if self.bar.disable:

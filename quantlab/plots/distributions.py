@@ -128,7 +128,7 @@ def channel_spread(channels, costs, text, bits):
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(max(10, 0.26 * len(layers)), 6), sharex=True, height_ratios=(3, 2))
     groups = [channels[channels.layer == layer].share.to_numpy() for layer in layers]
     top.boxplot(groups, positions=range(len(layers)), widths=0.6, whis=(0, 100), patch_artist=True, showfliers=False,
-                boxprops={"facecolor": DATA_COLOUR, "alpha": 0.5, "linewidth": 0.8}, medianprops={"color": COLOURS["float"]})  # fmt: skip
+                boxprops={"facecolor": DATA_COLOUR, "alpha": 0.5, "linewidth": 0.8}, medianprops={"color": COLOURS["float"]})
     jitter = np.random.default_rng(0)
     for i, group in enumerate(groups):
         x = i + jitter.uniform(-0.22, 0.22, len(group))

@@ -10,7 +10,7 @@ COLOURS.update({"single": "#0173b2", "double": "#d55e00"})
 MARKERS.update({"single": "o", "double": "^"})
 KIND_COLOURS = {
     "conv": "#7f9fbf", "linear": "#4c72b0", "add": "#dd8452", "average": "#55a868", "requantize": "#b0b0b0", "affine": "#8172b3",
-}  # fmt: skip
+}
 
 
 def rounding_modes(errors, layers, text):

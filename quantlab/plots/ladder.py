@@ -56,7 +56,7 @@ def waterfall(table, seeds, text):
             left, right = min(ends), max(ends)
             x, side, colour = (right, "left", "black") if right < 62 else (left, "right", "black") if left > 38 else ((left + right) / 2, "center", "white")
             panel.annotate(f"{row.change:+.1f} [{row.low:+.1f}, {row.high:+.1f}]", (x, i), xytext=({"left": 8, "right": -8, "center": 0}[side], 0),
-                           textcoords="offset points", fontsize=7.5, va="center", ha=side, color=colour)  # fmt: skip
+                           textcoords="offset points", fontsize=7.5, va="center", ha=side, color=colour)
         panel.plot(dots.top1, [names.index(s) for s in dots.step], "o", color="white", markeredgecolor="black", markersize=3.5, linestyle="none", markeredgewidth=0.7)
         panel.set(xlabel="top-1 accuracy, %", xlim=(0, 100), title=f"{bits} bits: {part.top1.iloc[0]:.1f} % to {part.top1.iloc[-1]:.1f} %")
         panel.grid(axis="y", visible=False)

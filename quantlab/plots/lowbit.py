@@ -12,11 +12,11 @@ COLOURS.update({
     "nearest": "#7f7f7f", "equalisation": "#b8860b", "bias correction": "#4aa3a2", "analytic bias correction": "#9fd0cf",
     "BatchNorm re-estimation": "#8c6bb1", "AdaRound": "#d95f02", "BRECQ": "#2b6cb0", "QDrop": "#1b7f3b", "QDrop + Fisher": "#66c2a5",
     "QDrop + end to end": "#7fbf4d", "QDrop + fine-tuning": "#0b3d1b", "ONNX Runtime int8": "#c2185b",
-})  # fmt: skip
+})
 MARKERS.update({
     "nearest": "o", "equalisation": "v", "bias correction": "s", "analytic bias correction": "p", "BatchNorm re-estimation": "D", "AdaRound": "^",
     "BRECQ": "P", "QDrop": "*", "QDrop + Fisher": "X", "QDrop + end to end": "h", "QDrop + fine-tuning": "H", "ONNX Runtime int8": "d",
-})  # fmt: skip
+})
 
 
 def learned_rounding(paths, curve, text):
@@ -73,7 +73,7 @@ def methods_by_width(frame, rivals, text):
         axes.errorbar(x, means["drop"], yerr=whiskers, elinewidth=0.8, linewidth=0.9, markersize=7, label=method, **style)
     for row in rivals.itertuples():
         axes.plot(widths.index("W8A8") + 0.42 if "W8A8" in widths else -0.5, row.drop, marker=MARKERS.get(row.method, "X"), linestyle="",
-                  color=COLOURS.get(row.method, ERROR_COLOUR), markersize=8, markeredgecolor="#222222", label=f"{row.method} (W8A8)")  # fmt: skip
+                  color=COLOURS.get(row.method, ERROR_COLOUR), markersize=8, markeredgecolor="#222222", label=f"{row.method} (W8A8)")
     axes.axhline(0, color=COLOURS["float"], linestyle="--", linewidth=1)
     axes.set_yscale("symlog", linthresh=1)
     ticks = [0, 0.5, 1, 2, 5, 10, 20, 50]
@@ -97,7 +97,7 @@ def sensitivity_map(errors, text, chosen=None):
         table = errors.assign(exponent=exponent)[errors.kind == kind].pivot(index="layer", columns="bits", values="exponent")
         table = table.reindex(layers)[sorted(table.columns, reverse=True)]
         sns.heatmap(table, ax=panel, cmap="rocket_r", annot=True, fmt=".1f", annot_kws={"fontsize": 7}, linewidths=0.4, cbar=kind == "activation",
-                    cbar_kws={"label": "log10 of the divergence, nats"}, **limits)  # fmt: skip
+                    cbar_kws={"label": "log10 of the divergence, nats"}, **limits)
         for row in chosen.itertuples() if chosen is not None and column in chosen else []:
             x, y = list(table.columns).index(getattr(row, column)), layers.index(row.layer)
             panel.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor="#1f9e5a", linewidth=2.2, clip_on=False))

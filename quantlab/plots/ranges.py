@@ -88,7 +88,7 @@ def edge_report(frame, text, named=4):
     axes.plot(worst.order, worst.sqnr, "D", color=ERROR_COLOUR, markersize=7, label="adds most noise")
     for i, row in enumerate(worst.sort_values("order").itertuples()):
         axes.annotate(f"{row.edge}\n+{row.added_db:.1f} dB", (row.order, row.sqnr), xytext=(6, -20 - 26 * (i % 2)), textcoords="offset points",
-                      fontsize=7.5, ha="left", va="top", color=ERROR_COLOUR)  # fmt: skip
+                      fontsize=7.5, ha="left", va="top", color=ERROR_COLOUR)
     high = axes.get_ylim()[1]
     low = min(axes.get_ylim()[0], (worst.sqnr.min() - 0.34 * high) / 0.66)  # the labels take the lower third
     axes.set(xlabel="rounded values, in order of execution", ylabel="signal to quantization noise, dB", title="Which layer broke?", ylim=(low, high))
@@ -102,7 +102,7 @@ def observer_map(table, text):
     loss = values.max(axis=1).to_numpy()[:, None] - values
     figure, axes = plt.subplots(figsize=(2.6 + 0.9 * loss.shape[1], 1.8 + 0.16 * len(loss)))
     sns.heatmap(loss, ax=axes, cmap="rocket_r", vmin=0, vmax=12, annot=True, fmt=".1f", annot_kws={"fontsize": 6}, yticklabels=True,
-                cbar_kws={"label": "dB below the best range", "shrink": min(1, 20 / len(loss)), "anchor": (0, 1)})  # fmt: skip
+                cbar_kws={"label": "dB below the best range", "shrink": min(1, 20 / len(loss)), "anchor": (0, 1)})
     axes.set(ylabel="", title="What each observer loses on each edge")
     axes.grid(False)
     axes.tick_params(axis="x", top=True, labeltop=True, bottom=False, labelbottom=False, rotation=20)

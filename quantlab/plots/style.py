@@ -10,14 +10,14 @@ from quantlab.system.files import atomic_path, root
 COLOURS = dict(zip(
     ["float", "minmax", "percentile", "histogram", "mse", "entropy", "eager int8", "PT2E int8", "aciq_laplace", "aciq_gauss"],
     ["#333333", *sns.color_palette("colorblind", 9).as_hex()], strict=True,
-))  # fmt: skip
+))
 MARKERS = dict(zip(COLOURS, "sovD^P*X<>", strict=True))
 DATA_COLOUR, ERROR_COLOUR = "#7f9fbf", "#c44e52"
 STYLE = {
     "figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11, "svg.hashsalt": "quantlab",
     "legend.frameon": False,
-}  # fmt: skip
+}
 
 
 def set_style():

@@ -29,7 +29,7 @@ def confusion(labels, predictions, classes, text):
     figure, axes = plt.subplots(figsize=(6.6, 5.6))
     few = len(classes) <= 20
     sns.heatmap(share.numpy(), ax=axes, cmap="Blues", annot=few, fmt=".0f", xticklabels=classes, yticklabels=classes, vmin=0, vmax=100,
-                annot_kws={"fontsize": 8}, cbar_kws={"label": "% of the true class"})  # fmt: skip
+                annot_kws={"fontsize": 8}, cbar_kws={"label": "% of the true class"})
     axes.set(xlabel="predicted", ylabel="true", title="Where the network errs")
     axes.grid(False)
     axes.tick_params(axis="x", rotation=45)

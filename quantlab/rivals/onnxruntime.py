@@ -155,7 +155,7 @@ def onnxruntime_int8(model, batches, method="minmax", exact=True):
         ort.quantize_static(
             source, target, _Reader(batches, OnnxModel(source)), quant_format=ort.QuantFormat.QDQ, per_channel=True,
             calibrate_method=ort.CalibrationMethod[methods[method]], activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
-        )  # fmt: skip
+        )
         return OnnxModel(target, exact=exact)
 
 

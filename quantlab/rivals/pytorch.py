@@ -165,7 +165,12 @@ def observed(model, example):
 @torch.no_grad()
 def fake_quantized(model, batch):
     """The network with torch.ao's fake-quantize modules, calibrated on one batch, observers off: as its FX path evaluates it."""
-    from torch.ao.quantization import QConfigMapping, disable_observer, enable_fake_quant, get_default_qat_qconfig
+    from torch.ao.quantization import (
+        QConfigMapping,
+        disable_observer,
+        enable_fake_quant,
+        get_default_qat_qconfig,
+    )
     from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
     with _quiet():

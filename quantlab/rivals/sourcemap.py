@@ -70,7 +70,7 @@ def scan(package, folder):
         Module(name, len(texts[name].splitlines()), topic_of(name.removeprefix(package).lstrip(".")),
                {n: b for n, b in own[name].items() if not n.startswith("_")}, _uses(name, imports, own))
         for name in files
-    ]  # fmt: skip
+    ]
 
 
 def topic_of(name):
@@ -137,7 +137,7 @@ def topic_table(modules):
         part = {m.name: m for m in modules if m.topic == topic}
         popular = [n for (module, n) in taken.index if module in part and n in part[module].definitions][:2]
         rows.append({"topic": topic, "modules": len(part), "lines": sum(m.lines for m in part.values()),
-                     "definitions": sum(len(m.definitions) for m in part.values()), "used": popular})  # fmt: skip
+                     "definitions": sum(len(m.definitions) for m in part.values()), "used": popular})
     return pd.DataFrame(rows).query("modules > 0").reset_index(drop=True)
 
 

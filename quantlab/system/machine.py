@@ -10,6 +10,7 @@ import random
 import numpy as np
 import torch
 
+
 def device():
     """The accelerator where there is one, else the CPU; $QUANTLAB_DEVICE overrides."""
     return torch.device(os.environ.get("QUANTLAB_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -15,13 +15,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from quantlab.rivals import pytorch as builtin
 from quantlab.calibration import collect
 from quantlab.config import QuantConfig
+from quantlab.improving.reconstruct import ReconstructConfig, iteration_cost
 from quantlab.integer.network import IntegerRun, to_integer
 from quantlab.networks.architectures import build
 from quantlab.ptq import quantize
-from quantlab.improving.reconstruct import ReconstructConfig, iteration_cost
+from quantlab.rivals import pytorch as builtin
 from quantlab.system.errors import UserError
 from quantlab.system.files import atomic_path, root
 from quantlab.system.machine import device_name
@@ -54,7 +54,7 @@ def compare(section, baseline, networks, images, rounds):
             "section": section, "what": name, "images_per_s": len(images) / statistics.median(seconds), "against": baseline,
             "time_ratio": statistics.median(ratios), "time_ratio_least": min(ratios), "time_ratio_most": max(ratios),
             "throughput_ratio": 1 / statistics.median(ratios),
-        })  # fmt: skip
+        })
     return pd.DataFrame(rows)
 
 
@@ -144,12 +144,12 @@ def bench_reconstruct(model, images, rounds, compiled):
         "section": "reconstruct", "what": what, "images_per_s": ReconstructConfig().batch_size / cost[column].sum(), "against": "float units",
         "time_ratio": cost[column].sum() / cost.plain.sum(), "time_ratio_least": least, "time_ratio_most": most,
         "throughput_ratio": cost.plain.sum() / cost[column].sum(),
-    } for what, column, least, most in (("float units", "plain", 1.0, 1.0), ("learning units", "learning", ratios.min(), ratios.max()))])  # fmt: skip
+    } for what, column, least, most in (("float units", "plain", 1.0, 1.0), ("learning units", "learning", ratios.min(), ratios.max()))])
 
 
 SECTIONS = {
     "collect": bench_collect, "fakequant": bench_fakequant, "int8": bench_int8, "integer": bench_integer, "reconstruct": bench_reconstruct,
-}  # fmt: skip
+}
 
 
 def bench(sections=(), model="resnet50", batch=64, rounds=5, compiled=None):

@@ -19,8 +19,9 @@ from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
 from quantlab import observers, plots
-from quantlab.analysis import distributions
 from quantlab.affine import fake_quantize
+from quantlab.analysis import distributions
+from quantlab.analysis.sensitivity import edge_errors
 from quantlab.calibration import collect
 from quantlab.config import QuantConfig
 from quantlab.graph import call_name, fold, trace
@@ -28,7 +29,6 @@ from quantlab.ptq import find_node, layers, quantize, weight_bytes
 from quantlab.system.errors import UserError
 from quantlab.system.files import atomic_path
 from quantlab.system.machine import device, exact_float
-from quantlab.analysis.sensitivity import edge_errors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 32
@@ -173,7 +173,7 @@ def compare_weights(model, qmodel):
         rows.append({
             "layer": name, "weights": weight.numel(), "shape": "x".join(map(str, weight.shape)), "bits": q.bits,
             "largest channel / median": (ranges.max() / ranges.median().clamp(min=1e-12)).item(), "sqnr": -10 * torch.log10(noise).item(),
-        })  # fmt: skip
+        })
     return pd.DataFrame(rows)
 
 
@@ -215,7 +215,7 @@ def _summary(target, model, qmodel, images, config, accuracy):
         "calibration images": f"{len(images.calibration):,}", "weights in float": f"{float_bytes / 1e6:.2f} MB",
         f"weights at {config.weight_bits} bits, with scales and biases": f"{weight_bytes(qmodel) / 1e6:.2f} MB",
         "convention": f"all layers W{config.weight_bits}A{config.act_bits}, operands and results of adds {config.residual_bits} bits, image {config.input_bits} bits",
-    }  # fmt: skip
+    }
     if accuracy:
         facts["top-1"] = f"{accuracy[0]:.2f} % in float, {accuracy[1]:.2f} % quantized, n = {accuracy[2]:,}"
     return "<table>" + "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items()) + "</table>"

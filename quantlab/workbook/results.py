@@ -21,7 +21,7 @@ from quantlab.system.files import PACKAGE, atomic_path, commit, root, write_text
 CONFIGURATION = [
     "dataset", "data_sha", "n_test", "model", "checkpoint_sha", "trained_on", "method", "weight_bits", "act_bits", "first_last_bits",
     "residual_bits", "input_bits", "placement", "granularity", "symmetric", "observer", "weight_observer", "corrections", "n_calibration",
-]  # fmt: skip
+]
 MEASURED = ["fp32_top1", "top1", "drop", "drop_low", "drop_high", "bytes", "seconds", "images_per_s"]
 PROVENANCE = ["seed", "device", "torch", "commit", "notebook", "created"]
 COLUMNS = ["run_key", *CONFIGURATION, *MEASURED, *PROVENANCE]
@@ -51,7 +51,7 @@ def make_row(*, data, model, card, baseline, result, method, notebook, config=No
         "seconds": round(result.seconds, 3), "images_per_s": round(result.images_per_s, 1), "seed": seed, "device": result.device,
         "torch": torch.__version__, "commit": commit(), "notebook": notebook,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
-    }  # fmt: skip
+    }
     row["run_key"] = run_key(row)
     return {column: row.get(column) for column in COLUMNS}
 
@@ -99,10 +99,7 @@ def record(rows, path=None):
     return new
 
 
-ARITHMETIC = (  # the modules that decide a number
-    "activations", "affine", "calibration", "config", "corrections", "data", "edgestats", "equalization", "evaluate", "graph", "imageset",
-    "learned", "networks/architectures", "networks/checkpoints", "observers", "plan", "ptq", "reconstruct", "reconstruct_config", "reconstruct_state", "system/files", "system/machine", "tune", "unit_learner", "units",
-)  # fmt: skip
+ARITHMETIC = (".", "images", "networks", "improving", "analysis")  # the rooms that decide a number
 
 
 def once(settings, measure):
@@ -111,7 +108,7 @@ def once(settings, measure):
     settings: a dict of everything but the code that decides the number; the modules that compute and torch's version are added here. state:
     a path for what a long measurement keeps to resume after a kill; deleted when the row is recorded. Rows are kept in results/rows.
     """
-    code = hashlib.sha256(b"".join((PACKAGE / f"{name}.py").read_bytes() for name in ARITHMETIC))
+    code = hashlib.sha256(b"".join(f.read_bytes() for room in ARITHMETIC for f in sorted((PACKAGE / room).glob("[a-z]*.py"))))
     key = hashlib.sha256(json.dumps([settings, code.hexdigest(), torch.__version__], sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = root() / "results" / "rows" / f"{key}.json"
     if file.is_file():

@@ -8,12 +8,12 @@ import time
 
 import pandas as pd
 
-from quantlab.workbook.notebooks import results
-from quantlab.workbook.notebooks import notebooks as workbook
 from quantlab.images import datasets as data
 from quantlab.images import imageset
 from quantlab.system.errors import UserError
 from quantlab.system.files import PACKAGE, atomic_path, root, sha256, write_text
+from quantlab.workbook.notebooks import notebooks as workbook
+from quantlab.workbook.notebooks import results
 
 TIME_LIMIT = 3 * 3600  # seconds a notebook
 # glibc gives every large tensor back to the system, and each new one is mapped anew, page by page; with these it keeps what it has.
@@ -114,7 +114,7 @@ def execute(source, out, parameters, time_limit=TIME_LIMIT):
                 str(source), str(temporary), parameters=parameters, cwd=str(root()), progress_bar=True, log_output=False,
                 timeout_func=lambda cell: max(1, int(deadline - time.monotonic())),  # what is left of the notebook's time
                 extra_arguments=["--log-level=ERROR"],  # or every kernel warns that it talks over the loopback device unencrypted
-            )  # fmt: skip
+            )
         except papermill.PapermillExecutionError as error:
             os.replace(temporary, failed)
             raise UserError(f"{error.ename}: {error.evalue.splitlines()[0] if error.evalue else ''} (cell {error.exec_count}; see {failed.name})") from None

@@ -5,9 +5,9 @@ import re
 
 import pandas as pd
 
-from quantlab.workbook.notebooks import results
 from quantlab.system.errors import UserError
 from quantlab.system.files import root, write_text
+from quantlab.workbook.notebooks import results
 
 BEST = "QDrop"  # the correction whose rows the README shows, alone, tuned end to end and fine-tuned
 ORIGINAL_FLOAT = 93.62  # top-1 in %, ResNet-50 on the official CIFAR-10 files: the original's README, as the next
@@ -35,7 +35,7 @@ def headline(frame, best=None):
             "Data set": row.dataset + (" (smoke run)" if row.dataset == results.SMOKE else ""), "Model": row.model, "Quantization": results.label(row),
             "Top-1 %": f"{row.top1:.2f}{deviation}", "Points lost [95 %]": lost, "Weights kB": f"{row.bytes / 1000:,.0f}",
             "n": f"{row.n_test:,}", "Seeds": int(row.seeds),
-        })  # fmt: skip
+        })
     return pd.DataFrame(lines)
 
 
@@ -66,7 +66,7 @@ def original_table(frame):
             "Quantization": name.replace("bit ", " bits, "), "Original": f"{published:.2f} ({published - ORIGINAL_FLOAT:+.2f})",
             "Its way": "" if key is None else f"{own.top1[key]:.2f} ({-own['drop'][key]:+.2f})",
             "Right way": "" if same is None else f"{same:.2f} ({same - own.fp32_top1.iloc[0]:+.2f})",
-        })  # fmt: skip
+        })
     return pd.DataFrame(lines)
 
 
@@ -76,7 +76,7 @@ def speed_table(frame):
     frame = frame.assign(
         Network=frame.model + ", batch " + frame.batch.astype(str), What=frame.section, Measured=frame.what, On=frame.device,
         ratio=[f"{1 / r.time_ratio:.2f} [{1 / r.time_ratio_most:.2f}, {1 / r.time_ratio_least:.2f}]" for r in frame.itertuples()],
-    )  # fmt: skip
+    )
     return frame.pivot_table("ratio", ["What", "Measured", "On"], "Network", aggfunc="last", sort=False, fill_value="").reset_index()
 
 
@@ -112,7 +112,7 @@ def update_readme(readme=None):
         "1,024 calibration images. The interval is paired, against the float network on the same test images. Weights kB: packed codes, scales "
         "and biases; for other tools the saved file. `python -m quantlab publish` writes this table from `results/published.csv`, which "
         "`make results DATA=PATH` measures."
-    )}  # fmt: skip
+    )}
     if len(original := original_table(published)):
         own = frame[frame.method.eq("original")].iloc[0]
         texts["original"] = f"{markdown(original)}\n\n" + (

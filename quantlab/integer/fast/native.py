@@ -94,8 +94,7 @@ def declared(library):
 
 
 class Shape(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in """images height width channels rows columns outputs groups kernel_h kernel_w stride_h
-        stride_w dilation_h dilation_w top left zero_point depthwise band_images band_rows stretches stretch""".split()]  # fmt: skip
+    _fields_ = [(name, ctypes.c_int64) for name in ["images", "height", "width", "channels", "rows", "columns", "outputs", "groups", "kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w", "top", "left", "zero_point", "depthwise", "band_images", "band_rows", "stretches", "stretch"]]
 
 
 def pack_constants(multiplier, shift, zero_point, low, high, rounding, groups=1):
@@ -138,7 +137,7 @@ class Layer:
         self.constants = None if constants is None else pack_constants(*constants, groups=blocks)
         self.shape = Shape(outputs=outputs, groups=groups, kernel_h=kh, kernel_w=kw, zero_point=zero_point, depthwise=depthwise,
                            stride_h=stride[0], stride_w=stride[1], dilation_h=dilation[0], dilation_w=dilation[1],
-                           left=padding[0], top=padding[2], stretches=stretches, stretch=stretch + stretch % 2)  # fmt: skip
+                           left=padding[0], top=padding[2], stretches=stretches, stretch=stretch + stretch % 2)
 
     def sized(self, images, height, width, channels, threads):
         """(Shape, size of the result, number of tasks) for inputs of this size; a task is whole images, or rows of one, that fit BAND."""

@@ -9,8 +9,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from quantlab.integer.fast import gemm
-from quantlab.integer.fast import native
+from quantlab.integer.fast import gemm, native
 from quantlab.integer.network import operations as ops
 from quantlab.integer.network import pooling as pools
 
