@@ -29,12 +29,11 @@ if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the
 import dataclasses
 
 import pandas as pd
-import torch
-
 import quantlab as ql
+import torch
 from quantlab import plots
-from quantlab.workbook import results
 from quantlab.networks.train import default_config
+from quantlab.workbook import results
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

@@ -26,13 +26,12 @@ if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the
 
 # %%
 import pandas as pd
-import torch
-
 import quantlab as ql
+import torch
 from quantlab import plots
-from quantlab.workbook import results
-from quantlab.rivals import pytorch as builtin
 from quantlab.evaluate import latency
+from quantlab.rivals import pytorch as builtin
+from quantlab.workbook import results
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

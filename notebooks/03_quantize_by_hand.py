@@ -28,12 +28,11 @@ if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the
 import itertools
 
 import pandas as pd
-import torch
-from tqdm.auto import tqdm
-
 import quantlab as ql
+import torch
 from quantlab import observers, plots, ptq
 from quantlab.workbook import results
+from tqdm.auto import tqdm
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

@@ -28,16 +28,14 @@ if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the
 import itertools
 
 import pandas as pd
-import torch
-from tqdm.auto import tqdm
-
 import quantlab as ql
+import torch
 from quantlab import edgestats, observers, plots
-from quantlab.workbook import results
-from quantlab.rivals import pytorch as builtin
-from quantlab.analysis import distributions
-from quantlab.analysis import sensitivity
+from quantlab.analysis import distributions, sensitivity
 from quantlab.plots import panel
+from quantlab.rivals import pytorch as builtin
+from quantlab.workbook import results
+from tqdm.auto import tqdm
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

@@ -26,12 +26,11 @@ if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the
 
 # %%
 import pandas as pd
-from IPython.display import display
-from scipy import stats as statistics
-
 import quantlab as ql
+from IPython.display import display
 from quantlab import observers, plots
 from quantlab.analysis import distributions
+from scipy import stats as statistics
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

@@ -32,20 +32,19 @@ import functools
 
 import numpy as np
 import pandas as pd
+import quantlab as ql
 import torch
 from IPython.display import display
-from tqdm.auto import tqdm
-
-import quantlab as ql
 from quantlab import plots, ptq
-from quantlab.workbook import results
-from quantlab.rivals import pytorch as builtin
-from quantlab.improving import corrections
 from quantlab.analysis import mixed
+from quantlab.improving import corrections
 from quantlab.improving.equalization import equalize
-from quantlab.plots import lowbit
 from quantlab.improving.reconstruct import ReconstructConfig, reconstruct
 from quantlab.improving.tune import tune_end_to_end
+from quantlab.plots import lowbit
+from quantlab.rivals import pytorch as builtin
+from quantlab.workbook import results
+from tqdm.auto import tqdm
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

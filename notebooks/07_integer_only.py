@@ -32,17 +32,16 @@ import pathlib
 import tempfile
 
 import pandas as pd
+import quantlab as ql
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
-
-import quantlab as ql
 from quantlab import graph, plots, ptq
-from quantlab.workbook import results
-from quantlab.rivals import onnxruntime as onnx_runtime
+from quantlab.export.packed import file_sizes
 from quantlab.integer import proof
 from quantlab.integer.fixedpoint import fixed_point, multiply, signed_bits
-from quantlab.export.packed import file_sizes
+from quantlab.rivals import onnxruntime as onnx_runtime
+from quantlab.workbook import results
+from tqdm.auto import tqdm
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

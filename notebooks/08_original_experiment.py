@@ -34,15 +34,13 @@ import itertools
 
 import numpy as np
 import pandas as pd
-import torch
-from tqdm.auto import tqdm
-
 import quantlab as ql
+import torch
 from quantlab import edgestats, observers, plots, ptq
-from quantlab.workbook import results
-from quantlab.workbook import tables
-from quantlab.rivals import pytorch as builtin
 from quantlab.networks.train import augment, default_config
+from quantlab.rivals import pytorch as builtin
+from quantlab.workbook import results, tables
+from tqdm.auto import tqdm
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

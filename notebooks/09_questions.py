@@ -31,16 +31,15 @@ import itertools
 import math
 
 import pandas as pd
+import quantlab as ql
 import torch
 import torch.nn.functional as F
-from torch import nn
-from tqdm.auto import tqdm
-
-import quantlab as ql
 from quantlab import graph, observers, plan, plots
-from quantlab.workbook import results
 from quantlab.edgestats import EdgeStats
 from quantlab.plots import questions
+from quantlab.workbook import results
+from torch import nn
+from tqdm.auto import tqdm
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

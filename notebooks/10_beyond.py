@@ -33,23 +33,23 @@ import importlib.metadata
 import time
 
 import pandas as pd
-import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.nn.utils import parametrize
-from tqdm.auto import tqdm
 
 # %%
 import quantlab as ql
-from quantlab.system.files import root
-from quantlab.system.machine import device, seed_everything
+import torch
+import torch.nn.functional as F
 from quantlab import observers, plots, ptq
-from quantlab.workbook import results
+from quantlab.evaluate import latency
+from quantlab.networks.train import augment
+from quantlab.plots import beyond
 from quantlab.rivals import pytorch as builtin
 from quantlab.rivals import sourcemap
-from quantlab.evaluate import latency
-from quantlab.plots import beyond
-from quantlab.networks.train import augment
+from quantlab.system.files import root
+from quantlab.system.machine import device, seed_everything
+from quantlab.workbook import results
+from torch import nn
+from torch.nn.utils import parametrize
+from tqdm.auto import tqdm
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive

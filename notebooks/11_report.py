@@ -27,12 +27,10 @@ if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the
 
 # %%
 import pandas as pd
-from IPython.display import Image, Markdown, display
-
 import quantlab as ql
+from IPython.display import Image, Markdown, display
 from quantlab import plots
-from quantlab.workbook import results
-from quantlab.workbook import tables
+from quantlab.workbook import results, tables
 
 # %% tags=["parameters"]
 source = "auto"  # local (results.csv), published (published.csv), or auto: local where there are local results

@@ -94,7 +94,7 @@ def _run(options):
 
 
 def _list(options):
-    from quantlab.workbook.notebooks import notebooks
+    from quantlab.workbook import notebooks
 
     for notebook in notebooks().values():
         print(f"{notebook.path.stem}: {notebook.title}")

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from quantlab.affine import QParams, dequantize
+from quantlab.integer import operations as ops
+from quantlab.integer import pooling as pools
 from quantlab.integer.fixedpoint import INT32_MAX, INT32_MIN, ROUNDINGS, fixed_point, multiply
-from quantlab.integer.network import operations as ops
-from quantlab.integer.network import pooling as pools
 from quantlab.system.files import PACKAGE, write_text
 
 PATH = PACKAGE.parent / "tests" / "golden_integer.json"

@@ -16,8 +16,8 @@ from test_graph import Tangle, randomize_batchnorm
 from torch import nn
 
 import quantlab as ql
+from quantlab.export import packed
 from quantlab.export.codes import pack, unpack
-from quantlab.export.onnx import packed
 from quantlab.export.onnx_operators import OperatorWriter
 from quantlab.graph import fold, trace
 from quantlab.rivals import onnxruntime as onnx_runtime

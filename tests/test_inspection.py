@@ -10,7 +10,7 @@ from conftest import make_image_folder, read_text
 import quantlab as ql
 from quantlab.__main__ import main
 from quantlab.observers import OBSERVERS
-from quantlab.workbook.notebooks import bench, inspection
+from quantlab.workbook import bench, inspection
 
 MODULE = '''
 import torch

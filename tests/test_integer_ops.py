@@ -13,11 +13,11 @@ from torch import nn
 import quantlab as ql
 from quantlab import golden
 from quantlab.affine import QParams, choose_qparams, fake_quantize
+from quantlab.integer import fixedpoint
+from quantlab.integer import operations as ops
+from quantlab.integer import pooling as pools
 from quantlab.integer.fast import gemm
 from quantlab.integer.fast import operations as integer_fast
-from quantlab.integer.network import fixedpoint
-from quantlab.integer.network import operations as ops
-from quantlab.integer.network import pooling as pools
 
 VECTORS = json.loads(read_text(golden.PATH))
 

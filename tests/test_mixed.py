@@ -14,7 +14,7 @@ from torch import nn
 import quantlab as ql
 from quantlab import ptq
 from quantlab.analysis import mixed
-from quantlab.workbook.notebooks import results
+from quantlab.workbook import results
 
 
 @pytest.fixture(scope="module")

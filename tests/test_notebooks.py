@@ -14,8 +14,8 @@ from conftest import CHECKOUT, read_text
 
 import quantlab as ql
 from quantlab.system.files import repository_url
-from quantlab.workbook.notebooks import notebooks as files
-from quantlab.workbook.notebooks import results, run
+from quantlab.workbook import notebooks as files
+from quantlab.workbook import results, run
 
 NOTEBOOKS = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
 TINY = {"preset": "smoke", "n_calibration": "32", "data": "digits"}

@@ -15,7 +15,7 @@ from quantlab import ptq
 from quantlab.analysis import sensitivity
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import find_kinds
-from quantlab.workbook.notebooks import results, tables
+from quantlab.workbook import results, tables
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from conftest import CHECKOUT, read_text
 
 import quantlab as ql
 from quantlab.evaluate import Evaluation, evaluate, latency, limited
-from quantlab.workbook.notebooks import results, tables
+from quantlab.workbook import results, tables
 
 
 def evaluation(correct, seconds=2.0):

@@ -6,9 +6,9 @@ import torch
 from torch import fx, nn
 
 from quantlab.graph import PASSES_CODES, call_name, find_kinds
+from quantlab.integer import operations as ops
+from quantlab.integer import pooling as pools
 from quantlab.integer.fast import operations as integer_fast
-from quantlab.integer.network import operations as ops
-from quantlab.integer.network import pooling as pools
 from quantlab.ptq import Quantizer
 from quantlab.system.errors import UserError
 

@@ -15,10 +15,10 @@ from torch import fx, nn
 
 from quantlab.affine import quantize
 from quantlab.graph import call_name
+from quantlab.integer import operations as ops
 from quantlab.integer.convert import EXECUTORS, Converter
 from quantlab.integer.fast.operations import has_compiler
 from quantlab.integer.fixedpoint import check_rounding
-from quantlab.integer.network import operations as ops
 from quantlab.ptq import find_node
 from quantlab.system.errors import UserError
 

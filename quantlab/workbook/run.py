@@ -12,8 +12,8 @@ from quantlab.images import datasets as data
 from quantlab.images import imageset
 from quantlab.system.errors import UserError
 from quantlab.system.files import PACKAGE, atomic_path, root, sha256, write_text
-from quantlab.workbook.notebooks import notebooks as workbook
-from quantlab.workbook.notebooks import results
+from quantlab.workbook import notebooks as workbook
+from quantlab.workbook import results
 
 TIME_LIMIT = 3 * 3600  # seconds a notebook
 # glibc gives every large tensor back to the system, and each new one is mapped anew, page by page; with these it keeps what it has.

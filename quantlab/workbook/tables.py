@@ -7,7 +7,7 @@ import pandas as pd
 
 from quantlab.system.errors import UserError
 from quantlab.system.files import root, write_text
-from quantlab.workbook.notebooks import results
+from quantlab.workbook import results
 
 BEST = "QDrop"  # the correction whose rows the README shows, alone, tuned end to end and fine-tuned
 ORIGINAL_FLOAT = 93.62  # top-1 in %, ResNet-50 on the official CIFAR-10 files: the original's README, as the next

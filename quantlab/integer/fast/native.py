@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from quantlab.system.errors import UserError
 from quantlab.system.files import PACKAGE, atomic_path, sha256, write_text
 
-SOURCE = PACKAGE / "integer_kernels.c"
+SOURCE = PACKAGE / "integer/fast/kernels.c"
 ARM = platform.machine().lower() in ("arm64", "aarch64")
 FLAGS = ("-O3", "-mcpu=native" if ARM else "-march=native", "-fwrapv", "-shared", "-fPIC")
 OUT = 16  # channels that the kernels compute at a time, as in the source

@@ -9,9 +9,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from quantlab.integer import operations as ops
+from quantlab.integer import pooling as pools
 from quantlab.integer.fast import gemm, native
-from quantlab.integer.network import operations as ops
-from quantlab.integer.network import pooling as pools
 
 
 def has_compiler(device_type):
