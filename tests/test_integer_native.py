@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 import quantlab as ql
 from quantlab.affine import choose_qparams
-from quantlab.integer import fixedpoint, to_integer
+from quantlab.integer import fixedpoint
 from quantlab.integer import operations as ops
 from quantlab.integer import pooling as pools
 from quantlab.integer.fast import native
 from quantlab.integer.fast import operations as integer_fast
+from quantlab.integer.network import to_integer
 
 INT32 = (-(2**31), 2**31 - 1)
 

@@ -7,7 +7,8 @@ from conftest import equal_codes
 from torch import nn
 
 import quantlab as ql
-from quantlab.integer import proof, to_integer
+from quantlab.integer import proof
+from quantlab.integer.network import to_integer
 
 
 class Tangle(nn.Module):

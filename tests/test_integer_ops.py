@@ -5,13 +5,13 @@ import math
 import shutil
 from fractions import Fraction
 
+import golden
 import pytest
 import torch
 from conftest import read_text
 from torch import nn
 
 import quantlab as ql
-from quantlab import golden
 from quantlab.affine import QParams, choose_qparams, fake_quantize
 from quantlab.integer import fixedpoint
 from quantlab.integer import operations as ops
@@ -153,7 +153,7 @@ def test_multiplier_vectors():
 
 def test_golden_vectors_are_what_the_command_writes(tmp_path):
     golden.write(tmp_path / "again.json")
-    assert read_text(tmp_path / "again.json") == read_text(golden.PATH), "run: python -m quantlab.golden"
+    assert read_text(tmp_path / "again.json") == read_text(golden.PATH), "run: python -m golden"
     assert golden.PATH.stat().st_size < 300_000
 
 
