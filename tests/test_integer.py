@@ -10,9 +10,10 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantlab as ql
+from quantlab.integer import proof
 from quantlab.integer.fast import gemm as integer_gemm
 from quantlab.integer.fast import operations as integer_fast
-from quantlab.integer.network import IntegerRun, proof, to_integer
+from quantlab.integer.network import IntegerRun, to_integer
 from quantlab.plan import PLACEMENTS
 
 CONFIGS = [ql.QuantConfig(8, 8), ql.QuantConfig(4, 4), ql.QuantConfig(2, 3, residual_bits=6, first_last_bits=8),
