@@ -3,8 +3,9 @@
     code  = clamp(zero_point + round_half_even(x * (1 / scale)), qmin, qmax)
     x_hat = scale * (code - zero_point)
 
-Jacob et al. 2018 (arXiv:1712.05877), eq. 1. The reciprocal is taken once, in float32, as torch's fake-quantize kernels do; the result
-is identical to theirs, which the tests prove. Zero is always represented exactly.
+Jacob et al. 2018 (arXiv:1712.05877), eq. 1. The reciprocal is taken once, in float32, as torch's
+fake-quantize kernels do; the result is identical to theirs, which the tests prove. Zero is always
+represented exactly.
 """
 
 import dataclasses
@@ -14,15 +15,17 @@ import torch
 from quantlab.system.errors import UserError
 
 MIN_BITS, MAX_BITS = 2, 8
-MIN_SCALE = 2.0**-60  # so that scale_in * scale_weight, the scale of a bias, is still a normal float32
+# so that scale_in * scale_weight, the scale of a bias, is still a normal float32
+MIN_SCALE = 2.0**-60
 
 
 @dataclasses.dataclass(frozen=True)
 class QParams:
     """How one tensor is coded.
 
-    scale: float32, [] for a whole tensor or [C] per channel. zero_point: int32, same shape. Codes are the integers qmin..qmax.
-    axis: the channel dimension of the coded tensor, None for per tensor.
+    scale: float32, [] for a whole tensor or [C] per channel. zero_point: int32, same shape. Codes
+    are the integers qmin..qmax. axis: the channel dimension of the coded tensor, None for per
+    tensor.
     """
 
     scale: torch.Tensor
@@ -45,7 +48,8 @@ class QParams:
         return self.scale, self.zero_point
 
     def to(self, device):
-        return dataclasses.replace(self, scale=self.scale.to(device), zero_point=self.zero_point.to(device))
+        scale, zero_point = self.scale.to(device), self.zero_point.to(device)
+        return dataclasses.replace(self, scale=scale, zero_point=zero_point)
 
 
 def check_bits(bits, name="bits"):
@@ -56,7 +60,9 @@ def check_bits(bits, name="bits"):
 
 
 def code_range(bits, symmetric, signed):
-    """(qmin, qmax): 0..2^b-1, or for symmetric signed codes the narrow range +-(2^(b-1)-1), in which -x has a code whenever x has."""
+    """(qmin, qmax): 0..2^b-1, or for symmetric signed codes the narrow range +-(2^(b-1)-1), in
+    which -x has a code whenever x has.
+    """
     if symmetric and signed:
         return 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1
     return 0, 2**bits - 1
@@ -65,15 +71,18 @@ def code_range(bits, symmetric, signed):
 def choose_qparams(low, high, bits, *, symmetric=False, signed=True, axis=None):
     """QParams that cover [low, high], widened to include zero.
 
-    low, high: numbers, or tensors [] or [C]; real values, any float dtype. bits: 2..8.
-    symmetric: zero_point 0, scale = max(|low|, |high|) / qmax; with signed=False for a tensor that is never negative (codes 0..2^b-1).
-    Otherwise affine: scale = (high - low) / (2^b - 1), zero_point = round(-low / scale).
-    An all-zero range gets scale 1. Raises UserError for a range that is empty (low > high) or not finite, or for bits outside 2..8.
+    low, high: numbers, or tensors [] or [C]; real values, any float dtype. bits: 2..8. symmetric:
+    zero_point 0, scale = max(|low|, |high|) / qmax; with signed=False for a tensor that is never
+    negative (codes 0..2^b-1). Otherwise affine: scale = (high - low) / (2^b - 1), zero_point =
+    round(-low / scale). An all-zero range gets scale 1. Raises UserError for a range that is empty
+    (low > high) or not finite, or for bits outside 2..8.
     """
     check_bits(bits)
     low, high = (torch.as_tensor(v, dtype=torch.float64) for v in (low, high))
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise UserError(f"range [{low.min():g}, {high.max():g}] is not finite: the tensor holds NaN or infinite values; find where they arise")
+        raise UserError(
+            f"range [{low.min():g}, {high.max():g}] is not finite: the tensor holds NaN or "
+            "infinite values; find where they arise")
     if (low > high).any():
         raise UserError(f"range [{low.max():g}, {high.min():g}] is empty: low must not exceed high")
     low, high = low.clamp(max=0), high.clamp(min=0)
@@ -81,11 +90,13 @@ def choose_qparams(low, high, bits, *, symmetric=False, signed=True, axis=None):
     extent = torch.maximum(-low if signed else high, high) if symmetric else high - low
     scale = extent / (qmax if symmetric else qmax - qmin)
     scale = torch.where(extent == 0, torch.ones_like(scale), scale.clamp(min=MIN_SCALE))
-    zero_point = torch.zeros_like(low) if symmetric else (qmin - low / scale).round().clamp(qmin, qmax)
+    zero_point = torch.zeros_like(low)
+    if not symmetric:
+        zero_point = (qmin - low / scale).round().clamp(qmin, qmax)
     return QParams(scale.float(), zero_point.int(), qmin, qmax, axis)
 
 
-def quantize(x, q):
+def quantize_tensor(x, q):
     """float32 tensor -> int32 codes of the same shape."""
     scale, zero_point = q.broadcast(x.dim())
     return (torch.round(x * (1.0 / scale)) + zero_point).clamp(q.qmin, q.qmax).int()
@@ -98,14 +109,17 @@ def dequantize(codes, q):
 
 
 def fake_quantize(x, q):
-    """dequantize(quantize(x)) in five passes over memory; float32, same shape, a new tensor.
+    """dequantize(quantize_tensor(x)) in five passes over memory; float32, same shape, a new tensor.
 
-    Where a gradient is wanted, torch's kernel does it (straight-through inside the range); elsewhere it gives the same values 20 times slower.
+    Where a gradient is wanted, torch's kernel does it (straight-through inside the range);
+    elsewhere it gives the same values 20 times slower.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         if q.axis is None:
             return torch.fake_quantize_per_tensor_affine(x, q.scale, q.zero_point, q.qmin, q.qmax)
-        return torch.fake_quantize_per_channel_affine(x, q.scale, q.zero_point, q.axis, q.qmin, q.qmax)
+        return torch.fake_quantize_per_channel_affine(
+            x, q.scale, q.zero_point, q.axis, q.qmin, q.qmax)
     scale, zero_point = q.broadcast(x.dim())
     codes = (x * (1.0 / scale)).round_()
-    return codes.clamp_min_(q.qmin - zero_point).clamp_max_(q.qmax - zero_point).mul_(scale)  # two clamps: one by two tensors is slower
+    # two clamps: one by two tensors is slower
+    return codes.clamp_min_(q.qmin - zero_point).clamp_max_(q.qmax - zero_point).mul_(scale)

@@ -11,7 +11,7 @@ from torch import fx
 from tqdm.auto import tqdm
 
 from quantlab.edgestats import EdgeStats
-from quantlab.graph import fold, trace
+from quantlab.graph import folded
 from quantlab.plan import make_plan
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float
@@ -19,39 +19,56 @@ from quantlab.system.machine import device, exact_float
 
 @dataclasses.dataclass
 class CalibrationStats:
-    """What one pass over the calibration data saw: node name -> EdgeStats, for one graph and placement; `+` joins two passes."""
+    """What one pass saw of one graph: node name -> EdgeStats; `+` joins two passes."""
 
     edges: dict
-    placement: str
     graph_hash: str
     n_images: int
 
     def __add__(self, other):
-        if (self.graph_hash, self.placement) != (other.graph_hash, other.placement):
-            raise UserError("statistics of different networks or placements cannot be added")
-        edges = {name: EdgeStats().merge(edge).merge(other.edges[name]) for name, edge in self.edges.items()}
-        return CalibrationStats(edges, self.placement, self.graph_hash, self.n_images + other.n_images)
+        if self.graph_hash != other.graph_hash:
+            raise UserError("statistics of different networks cannot be added")
+        edges = {
+            name: EdgeStats().merge(edge).merge(other.edges[name])
+            for name, edge in self.edges.items()
+        }
+        return CalibrationStats(edges, self.graph_hash, self.n_images + other.n_images)
 
 
-def prepare(model, placement="fused", fold_batchnorm=None):
-    """(folded float graph, plan, hash): what `collect` and `quantize` both start from; fold_batchnorm None: for placement "fused" only."""
-    graph = fold(trace(model), batchnorm=placement == "fused" if fold_batchnorm is None else fold_batchnorm)
+def graph_hash(graph):
+    """sha256 of a graph's operations and of every tensor in it."""
     digest = hashlib.sha256(f"{graph.graph}".encode())
     for name, tensor in sorted(graph.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy())
-    return graph, make_plan(graph, placement), digest.hexdigest()
+    return digest.hexdigest()
 
 
-@torch.no_grad()
-def collect(model, batches, placement="fused", verbose=False, fold_batchnorm=None):
-    """Run the folded float network over `batches` (float32 [B, C, H, W] each) and count every value on every edge.
+def check_statistics(stats, graph):
+    """UserError unless the statistics were collected on this folded float graph."""
+    if stats.graph_hash != graph_hash(graph):
+        raise UserError(
+            "these statistics were collected on another network; "
+            "run collect(model, batches) on this one"
+        )
 
-    Eval mode, no gradients, one pass, constant memory; the result does not depend on the order of the images.
-    Raises UserError for an empty calibration set and for values that are not finite, naming the edge.
+
+def collect(model, batches, verbose=False):
+    """Run the folded float network over `batches` (float32 [B, C, H, W] each), count every value.
+
+    Eval mode, no gradients, one pass, constant memory; the result does not depend on the order of
+    the images. UserError for an empty calibration set and for values that are not finite, naming
+    the edge.
     """
-    graph, plan, digest = prepare(model, placement, fold_batchnorm)
-    edges = {name: EdgeStats() for name in plan.observed}
+    graph = folded(model)
+    digest = graph_hash(graph)
+    edges, n_images = collect_edges(graph, make_plan(graph).observed, batches, verbose)
+    return CalibrationStats(edges, digest, n_images)
+
+
+def collect_edges(graph, names, batches, verbose=False):
+    """(name -> EdgeStats of the values of these nodes, number of images) of one pass."""
+    edges = {name: EdgeStats() for name in names}
 
     def count(name, value):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -65,17 +82,20 @@ def collect(model, batches, placement="fused", verbose=False, fold_batchnorm=Non
         raise UserError("the calibration set is empty: give at least one batch of images")
     unseen = [name for name, edge in edges.items() if not edge.count]
     if unseen:
-        raise UserError(f"edge {unseen[0]} never saw a floating-point value; it cannot be quantized")
-    return CalibrationStats(edges, placement, digest, n_images)
+        raise UserError(
+            f"edge {unseen[0]} never saw a floating-point value; it cannot be quantized"
+        )
+    return edges, n_images
 
 
 @torch.no_grad()
-def watch(graph, names, see, batches, verbose=False, desc="observe"):
-    """Run the graph over `batches` (float32 [B, C, H, W] each) and call see(name, value) for the nodes in `names` as soon as their value exists.
+def watch(graph, names, callback, batches, verbose=False, desc="observe"):
+    """Run a graph over `batches` (float32 [B, C, H, W] each) and return the number of images.
 
-    Returns the number of images.
+    callback(name, value) is called for the nodes in `names` as soon as their value exists.
     """
-    watcher, n_images = _Watcher(graph.to(device()), names, see), 0
+    watcher = Watcher(graph.to(device()), names, callback)
+    n_images = 0
     with exact_float():
         for batch in tqdm(batches, desc=desc, unit=" batches", leave=False, disable=not verbose):
             watcher.run(batch.to(device()))
@@ -83,13 +103,17 @@ def watch(graph, names, see, batches, verbose=False, desc="observe"):
     return n_images
 
 
-class _Watcher(fx.Interpreter):
-    def __init__(self, graph, names, see):
+class Watcher(fx.Interpreter):
+    """Runs a graph and hands over (name, value) of the named nodes; all graph watching is done
+    here.
+    """
+
+    def __init__(self, graph, names, callback):
         super().__init__(graph)
-        self.names, self.see = names, see
+        self.names, self.callback = names, callback
 
     def run_node(self, node):
         value = super().run_node(node)
         if node.name in self.names:
-            self.see(node.name, value)
+            self.callback(node.name, value)
         return value

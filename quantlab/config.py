@@ -11,16 +11,16 @@ from quantlab.system.errors import UserError
 class QuantConfig:
     """Every decision of a quantized network; widths in bits.
 
-    first_last_bits: weights of the first and the last layer and input of the last; None: as the rest. residual_bits: operands and results
-    of adds; None: float, as in most papers (simulation only). input_bits: of the image; None: float (simulation only).
-    layer_weight_bits, layer_act_bits: mixed precision, layer name -> bits of its weights and of what it reads, before everything above;
-    None: this layer's weights stay float, or it reads its input as it is stored, which is unrounded unless it belongs to an add.
-    layer_act_bits may also name a stored value that no layer reads (plan.unread).
-    observer: a name or a function (stats, bits, symmetric) -> (low, high).
-    weight_observer: "minmax", or "lp": the range with the least sum of |error|^weight_norm.
-    weight_symmetric / act_symmetric: zero-point 0, weights in the narrow range; a symmetric activation that cannot be negative is unsigned,
-    unless act_signed forces signed codes (as the original experiment did). fold_batchnorm: None: as the placement says, "fused" folds and
-    "inputs" does not; with "fused" an unfolded BatchNorm is computed in float before its layer's result is rounded (simulation only).
+    first_last_bits: weights of the first and the last layer and input of the last; None: as the
+    rest. residual_bits: operands and results of adds; None: float, as in most papers (simulation
+    only). input_bits: of the image; None: float (simulation only). layer_weight_bits,
+    layer_act_bits: mixed precision, layer name -> bits of its weights and of what it reads, before
+    everything above; None: this layer's weights stay float, or it reads its input as it is stored,
+    which is unrounded unless it belongs to an add. layer_act_bits may also name a stored value that
+    no layer reads (plan.unread). observer: a name or a function (stats, bits, symmetric) -> (low,
+    high). weight_observer: "minmax", or "lp": the range with the least sum of |error|^weight_norm.
+    weight_symmetric, act_symmetric: zero-point 0, weights in the narrow range; a symmetric
+    activation that cannot be negative is unsigned.
     """
 
     weight_bits: int = 8
@@ -31,12 +31,9 @@ class QuantConfig:
     first_last_bits: int | None = None
     residual_bits: int | None = 8
     input_bits: int | None = 8
-    placement: str = "fused"
-    fold_batchnorm: bool | None = None
     per_channel: bool = True
     weight_symmetric: bool = True
     act_symmetric: bool = False
-    act_signed: bool = False
     layer_weight_bits: dict | None = None
     layer_act_bits: dict | None = None
 
@@ -53,14 +50,23 @@ class QuantConfig:
 
     def layer_bits(self, plan, layer):
         """(weight bits, input bits) of a layer; None: float, or as stored."""
-        outer = self.first_last_bits if layer in plan.first | plan.last else None
-        inner = self.first_last_bits if layer in plan.last else None
-        act_bits = self.input_bits if plan.stores.get(plan.sources.get(plan.reads[layer])) == "input" else inner or self.act_bits
-        return (self.layer_weight_bits or {}).get(layer, outer or self.weight_bits), (self.layer_act_bits or {}).get(layer, act_bits)
+        weight_bits, act_bits = self.weight_bits, self.act_bits
+        if self.first_last_bits is not None and layer in plan.first | plan.last:
+            weight_bits = self.first_last_bits
+        if self.first_last_bits is not None and layer in plan.last:
+            act_bits = self.first_last_bits
+        if plan.stores.get(plan.sources.get(plan.reads[layer])) == "input":
+            act_bits = self.input_bits
+        weight_bits = (self.layer_weight_bits or {}).get(layer, weight_bits)
+        return weight_bits, (self.layer_act_bits or {}).get(layer, act_bits)
 
     def check_layers(self, plan, names):
         """UserError when a width is given for a layer that the network does not have."""
-        for field, known in (("layer_weight_bits", names), ("layer_act_bits", [*plan.reads, *plan.unread])):
-            unknown = [layer for layer in getattr(self, field) or {} if layer not in known]
+        known = {"layer_weight_bits": names, "layer_act_bits": [*plan.reads, *plan.unread]}
+        for field, layers in known.items():
+            unknown = [layer for layer in getattr(self, field) or {} if layer not in layers]
             if unknown:
-                raise UserError(f"{field}: the network has no layer {unknown[0]!r}; its layers are {', '.join(known)}")
+                raise UserError(
+                    f"{field}: the network has no layer {unknown[0]!r}; "
+                    f"its layers are {', '.join(layers)}"
+                )

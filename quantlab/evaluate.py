@@ -14,7 +14,9 @@ from quantlab.system.machine import device, device_name, exact_float
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """top1 in percent over n images; predictions int64 [n] and correct bool [n] in stored order; wall-clock seconds; the device in words."""
+    """top1 in percent over n images; predictions int64 [n] and correct bool [n] in stored order;
+    wall-clock seconds; the device in words.
+    """
 
     top1: float
     n: int
@@ -29,17 +31,21 @@ class Evaluation:
 
 
 def limited(split, limit):
-    """The Split itself, or `limit` evenly spaced images of it (stored order goes class by class, so classes stay balanced)."""
+    """The Split itself, or `limit` evenly spaced images of it (stored order goes class by class, so
+    classes stay balanced).
+    """
     if limit is None or limit >= len(split):
         return split
     return split.subset(torch.linspace(0, len(split) - 1, limit).round().long())
 
 
 def evaluate(model, split, *, batch_size=100, limit=None, on=None, verbose=False):
-    """Accuracy of `model` (any callable on float32 [B, 3, H, W] giving logits [B, >= classes]) on a Split; argmax over the classes' ways only.
+    """Accuracy of `model` (any callable on float32 [B, 3, H, W] giving logits [B, >= classes]) on a
+    Split; argmax over the classes' ways only.
 
-    limit: look at that many evenly spaced images only, for smoke runs. on: the device; the model is moved there when it can be.
-    Raises UserError when the network gives fewer ways than there are classes, or a logit that is not finite.
+    limit: look at that many evenly spaced images only, for smoke runs. on: the device; the model is
+    moved there when it can be. Raises UserError when the network gives fewer ways than there are
+    classes, or a logit that is not finite.
     """
     where = torch.device(on) if on else device()
     split = limited(split, limit)
@@ -49,31 +55,40 @@ def evaluate(model, split, *, batch_size=100, limit=None, on=None, verbose=False
         model.eval().to(where)
     started = time.perf_counter()
     with torch.inference_mode(), exact_float():
-        predictions = torch.cat([_predict(model, images.to(where), split) for images, _ in _batches(split, batch_size, verbose)])
+        batches = _batches(split, batch_size, verbose)
+        predictions = torch.cat([_predict(model, x.to(where), split) for x, _ in batches])
     seconds = time.perf_counter() - started
     correct = predictions == split.labels
-    return Evaluation(100 * correct.double().mean().item(), len(correct), predictions, correct, seconds, device_name(where))
+    top1 = 100 * correct.double().mean().item()
+    return Evaluation(top1, len(correct), predictions, correct, seconds, device_name(where))
 
 
 def _predict(model, images, split):
-    ways = split.num_classes or int(split.labels.max()) + 1
+    classes = split.num_classes or int(split.labels.max()) + 1
     logits = model(images.contiguous(memory_format=torch.channels_last))
-    if logits.shape[1] < ways:
-        raise UserError(f"the network has {logits.shape[1]} ways but the data has {ways} classes; load a checkpoint trained on this data")
+    if logits.shape[1] < classes:
+        raise UserError(
+            f"the network has {logits.shape[1]} outputs but the data has {classes} classes; "
+            "load a checkpoint trained on this data")
     if not torch.isfinite(logits).all():
-        raise UserError("the network gives logits that are NaN or infinite; check its weights and its calibration")
-    return logits[:, :ways].argmax(1).cpu()
+        raise UserError(
+            "the network gives logits that are NaN or infinite; "
+            "check its weights and its calibration")
+    return logits[:, :classes].argmax(1).cpu()
 
 
 def _batches(split, batch_size, verbose):
-    return tqdm(split.batches(batch_size), total=-(-len(split) // batch_size), desc="evaluate", leave=False, disable=not verbose)
+    total = -(-len(split) // batch_size)
+    return tqdm(split.batches(batch_size), "evaluate", total, leave=False, disable=not verbose)
 
 
 @torch.inference_mode()
 def latency(networks, images, repeats=20):
-    """Median wall-clock seconds a call, by name, of several networks (name -> callable) on the same float32 [B, C, H, W].
+    """Median wall-clock seconds a call, by name, of several networks (name -> callable) on the same
+    float32 [B, C, H, W].
 
-    They take turns within every repeat, so that a machine that slows down slows all of them and ratios hold. CPU only.
+    They take turns within every repeat, so that a machine that slows down slows all of them and
+    ratios hold. CPU only.
     """
     times = {name: [] for name in networks}
     images = images.contiguous(memory_format=torch.channels_last)
@@ -87,10 +102,11 @@ def latency(networks, images, repeats=20):
 
 
 def paired_drop(correct_a, correct_b):
-    """Accuracy of a minus accuracy of b on the same images, in points, with its 95 % interval: (drop, low, high).
+    """Accuracy of a minus accuracy of b on the same images, in points, with its 95 % interval:
+    (drop, low, high).
 
-    Only images on which they disagree count: the adjusted Wald interval for paired proportions of Bonett & Price (2012),
-    which stays honest when few or none do. correct_a, correct_b: bool [n].
+    Only images on which they disagree count: the adjusted Wald interval for paired proportions of
+    Bonett & Price (2012), which stays honest when few or none do. correct_a, correct_b: bool [n].
     """
     n = len(correct_a)
     lost = int((correct_a & ~correct_b).sum())

@@ -1,9 +1,11 @@
 """What the network is, as a graph: traced, BatchNorm folded, every node's kind.
 
-    graph = fold(trace(model))      # a torch.fx.GraphModule in eval mode; the model itself is left alone
+    # a torch.fx.GraphModule in eval mode; the model itself is left alone
+    graph = fold(trace(model))
     kinds = find_kinds(graph)       # what every node is
 
-Kinds are found from modules, functions and methods alike, never from names. Nothing here knows a bit-width.
+Kinds are found from modules, functions and methods alike, never from names. Nothing here knows a
+bit-width.
 """
 
 import copy
@@ -20,7 +22,8 @@ MODULE_KINDS = {
     "compute": (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
     "batchnorm": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     "clamp": (nn.ReLU, nn.ReLU6, nn.Hardtanh),
-    "maxpool": (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
+    "maxpool": (
+        nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
     "average": (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
     "rearrange": (nn.Identity, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle),
     "dropout": (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
@@ -28,48 +31,65 @@ MODULE_KINDS = {
 CALL_KINDS = {  # functions and tensor methods by name
     "add": {"add", "add_", "iadd", "__add__", "__iadd__"},
     "clamp": {"relu", "relu_", "relu6", "hardtanh", "hardtanh_"},
-    "maxpool": {"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d"},
+    "maxpool": {
+        "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d"},
     "average": {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "mean"},
     "concat": {"cat", "concat", "concatenate"},
-    "rearrange": {"flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split", "getitem",
-                  "channel_shuffle", "pixel_shuffle", "movedim", "detach", "clone"},
+    "rearrange": {
+        "flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
+        "chunk", "split", "getitem", "channel_shuffle", "pixel_shuffle", "movedim", "detach",
+        "clone"},
     "dropout": {"dropout", "dropout1d", "dropout2d", "alpha_dropout", "stochastic_depth"},
     "shape": {"size", "dim", "getattr"},
 }
-PASSES_CODES = ("rearrange", "maxpool")  # the output holds codes of its input, at most fewer or in another order
+# the output holds codes of its input, at most fewer or in another order
+PASSES_CODES = ("rearrange", "maxpool")
 
 
-# ---- Tracing and folding ----------------------------------------------------------------------------------------------------
+# ---- Tracing and folding -------------------------------------------------------------------------
 
 
 def trace(model):
-    """A symbolic trace of a copy of `model` in eval mode; UserError with the line to change when torch.fx cannot follow it."""
+    """A symbolic trace of a copy of `model` in eval mode; UserError with the line to change when
+    torch.fx cannot follow it.
+    """
     model = copy.deepcopy(model).eval()
     if isinstance(model, fx.GraphModule):
         return model
     try:
         return fx.symbolic_trace(model)
     except Exception as error:  # whatever the model's own forward raises on a symbolic value
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "torch" not in f.filename and "quantlab" not in f.filename]
-        where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if "torch" not in f.filename and "quantlab" not in f.filename]
+        where = f" at {own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else ""
         raise UserError(
             f"{type(model).__name__} cannot be traced by torch.fx{where} ({str(error).splitlines()[0]}); "
-            "replace control flow that depends on tensor values, or wrap it in a function marked torch.fx.wrap"
+            "replace control flow that depends on tensor values, or wrap it in a function marked "
+            "torch.fx.wrap"
         ) from None
 
 
-def fold(graph, batchnorm=True):
-    """Make the float graph that quantization starts from: no dropout, nothing shared or in place, BatchNorm folded where it can be.
+def folded(model):
+    """The float graph that every quantized network starts from: traced, and BatchNorm folded."""
+    return fold(trace(model))
 
-    A BatchNorm directly behind a convolution or linear layer that nobody else reads becomes part of it:
-        w' = w * gamma / sqrt(var + eps),  b' = (b - mean) * gamma / sqrt(var + eps) + beta      (computed in float64)
+
+def fold(graph):
+    """Make the float graph that quantization starts from: no dropout, nothing shared or in place,
+    BatchNorm folded where it can be.
+
+    A BatchNorm directly behind a convolution or linear layer that nobody else reads becomes part of
+    it:
+        w' = w * gamma / sqrt(var + eps)
+        b' = (b - mean) * gamma / sqrt(var + eps) + beta      (computed in float64)
     """
     normalize(graph)
     kinds = find_kinds(graph)
-    for node in [n for n in kinds if kinds[n] == "batchnorm"] if batchnorm else []:
+    for node in [n for n in kinds if kinds[n] == "batchnorm"]:
         before = node.args[0]
         foldable = kinds[before] == "compute" and readers_of(before, kinds) == [node]
-        if foldable and graph.get_submodule(node.target).running_mean is not None:  # without running statistics it is no fixed affine map
+        # without running statistics it is no fixed affine map
+        if foldable and graph.get_submodule(node.target).running_mean is not None:
             fold_batchnorm(graph.get_submodule(before.target), graph.get_submodule(node.target))
             node.replace_all_uses_with(before)
             graph.graph.erase_node(node)
@@ -80,28 +100,34 @@ def fold(graph, batchnorm=True):
 
 @torch.no_grad()
 def fold_batchnorm(layer, bn):
-    """Change weight and bias of `layer` so that it computes bn(layer(x)) with bn's running statistics.
+    """Change weight and bias of `layer` so that it computes bn(layer(x)) with bn's running
+    statistics.
 
-    `layer.folded_batchnorm` keeps what BatchNorm promised of each output channel, float64 [C]: mean beta, std and gamma (equal but for
-    eps), eps_share = eps / (var + eps).
+    `layer.folded_batchnorm` keeps what BatchNorm promised of each output channel, float64 [C]: mean
+    beta, std and gamma (equal but for eps), eps_share = eps / (var + eps).
     """
-    gamma = bn.weight.double() if bn.affine else torch.ones_like(bn.running_var, dtype=torch.float64)
-    beta = bn.bias.double() if bn.affine else torch.zeros_like(gamma)
-    factor = gamma / torch.sqrt(bn.running_var.double() + bn.eps)
+    var = bn.running_var.double() + bn.eps
+    gamma = bn.weight.double() if bn.affine else torch.ones_like(var)
+    beta = bn.bias.double() if bn.affine else torch.zeros_like(var)
+    factor = gamma / torch.sqrt(var)
     bias = torch.zeros_like(factor) if layer.bias is None else layer.bias.double()
     shape = [-1] + [1] * (layer.weight.dim() - 1)
     layer.weight = nn.Parameter((layer.weight.double() * factor.view(shape)).float())
     layer.bias = nn.Parameter(((bias - bn.running_mean.double()) * factor + beta).float())
-    eps_share = bn.eps / (bn.running_var.double() + bn.eps)
-    std = gamma.abs() * torch.sqrt(1 - eps_share)
-    layer.folded_batchnorm = {"mean": beta.detach().cpu(), "std": std.detach().cpu(), "gamma": gamma.detach().cpu(), "eps_share": eps_share.cpu()}
+    eps_share = bn.eps / var
+    promise = {"mean": beta, "std": gamma.abs() * torch.sqrt(1 - eps_share)}
+    promise |= {"gamma": gamma, "eps_share": eps_share}
+    layer.folded_batchnorm = {name: value.detach().cpu() for name, value in promise.items()}
 
 
 def normalize(graph):
-    """Drop dropout and identities, give every call its own module, and write in-place operations as what they compute."""
+    """Drop dropout and identities, give every call its own module, and write in-place operations as
+    what they compute.
+    """
     seen, kinds = set(), find_kinds(graph)
     for node in kinds:
-        if kinds[node] == "dropout" or node.op == "call_module" and type(graph.get_submodule(node.target)) is nn.Identity:
+        module = graph.get_submodule(node.target) if node.op == "call_module" else None
+        if kinds[node] == "dropout" or type(module) is nn.Identity:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
             continue
@@ -120,11 +146,15 @@ def normalize(graph):
 def _in_place(node, graph):
     if node.op == "call_module":
         return getattr(graph.get_submodule(node.target), "inplace", False)
-    return node.kwargs.get("inplace", False) or node.target in (operator.iadd, operator.imul) or call_name(node).endswith("_") and node.op.startswith("call_")
+    if node.kwargs.get("inplace", False) or node.target in (operator.iadd, operator.imul):
+        return True
+    return node.op.startswith("call_") and call_name(node).endswith("_")
 
 
 def _make_out_of_place(node, graph):
-    """After y.op_() every later reader of y sees the new value: give them the node's result, then drop the in-place form."""
+    """After y.op_() every later reader of y sees the new value: give them the node's result, then
+    drop the in-place form.
+    """
     changed, order = node.args[0], {n: i for i, n in enumerate(graph.graph.nodes)}
     for user in [u for u in changed.users if order[u] > order[node]]:
         user.replace_input_with(changed, node)
@@ -135,7 +165,8 @@ def _make_out_of_place(node, graph):
     elif node.target in (operator.iadd, operator.imul):
         node.target = {operator.iadd: operator.add, operator.imul: operator.mul}[node.target]
     elif call_name(node).endswith("_"):
-        node.target = getattr(F, call_name(node).rstrip("_"), None) or getattr(torch, call_name(node).rstrip("_"))
+        name = call_name(node).rstrip("_")
+        node.target = getattr(F, name, None) or getattr(torch, name)
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
     if call_name(node) in CALL_KINDS["clamp"] and len(node.args) > 1 and node.op == "call_function":
         node.args = tuple(a for a in node.args if not isinstance(a, bool))
@@ -143,7 +174,9 @@ def _make_out_of_place(node, graph):
 
 def call_name(node):
     """Name of the function or method that a node calls; '' for other nodes."""
-    return node.target if node.op == "call_method" else getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    if node.op == "call_method":
+        return node.target
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
 def operation_name(node, graph):
@@ -152,7 +185,9 @@ def operation_name(node, graph):
 
 
 def find_kinds(graph):
-    """Kind of every node: input, output, constant, shape, a key of MODULE_KINDS or CALL_KINDS, or "other"."""
+    """Kind of every node: input, output, constant, shape, a key of MODULE_KINDS or CALL_KINDS, or
+    "other".
+    """
     kinds = {}
     for node in graph.graph.nodes:
         kinds[node] = _kind(node, graph, [kinds[n] for n in node.all_input_nodes])
@@ -168,7 +203,8 @@ def _kind(node, graph, inputs):
     if inputs and all(k in ("shape", "constant") for k in inputs):
         return "shape"  # arithmetic on sizes
     found = next((k for k, names in CALL_KINDS.items() if call_name(node) in names), "other")
-    if found == "add" and (node.kwargs or "constant" in inputs or not all(isinstance(a, fx.Node) for a in node.args)):
+    activations = all(isinstance(a, fx.Node) for a in node.args) and "constant" not in inputs
+    if found == "add" and (node.kwargs or not activations):
         return "other"  # only the sum of two activations is a residual add
     return found
 

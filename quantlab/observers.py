@@ -1,10 +1,11 @@
-"""Range setters: pure functions of an edge's statistics and the bit-width, (stats, bits, symmetric) -> (low, high) in real units.
+"""Range setters: pure functions of an edge's statistics and the bit-width, (stats, bits, symmetric)
+-> (low, high) in real units.
 
-`observer=` takes one of their names or a function of your own. What the network rounds to follows from the range: affine.choose_qparams.
+`observer=` takes one of their names or a function of your own. What the network rounds to follows
+from the range: affine.choose_qparams.
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 
@@ -13,9 +14,9 @@ import scipy.special
 import torch
 
 from quantlab.affine import choose_qparams, fake_quantize
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, did_you_mean
 
-# ---- From order statistics --------------------------------------------------------------------------------------------------
+# ---- From order statistics -----------------------------------------------------------------------
 
 
 def minmax(stats, bits, symmetric=False):
@@ -24,7 +25,9 @@ def minmax(stats, bits, symmetric=False):
 
 
 def percentile(stats, bits, symmetric=False, q=99.99):
-    """Clip the largest (100 - q) % of the values, and the smallest where some are negative; linear within a bin."""
+    """Clip the largest (100 - q) % of the values, and the smallest where some are negative; linear
+    within a bin.
+    """
     centers, counts = stats.histogram()
     if not len(counts):
         return 0.0, 0.0
@@ -42,25 +45,29 @@ def percentile(stats, bits, symmetric=False, q=99.99):
     return min(low, 0.0), max(min(quantile(q / 100), stats.maximum), 0.0)
 
 
-# ---- From the quantization error --------------------------------------------------------------------------------------------
+# ---- From the quantization error -----------------------------------------------------------------
 
 
 def histogram(stats, bits, symmetric=False):
-    """The range with the least squared quantization error over the histogram, searched over both ends for the levels that `bits` gives.
+    """The range with the least squared quantization error over the histogram, searched over both
+    ends for the levels that `bits` gives.
 
-    Where values have both signs this is the search over range and zero-point. Every range on a coarse grid is tried, then finer ones
-    around the best; unlike PyTorch's greedy search it does not stop at a first increase.
+    Where values have both signs this is the search over range and zero-point. Every range on a
+    coarse grid is tried, then finer ones around the best; unlike PyTorch's greedy search it does
+    not stop at a first increase.
     """
     return search_range(stats, bits, symmetric, p=2.0)
 
 
 def mse(stats, bits, symmetric=False, p=2.4, steps=100):
-    """The whole range, shrunk at both ends by the one of `steps` equal shares that has the least sum of |error|^p.
+    """The whole range, shrunk at both ends by the one of `steps` equal shares that has the least
+    sum of |error|^p.
 
     p = 2.4 in BRECQ (arXiv:2102.05426) and QDrop; p = 2 is the mean squared error.
     """
     shares = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-    best = float(shares[quantization_error(stats, shares * stats.minimum, shares * stats.maximum, bits, symmetric, p).argmin()])
+    low, high = shares * stats.minimum, shares * stats.maximum
+    best = float(shares[quantization_error(stats, low, high, bits, symmetric, p).argmin()])
     return stats.minimum * best, stats.maximum * best
 
 
@@ -76,8 +83,10 @@ def search_range(stats, bits, symmetric=False, p=2.0):
         if symmetric or low == 0 or high == 0:
             low_shares = high_shares = high_grid
         else:
-            low_shares, high_shares = (g.flatten() for g in torch.meshgrid(low_grid, high_grid, indexing="ij"))
-        i = int(quantization_error(stats, low * low_shares, high * high_shares, bits, symmetric, p).argmin())
+            grid = torch.cartesian_prod(low_grid, high_grid)
+            low_shares, high_shares = grid[:, 0], grid[:, 1]
+        lows, highs = low * low_shares, high * high_shares
+        i = int(quantization_error(stats, lows, highs, bits, symmetric, p).argmin())
         best = float(low_shares[i]), float(high_shares[i])
         around = torch.linspace(-1, 1, 13, dtype=torch.float64) * step
         low_grid, high_grid = ((b + around).clamp(step / 24, 1.0) for b in best)
@@ -86,30 +95,49 @@ def search_range(stats, bits, symmetric=False, p=2.0):
 
 
 def quantization_error(stats, low, high, bits, symmetric=False, p=2.0):
-    """Mean |error|^p of quantizing what `stats` saw with the ranges [low, high] (float64 [G] each); float64 [G], in real units to the p.
+    """Mean |error|^p of quantizing what `stats` saw with the ranges [low, high] (float64 [G] each);
+    float64 [G], in real units to the p.
 
-    A value stands for the middle of its bin, which is at most 1/8 of a step wide at 8 bits. Zeros are exact and add nothing.
+    A value stands for the middle of its bin, which is at most 1/8 of a step wide at 8 bits. Zeros
+    are exact and add nothing.
     """
     centers, counts = stats.histogram()
     seen = counts > 0
     centers, counts = centers[seen].float(), counts[seen].double()
     q = choose_qparams(low, high, bits, symmetric=symmetric, signed=stats.minimum < 0, axis=0)
     errors = []
-    for part in range(0, len(q.scale), 256):  # 256 ranges at once keep the memory at a few megabytes
-        chunk = dataclasses.replace(q, scale=q.scale[part : part + 256], zero_point=q.zero_point[part : part + 256])
+    # 256 ranges at once keep the memory at a few megabytes
+    for part in range(0, len(q.scale), 256):
+        rows = slice(part, part + 256)
+        chunk = dataclasses.replace(q, scale=q.scale[rows], zero_point=q.zero_point[rows])
         x_hat = fake_quantize(centers.expand(len(chunk.scale), -1), chunk)
         errors.append((x_hat - centers).abs().double().pow(p) @ counts)
     return torch.cat(errors) / max(stats.count, 1)
 
 
-# ---- From information and from a model of the distribution ------------------------------------------------------------------
+def split_error(stats, low, high, bits):
+    """(clipping, rounding): mean squared error of the ranges [low, high] by cause; float64 [G] each.
+
+    Clipping is what values lose beyond the outermost codes, rounding what they lose between two.
+    """
+    q = choose_qparams(low, high, bits, axis=0)
+    centers, counts = stats.histogram()
+    bottom, top = (q.scale.double() * (code - q.zero_point) for code in (q.qmin, q.qmax))
+    beyond = (centers - top[:, None]).clamp(min=0) + (bottom[:, None] - centers).clamp(min=0)
+    clipping = beyond.square() @ counts.double() / max(stats.count, 1)
+    return clipping, (quantization_error(stats, low, high, bits) - clipping).clamp(min=0)
+
+
+# ---- From information and from a model of the distribution ---------------------------------------
 
 
 def entropy(stats, bits, symmetric=False, bins=2048):
-    """The threshold t on |x| whose quantized histogram has the least Kullback-Leibler divergence from the clipped one (NVIDIA, GTC 2017, s7310).
+    """The threshold t on |x| whose quantized histogram has the least Kullback-Leibler divergence
+    from the clipped one (NVIDIA, GTC 2017, s7310).
 
-    P: the first i of `bins` bins, everything beyond added to the last. Q: the first i bins themselves, merged into as many groups as there
-    are levels on one side of zero, each group's count spread over its occupied bins. Zeros are left out, as they are exact anyway.
+    P: the first i of `bins` bins, everything beyond added to the last. Q: the first i bins
+    themselves, merged into as many groups as there are levels on one side of zero, each group's
+    count spread over its occupied bins. Zeros are left out, as they are exact anyway.
     """
     centers, counts = stats.histogram()
     if not len(counts):
@@ -141,24 +169,35 @@ def entropy(stats, bits, symmetric=False, bins=2048):
 
 
 def aciq_laplace(stats, bits, symmetric=False):
-    """mean +- c b, the least expected squared error if values follow a Laplace distribution with b = E|x - mean| (Banner et al. 2019).
+    """mean +- c b, the least expected squared error if values follow a Laplace distribution with b
+    = E|x - mean| (Banner et al. 2019).
 
-    c solves c e^c = 3 * 4^M for M bits. Values that are never negative are taken for one half of a distribution around zero, which has
-    all the levels to itself: M + 1 bits.
+    c solves c e^c = 3 * 4^M for M bits. Values that are never negative are taken for one half of a
+    distribution around zero, which has all the levels to itself: M + 1 bits.
     """
-    return _model_range(stats, bits, lambda m: float(scipy.special.lambertw(3 * 4**m).real), absolute=True)
+
+    def factor(m):
+        return float(scipy.special.lambertw(3 * 4**m).real)
+
+    return _model_range(stats, bits, factor, absolute=True)
 
 
 def aciq_gauss(stats, bits, symmetric=False):
-    """mean +- c sigma, the least expected squared error if values follow a normal distribution (Banner et al. 2019).
+    """mean +- c sigma, the least expected squared error if values follow a normal distribution
+    (Banner et al. 2019).
 
-    c solves c (1 - erf(c / sqrt 2)) - sqrt(2 / pi) e^(-c^2 / 2) + c / (3 * 4^M) = 0 for M bits, one more where values are never negative.
+    c solves c (1 - erf(c / sqrt 2)) - sqrt(2 / pi) e^(-c^2 / 2) + c / (3 * 4^M) = 0 for M bits, one
+    more where values are never negative.
     """
 
     def slope(c, m):
-        return c * math.erfc(c / math.sqrt(2)) - math.sqrt(2 / math.pi) * math.exp(-c * c / 2) + c / (3 * 4**m)
+        density = math.sqrt(2 / math.pi) * math.exp(-c * c / 2)
+        return c * math.erfc(c / math.sqrt(2)) - density + c / (3 * 4**m)
 
-    return _model_range(stats, bits, lambda m: scipy.optimize.brentq(slope, 0.1, 10, args=(m,)), absolute=False)
+    def factor(m):
+        return scipy.optimize.brentq(slope, 0.1, 10, args=(m,))
+
+    return _model_range(stats, bits, factor, absolute=False)
 
 
 def _model_range(stats, bits, factor, absolute):
@@ -166,19 +205,23 @@ def _model_range(stats, bits, factor, absolute):
     if not len(counts):
         return 0.0, 0.0
     if stats.minimum >= 0:
-        mean, total, bits = 0.0, float(counts.sum()), bits + 1  # the other half, mirrored, has the same moments
+        # the other half, mirrored, has the same moments
+        mean, total, bits = 0.0, float(counts.sum()), bits + 1
     else:
         mean, total = float(centers @ counts.double()) / stats.count, stats.count
-        mean = min(max(mean, stats.minimum), stats.maximum)  # the middle of the last bin may lie beyond
+        # the middle of the last bin may lie beyond
+        mean = min(max(mean, stats.minimum), stats.maximum)
     deviation = (centers - mean).abs() if absolute else (centers - mean).square()
-    moment = float(deviation @ counts.double()) + (0.0 if stats.minimum >= 0 else stats.zeros * (abs(mean) if absolute else mean**2))
+    moment = float(deviation @ counts.double())
+    if stats.minimum < 0:  # exact zeros are counted apart
+        moment += stats.zeros * (abs(mean) if absolute else mean**2)
     half = factor(bits) * (moment / total if absolute else math.sqrt(moment / total))
     return max(mean - half, min(stats.minimum, 0.0)), min(mean + half, max(stats.maximum, 0.0))
 
 
 OBSERVERS = {
-    "minmax": minmax, "percentile": percentile, "histogram": histogram, "mse": mse, "entropy": entropy,
-    "aciq_laplace": aciq_laplace, "aciq_gauss": aciq_gauss,
+    "minmax": minmax, "percentile": percentile, "histogram": histogram, "mse": mse,
+    "entropy": entropy, "aciq_laplace": aciq_laplace, "aciq_gauss": aciq_gauss,
 }
 
 
@@ -187,23 +230,26 @@ def find_observer(observer):
     if callable(observer):
         return observer
     if observer not in OBSERVERS:
-        near = difflib.get_close_matches(str(observer), OBSERVERS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"observer {observer!r} is unknown{hint}; use one of {', '.join(OBSERVERS)}, or a function (stats, bits, symmetric)")
+        hint = did_you_mean(observer, OBSERVERS)
+        raise UserError(
+            f"observer {observer!r} is unknown{hint}; use one of {', '.join(OBSERVERS)}, "
+            "or a function (stats, bits, symmetric)")
     return OBSERVERS[observer]
 
 
 def observer_name(observer):
-    """The name that a row of results carries: histogram, percentile(q=99.9), or a function's own."""
+    """The name that a row of results carries: histogram, percentile(q=99.9), or a function's own.
+    """
     if isinstance(observer, functools.partial):
         return f"{observer.func.__name__}({', '.join(f'{k}={v}' for k, v in observer.keywords.items())})"
     return observer if isinstance(observer, str) else observer.__name__
 
 
-# ---- Weights ----------------------------------------------------------------------------------------------------------------
+# ---- Weights -------------------------------------------------------------------------------------
 
-# Exponent of the weights' error. The squared error clips most and thereby shrinks every layer's output, which adds up over the layers;
-# BRECQ takes 2.4. Notebook 03 measures 2 to 4 on held-out images; 3 is the best of them at W4A4 on cifar10-jpeg.
+# Exponent of the weights' error. The squared error clips most and thereby shrinks every layer's
+# output, which adds up over the layers; BRECQ takes 2.4. Notebook 03 measures 2 to 4 on held-out
+# images; 3 is the best of them at W4A4 on cifar10-jpeg.
 WEIGHT_NORM = 3.0
 
 
@@ -216,14 +262,16 @@ def check_weight_observer(observer):
 def weight_range(weight, bits, *, observer="lp", p=WEIGHT_NORM, per_channel=True, symmetric=True):
     """(low, high) of a weight [C, ...]: tensors [C], or [] per tensor.
 
-    "minmax": the whole range. "lp": the range, shrunk by 0.01 to 1, with the least sum of |error|^p, channel by channel.
+    "minmax": the whole range. "lp": the range, shrunk by 0.01 to 1, with the least sum of
+    |error|^p, channel by channel.
     """
     check_weight_observer(observer)
     flat = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
     low, high = flat.amin(1).double(), flat.amax(1).double()
     if observer == "lp":
         factor, best = torch.ones_like(low), torch.full_like(low, math.inf)
-        for steps in (torch.arange(20) * -0.05, torch.arange(-4, 5) * 0.01):  # 1.00, 0.95, … 0.05, then hundredths around the best
+        # 1.00, 0.95, … 0.05, then hundredths around the best
+        for steps in (torch.arange(20) * -0.05, torch.arange(-4, 5) * 0.01):
             centre = factor
             for share in ((centre + step).clamp(0.01, 1) for step in steps.tolist()):
                 q = choose_qparams(low * share, high * share, bits, symmetric=symmetric, axis=0)

@@ -1,6 +1,6 @@
 """Where a quantized network stores codes, decided from the graph alone; no bit-width is known here.
 
-    plan = make_plan(graph)         # which nodes' values are stored as codes, and what every convolution reads
+    plan = make_plan(graph)     # which nodes' values are stored as codes, what every layer reads
 """
 
 import dataclasses
@@ -13,14 +13,13 @@ from quantlab.system.errors import UserError
 class Plan:
     """Where a quantized network rounds, by node name.
 
-    stores: node -> "input", "residual" (operand or result of an add) or "activation"; its value is stored as codes.
-    reads: convolution or linear node (with "inputs" also ReLU and average pool) -> the node whose value it reads, behind rearranging only.
-    sources: value of `reads` -> the node of `stores` that holds its codes, where there is one.
-    first, last: the layers that no other layer precedes or follows. floats: nodes without an integer form, an unfolded BatchNorm that
-    reads a layer's unrounded result among them.
+    stores: node -> "input", "residual" (operand or result of an add) or "activation"; stored as
+    codes. reads: convolution or linear node -> the node whose value it reads, behind rearranging
+    only. sources: value of `reads` -> the node of `stores` that holds its codes, where there is
+    one. first, last: the layers that no other layer precedes or follows. floats: nodes without an
+    integer form, an unfolded BatchNorm that reads a layer's unrounded result among them.
     """
 
-    placement: str
     stores: dict
     reads: dict
     sources: dict
@@ -35,45 +34,45 @@ class Plan:
 
     @property
     def unread(self):
-        """Names of the stored activations that no layer reads: an average pool does, for instance."""
+        """Names of the stored activations that no layer reads: an average pool does, for instance.
+        """
         read = {self.sources.get(value) for value in self.reads.values()}
-        return [name for name, role in self.stores.items() if role == "activation" and name not in read]
+        activations = [name for name, role in self.stores.items() if role == "activation"]
+        return [name for name in activations if name not in read]
 
 
-PLACEMENTS = ("fused", "inputs")
-
-
-def make_plan(graph, placement="fused"):
+def make_plan(graph):
     """Decide from the graph alone where codes are stored.
 
-    "fused": a value is rounded once, where an integer machine writes it to memory: behind conv-relu, add-relu, average, concat and every
-    operation that has no integer form. Rearranging and max-pooling pass codes on; a layer that reads an add's codes may requantize them.
-    "inputs": a quantizer in front of every convolution, linear layer, ReLU and average pool and nowhere else, as the original did.
+    A value is rounded once, where an integer machine writes it to memory: behind conv-relu,
+    add-relu, average, concat and every operation that has no integer form. Rearranging and
+    max-pooling pass codes on; a layer that reads an add's codes may requantize them. UserError
+    where there is no layer.
     """
-    if placement not in PLACEMENTS:
-        raise UserError(f"placement {placement!r} is unknown; use one of: {', '.join(PLACEMENTS)}")
-    nodes = list(graph.graph.nodes)
     kinds = find_kinds(graph)
-    compute = [n for n in nodes if kinds[n] == "compute"]
+    compute = [n for n in kinds if kinds[n] == "compute"]
     if not compute:
-        raise UserError("the network has no convolution and no linear layer that is a module: there is nothing to quantize")
-    first = frozenset(n.name for n in compute if not _reaches(n, lambda m: m.all_input_nodes, kinds))
+        raise UserError(
+            "the network has no convolution and no linear layer that is a module: "
+            "there is nothing to quantize"
+        )
+    first = frozenset(
+        n.name for n in compute if not _reaches(n, lambda m: m.all_input_nodes, kinds))
     last = frozenset(n.name for n in compute if not _reaches(n, lambda m: m.users, kinds))
     reads = {n.name: _behind_rearranging(n.args[0], kinds) for n in compute}
-    if placement == "inputs":
-        readers = {n.name: n.args[0].name for n in nodes if kinds[n] in ("compute", "clamp", "average")}
-        return Plan(placement, {}, readers, {}, first, last, ())
-    operands = {_holder(a, kinds) for n in nodes if kinds[n] == "add" for a in n.all_input_nodes}
+    adds = [n for n in kinds if kinds[n] == "add"]
+    operands = {_holder(a, kinds) for n in adds for a in n.all_input_nodes}
     stores = {}
-    for node in nodes:
+    for node in kinds:
         if kinds[node] == "input":
             stores[node.name] = "input"
         elif _is_stored(node, kinds):
-            producer = _producer(node, kinds)
-            stores[node.name] = "residual" if node in operands or kinds[producer] == "add" else "activation"
-    sources = {v.name: _holder(v, kinds).name for v in reads.values() if _holder(v, kinds).name in stores}
-    floats = tuple(n.name for n in nodes if kinds[n] == "other" or kinds[n] == "batchnorm" and _is_unfolded(n, kinds))
-    return Plan(placement, stores, {k: v.name for k, v in reads.items()}, sources, first, last, floats)
+            residual = node in operands or kinds[_producer(node, kinds)] == "add"
+            stores[node.name] = "residual" if residual else "activation"
+    holders = {value.name: _holder(value, kinds).name for value in reads.values()}
+    sources = {value: holder for value, holder in holders.items() if holder in stores}
+    floats = tuple(n.name for n in kinds if kinds[n] == "other" or _is_unfolded(n, kinds))
+    return Plan(stores, {k: v.name for k, v in reads.items()}, sources, first, last, floats)
 
 
 def _is_stored(node, kinds):
@@ -86,21 +85,29 @@ def _is_stored(node, kinds):
     if all(kinds[u] == "output" for u in users):
         return False  # logits
     follower = _only_user(node, kinds)
-    if follower is not None and kinds[follower] == "batchnorm" and _is_unfolded(follower, kinds):
+    if follower is not None and _is_unfolded(follower, kinds):
         return False
-    while follower is not None and kinds[follower] in PASSES_CODES:  # a clamp commutes with max-pooling and rearranging
+    # a clamp commutes with max-pooling and rearranging
+    while follower is not None and kinds[follower] in PASSES_CODES:
         follower = _only_user(follower, kinds)
     return follower is None or kinds[follower] not in ("clamp", "concat")  # rounded there, once
 
 
-def _is_unfolded(batchnorm, kinds):
-    """True for a BatchNorm that could have become part of the layer before it: the layer's result is not stored in between."""
-    before = batchnorm.args[0]
-    return kinds[before] == "compute" and readers_of(before, kinds) == [batchnorm]
+def _is_unfolded(node, kinds):
+    """True for a BatchNorm that could have become part of the layer before it.
+
+    The layer's result is then not stored in between.
+    """
+    if kinds[node] != "batchnorm":
+        return False
+    before = node.args[0]
+    return kinds[before] == "compute" and readers_of(before, kinds) == [node]
 
 
 def _ends_group(clamp, kinds):
-    """True for a clamp that is the only reader of what it clamps, so that the value is first stored behind it."""
+    """True for a clamp that is the only reader of what it clamps, so that the value is first stored
+    behind it.
+    """
     before = clamp.args[0]
     while kinds[before] in PASSES_CODES and _only_user(before, kinds) is not None:
         before = before.args[0]
@@ -121,7 +128,7 @@ def _only_user(node, kinds):
 
 def _holder(node, kinds):
     """The node that holds the codes which `node` passes on."""
-    while kinds[node] in PASSES_CODES or kinds[node] == "clamp" and not _ends_group(node, kinds):
+    while kinds[node] in PASSES_CODES or (kinds[node] == "clamp" and not _ends_group(node, kinds)):
         node = node.args[0]
     return node
 

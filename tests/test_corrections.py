@@ -78,7 +78,7 @@ def test_empirical_correction_leaves_no_mean_error_in_any_layer(resnet20, stats,
             graph(images.contiguous(memory_format=torch.channels_last))  # as it was measured: another layout sums, and breaks ties, otherwise
         return found
 
-    target, plain, better = (channel_means(graph) for graph in (ptq.prepare(resnet20)[0], qmodel, corrected))
+    target, plain, better = (channel_means(graph) for graph in (folded(resnet20), qmodel, corrected))
     for name in ptq.layers(corrected, corrected.plan):
         unit = ptq.input_qparams(corrected, name).scale.double() * layer(corrected, name).weight_qparams.scale.double()
         assert ((better[name] - target[name]).abs() <= 0.51 * unit + 1e-5).all()  # what rounding the bias leaves
@@ -185,11 +185,11 @@ def test_corrections_survive_equalisation(resnet20, digits):
     images = torch.cat(list(digits.calibration(32)))
     equal = equalization.equalize(resnet20)
     qmodel = ql.quantize(equal, ql.collect(equal, [images]), ql.QuantConfig(4, 8))
-    bn = layer(ptq.prepare(equal)[0], "layer1_0_conv1").folded_batchnorm
+    bn = layer(folded(equal), "layer1_0_conv1").folded_batchnorm
     with torch.no_grad():
         value = equal.get_submodule("layer1.0.conv1")(equal.relu(equal.conv1(images))).double().transpose(0, 1).flatten(1)
-    plain = layer(ptq.prepare(resnet20)[0], "layer1_0_conv1").folded_batchnorm
-    ratio = equal.get_submodule("layer1.0.conv1").bias / layer(ptq.prepare(resnet20)[0], "layer1_0_conv1").bias
+    plain = layer(folded(resnet20), "layer1_0_conv1").folded_batchnorm
+    ratio = equal.get_submodule("layer1.0.conv1").bias / layer(folded(resnet20), "layer1_0_conv1").bias
     assert torch.allclose(bn["mean"], plain["mean"] * ratio, rtol=1e-3) and value.shape[0] == len(bn["mean"])
     assert ql.evaluate(corrections.reestimate_batchnorm(equal, qmodel, images), digits.test, limit=200).top1 > 95
 
