@@ -13,11 +13,10 @@ import math
 import pandas as pd
 import torch
 
-from quantlab import observers
 from quantlab.affine import check_bits, choose_qparams, fake_quantize
-from quantlab.calibration import prepare, watch
+from quantlab.calibration import watch
 from quantlab.edgestats import EdgeStats
-from quantlab.graph import find_kinds
+from quantlab.graph import find_kinds, folded
 from quantlab.system.errors import UserError
 
 SHARES = torch.arange(1, 21, dtype=torch.float64) / 20  # of the extremes: the ranges that range_costs tries
@@ -49,7 +48,7 @@ def _watch(graph, names, see, batches, verbose=False):
 
 def _see_layers(model, batches, see, verbose):
     """Call see((layer, point), x [C, values]) for every weight once and for every value of every batch; return the Layers."""
-    graph = prepare(model)[0]
+    graph = folded(model)
     layers, nodes = find_layers(graph), {node.name: node for node in graph.graph.nodes}
     points = {layer.name: (layer.name, "before") for layer in layers}
     points |= {layer.relu: (layer.name, "after") for layer in layers if layer.relu}
@@ -62,7 +61,7 @@ def _see_layers(model, batches, see, verbose):
 
 def edge_values(model, name, batches):
     """The values of one node of the folded graph, one float32 tensor a batch: for what an EdgeStats cannot show, such as order."""
-    graph, values = prepare(model)[0], []
+    graph, values = folded(model), []
     if name not in {node.name for node in graph.graph.nodes}:
         raise UserError(f"the network has no value {name!r}; there are: {', '.join(node.name for node in graph.graph.nodes)}")
     _watch(graph, [name], lambda _, value: values.append(value.cpu()), batches)
@@ -144,19 +143,6 @@ def _errors(x, low, high, bits, axis):
 
 def _db(signal, noise):
     return 10 * math.log10(max(float(signal), 1e-300) / max(float(noise), 1e-300))
-
-
-def split_error(stats, low, high, bits):
-    """(clipping, rounding): the mean squared error of the ranges [low, high] (float64 [G] each), by cause, float64 [G] each.
-
-    Clipping is what values lose beyond the outermost codes, rounding what they lose between two codes. stats: an EdgeStats.
-    """
-    q = choose_qparams(low, high, bits, axis=0)
-    centers, counts = stats.histogram()
-    bottom, top = (q.scale.double() * (code - q.zero_point) for code in (q.qmin, q.qmax))
-    beyond = (centers - top[:, None]).clamp(min=0) + (bottom[:, None] - centers).clamp(min=0)
-    clipping = beyond.square() @ counts.double() / max(stats.count, 1)
-    return clipping, (observers.quantization_error(stats, low, high, bits) - clipping).clamp(min=0)
 
 
 # ---- From a histogram -------------------------------------------------------------------------------------------------------

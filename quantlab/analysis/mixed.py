@@ -17,10 +17,13 @@ from torch.fx.passes.shape_prop import ShapeProp
 from tqdm.auto import tqdm
 
 from quantlab.affine import check_bits, fake_quantize
-from quantlab.calibration import prepare
+from quantlab.calibration import check_statistics
 from quantlab.config import QuantConfig
 from quantlab.evaluate import evaluate, paired_drop
-from quantlab.ptq import choose_edge_qparams, choose_weight_qparams, find_node, layers, quantize
+from quantlab.graph import folded
+from quantlab.plan import make_plan
+from quantlab.ptq import choose_edge_qparams, choose_weight_qparams, layers, quantize
+from quantlab.quantized import find_node
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float
 
@@ -53,11 +56,11 @@ def layer_errors(model, stats, batches, widths=WIDTHS, config=QuantConfig(), ver
     """
     for bits in widths:
         check_bits(bits, "widths")
-    graph, plan, digest = prepare(model, config.placement, config.fold_batchnorm)
-    if (stats.graph_hash, stats.placement) != (digest, config.placement):
-        raise UserError("these statistics were collected on another network or placement; run collect on this one")
+    graph = folded(model)
+    check_statistics(stats, graph)
+    plan = make_plan(graph)
     graph.to(device())
-    cases = [case for name in layers(graph, plan) for case in _cases(graph, plan, name, stats, widths, config)]
+    cases = [case for name in layers(graph) for case in _cases(graph, plan, name, stats, widths, config)]
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
     totals, seen = np.zeros(len(cases)), 0
     with exact_float():
@@ -105,8 +108,9 @@ def layer_accuracy(model, stats, split, config, names=None, verbose=False, **opt
     names: of the layers, None for all. options: those of `evaluate` (limit, batch_size). A lone quantized layer reads unrounded adds and
     image; a float layer among quantized ones reads them as stored.
     """
-    graph, plan, _ = prepare(model, config.placement, config.fold_batchnorm)
-    weights, acts = dict.fromkeys(layers(graph, plan)), dict.fromkeys([*plan.reads, *plan.unread])
+    graph = folded(model)
+    plan = make_plan(graph)
+    weights, acts = dict.fromkeys(layers(graph)), dict.fromkeys([*plan.reads, *plan.unread])
     baseline = evaluate(model, split, **options)
     everything = paired_drop(baseline.correct, evaluate(quantize(model, stats, config), split, **options).correct)[0]
     rows = []
@@ -128,15 +132,15 @@ def layer_accuracy(model, stats, split, config, names=None, verbose=False, **opt
 # ---- What a layer costs -----------------------------------------------------------------------------------------------------
 
 
-def layer_costs(model, batch, placement="fused"):
+def layer_costs(model, batch):
     """A frame with layer, weights (values), constants (scales and biases), reads (values read) and macs (multiply-accumulates), for one image.
 
     batch: float32 [B, C, H, W] of any B.
     """
-    graph, plan, _ = prepare(model, placement)
+    graph = folded(model)
     ShapeProp(graph).propagate(batch[:1].to(next(graph.parameters()).device))
     rows = []
-    for name in layers(graph, plan):
+    for name in layers(graph):
         node = find_node(graph, name)
         layer = graph.get_submodule(node.target)
         reads, writes = (n.meta["tensor_meta"].shape.numel() for n in (node.args[0], node))

@@ -2,26 +2,12 @@
 
 import pandas as pd
 import torch
-from torch import fx
 
 from quantlab.affine import fake_quantize
-from quantlab.calibration import prepare
-from quantlab.ptq import Quantizer
+from quantlab.calibration import Watcher
+from quantlab.graph import folded
+from quantlab.quantized import edge_name, origin
 from quantlab.system.errors import UserError
-
-
-class _Values(fx.Interpreter):
-    """Runs a graph and keeps the values of the named nodes."""
-
-    def __init__(self, graph, names):
-        super().__init__(graph)
-        self.names, self.kept = names, {}
-
-    def run_node(self, node):
-        value = super().run_node(node)
-        if node.name in self.names:
-            self.kept[node.name] = value
-        return value
 
 
 @torch.no_grad()
@@ -33,39 +19,32 @@ def edge_errors(model, qmodel, batches):
     this step adds to what its predecessor on the path had, in dB; the largest is where the network breaks.
     columns: order, edge, role, bits, sqnr, own_sqnr, added_db. batches: float32 [B, C, H, W] each.
     """
-    graph, plan, _ = prepare(model, qmodel.config.placement, qmodel.config.fold_batchnorm)
-    quantizers = {n: qmodel.get_submodule(n.target) for n in qmodel.graph.nodes if n.op == "call_module" and "quantizers." in n.target}
-    quantizers = {n: q for n, q in quantizers.items() if isinstance(q, Quantizer)}
-    origin = {n: _origin(n) for n in quantizers}
+    graph = folded(model)
+    plan = qmodel.plan
+    quantizers = qmodel.quantizer_nodes
+    origins = {n: origin(qmodel, n).name for n in quantizers}
     sums = {n: torch.zeros(3, dtype=torch.float64) for n in quantizers}  # signal, noise, own noise
     seen = 0
     for batch in batches:
         batch = batch.to(next(qmodel.parameters()).device)
-        exact, rounded = _Values(graph.to(batch.device), set(origin.values())), _Values(qmodel, {n.name for n in quantizers})
-        exact.run(batch)
-        rounded.run(batch)
+        exact, rounded = {}, {}
+        Watcher(graph.to(batch.device), set(origins.values()), exact.__setitem__).run(batch)
+        Watcher(qmodel, {n.name for n in quantizers}, rounded.__setitem__).run(batch)
         for node, quantizer in quantizers.items():
-            x = exact.kept[origin[node]]
-            noise, own = (t.double().square().sum() for t in (rounded.kept[node.name] - x, fake_quantize(x, quantizer.qparams) - x))
+            x = exact[origins[node]]
+            noise = (rounded[node.name] - x).double().square().sum()
+            own = (fake_quantize(x, quantizer.qparams) - x).double().square().sum()
             sums[node] += torch.stack([x.double().square().sum(), noise, own]).cpu()
         seen += len(batch)
     if not seen:
         raise UserError("no images to measure the error on: give at least one batch")
-    rows = [_row(i, node, quantizers[node], plan.stores.get(origin[node], "read"), *sums[node].tolist()) for i, node in enumerate(quantizers)]
+    rows = [_row(i, node, quantizers[node], plan.stores.get(origins[node], "read"), *sums[node].tolist()) for i, node in enumerate(quantizers)]
     return _with_added_noise(pd.DataFrame(rows), quantizers)
-
-
-def _origin(node):
-    """Name of the float graph's node whose value a Quantizer rounds: its input, other Quantizers skipped."""
-    source = node.args[0]
-    while source.op == "call_module" and "quantizers." in source.target:
-        source = source.args[0]
-    return source.name
 
 
 def _row(order, node, quantizer, role, signal, noise, own):
     return {
-        "order": order, "edge": node.target.removeprefix("quantizers."), "role": role, "bits": quantizer.qparams.bits,
+        "order": order, "edge": edge_name(node), "role": role, "bits": quantizer.qparams.bits,
         "noise_share": noise / max(signal, 1e-300), "sqnr": _db(signal, noise), "own_sqnr": _db(signal, own),
     }
 

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from quantlab.affine import check_bits, dequantize, quantize
+from quantlab.affine import check_bits, dequantize, quantize_tensor
 from quantlab.graph import find_kinds
 from quantlab.plan import PASSES_CODES
-from quantlab.ptq import Quantizer
+from quantlab.quantized import Quantizer
 from quantlab.system.errors import UserError
 
 # ---- Bits -------------------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def unpack(packed, bits, n):
 def weight_codes(layer):
     """int32 codes of a quantized layer's weight on the CPU; UserError where the weight is not exactly the values of its codes."""
     q, weight = layer.weight_qparams.to("cpu"), layer.weight.detach().cpu()
-    codes = quantize(weight, q)
+    codes = quantize_tensor(weight, q)
     if not torch.equal(dequantize(codes, q), weight):
         raise UserError(f"a weight of {layer} is not the value of a code: it was changed after quantize(); quantize again")
     return codes

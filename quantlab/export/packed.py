@@ -23,11 +23,13 @@ import safetensors.torch
 import torch
 
 from quantlab.affine import QParams, dequantize
-from quantlab.calibration import prepare
+from quantlab.graph import folded
 from quantlab.config import QuantConfig
 from quantlab.export.codes import bias_codes, bias_unit, pack, unpack, weight_codes
 from quantlab.observers import OBSERVERS, observer_name
-from quantlab.ptq import Quantizer, find_node, layers, weight_bytes
+from quantlab.plan import make_plan
+from quantlab.ptq import layers
+from quantlab.quantized import Quantizer, QuantizedNetwork, find_node, weight_bytes
 from quantlab.system.errors import UserError
 from quantlab.system.files import save_tensors
 
@@ -45,7 +47,7 @@ def save_quantized(qmodel, path):
         raise UserError(f"{type(qmodel).__name__} is not a quantized network; make one with quantize(model, stats, config)")
     tensors = {k: v for k, v in qmodel.state_dict().items() if not k.startswith("quantizers.")}
     packed_layers = {}
-    for name in layers(qmodel, qmodel.plan):
+    for name in layers(qmodel):
         node = find_node(qmodel, name)
         layer = qmodel.get_submodule(node.target)
         if not hasattr(layer, "weight_qparams"):
@@ -110,8 +112,9 @@ def load_quantized(path, model):
     Raises UserError for a file that is damaged, of a newer version, no packed checkpoint, or of another architecture.
     """
     tensors, about = _read(path)
-    config = about["config"]
-    graph, plan, _ = prepare(model, config["placement"], config.get("fold_batchnorm"))
+    config = _current(path, about["config"])
+    graph = folded(model)
+    plan = make_plan(graph)
     if graph_hash(graph) != about["graph"]:
         raise UserError(f"{path} was saved from another network than this {type(model).__name__}: {_first_difference(graph, about)}")
     where = next(graph.parameters()).device
@@ -131,10 +134,19 @@ def load_quantized(path, model):
     graph.recompile()
     observer = config["observer"] if config["observer"] in OBSERVERS else _unknown_observer(config["observer"])
     try:
-        graph.plan, graph.config = plan, QuantConfig(**config | {"observer": observer})
+        config = QuantConfig(**config | {"observer": observer})
     except TypeError as error:
         raise UserError(f"{path} was saved with a setting that this quantlab does not know ({error}); update quantlab") from None
-    return graph.eval().to(where)
+    return QuantizedNetwork.of(graph, plan, config).to(where)
+
+
+def _current(path, config):
+    """The settings of a file as they are named today; UserError for a placement that is gone."""
+    gone = {"placement": "fused", "fold_batchnorm": None, "act_signed": False}
+    for name, only in gone.items():
+        if config.get(name, only) != only:
+            raise UserError(f"{path} was saved with {name}={config[name]!r}, which this quantlab does not know")
+    return {name: value for name, value in config.items() if name not in gone}
 
 
 def _read(path):

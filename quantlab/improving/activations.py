@@ -5,7 +5,8 @@ import tempfile
 
 import torch
 
-from quantlab.improving.units import extract, find_units, is_quantizer, origin
+from quantlab.improving.units import extract, find_units
+from quantlab.quantized import find_quantizer, origin
 
 BATCH = 128  # images at once where nothing is learned
 
@@ -75,8 +76,8 @@ class Networks:
         self.graphs = {"float": graph.to(self.device), "quantized": qmodel}
         self.images, self.units, self.cache = images, find_units(qmodel, unit), Cache(max_cache_bytes, self.device)
         nodes = list(qmodel.graph.nodes)
-        self.origins = {n.name: origin(n, qmodel).name for n in nodes}
-        self.quantizers = {n.name for n in nodes if is_quantizer(n, qmodel)}
+        self.origins = {n.name: origin(qmodel, n).name for n in nodes}
+        self.quantizers = {n.name for n in nodes if find_quantizer(qmodel, n) is not None}
         self.first = {n.name for n in nodes if n.op == "placeholder"}
         for name in self.first:
             self.cache.give(("float", name), images)

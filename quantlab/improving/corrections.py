@@ -6,18 +6,17 @@ Each returns a network of its own and leaves its arguments alone. Codes stay int
 s_in * s_w, as `quantize` left them.
 """
 
+import copy
 import dataclasses
 import math
 
 import torch
 from torch import nn
 
-from quantlab.affine import quantize as to_codes
-from quantlab.calibration import prepare
-from quantlab.graph import find_kinds, operation_name
+from quantlab.graph import find_kinds, folded, operation_name
 from quantlab.improving.activations import Networks
 from quantlab.improving.equalization import grouped_weight
-from quantlab.ptq import copy_quantized, find_node, input_qparams, write_codes
+from quantlab.quantized import find_node
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float
 
@@ -45,8 +44,8 @@ def correct_bias(model, qmodel, batches):
 
 def _shift_bias(qmodel, name, error):
     layer = _layer(qmodel, name)
-    codes = to_codes(layer.weight.detach().cpu(), layer.weight_qparams)
-    write_codes(layer, codes, layer.weight_qparams, layer.bias.detach().cpu().double() - error, _bias_input(qmodel, name))
+    bias = layer.bias.detach().cpu().double() - error
+    qmodel.write(name, qmodel.codes(name), layer.weight_qparams, bias)
 
 
 @torch.no_grad()
@@ -55,12 +54,13 @@ def correct_bias_analytic(model, qmodel):
 
     A BatchNormed layer gives N(beta, gamma^2); ReLU and ReLU6 make a clipped normal of it; adds add means and variances; a layer without
     BatchNorm maps them with its weights, as if its inputs were independent. Padding is ignored. The network's input is taken to have
-    mean 0 and variance 1. A layer whose input passes an operation without such a rule is left alone: `corrected.uncorrected` names it.
+    mean 0 and variance 1. A layer whose input passes an operation without such a rule is left alone: `corrected.meta["uncorrected"]` names it.
     """
-    graph, corrected = prepare(model, qmodel.config.placement, qmodel.config.fold_batchnorm)[0], copy_quantized(qmodel)
+    graph, corrected = folded(model), copy.deepcopy(qmodel)
     means = _Gaussian(graph).layer_inputs()
-    corrected.uncorrected = [name for name in means if means[name] is None or _layer(corrected, name).bias is None]
-    for name in [n for n in means if n not in corrected.uncorrected]:
+    left = [name for name in means if means[name] is None or _layer(corrected, name).bias is None]
+    corrected.meta["uncorrected"] = left
+    for name in [n for n in means if n not in left]:
         error = (grouped_weight(_layer(corrected, name)) - grouped_weight(_layer(graph, name))).sum(3)
         _shift_bias(corrected, name, torch.einsum("goc,gc->go", error, means[name].view(len(error), -1)).flatten())
     return corrected
@@ -149,7 +149,7 @@ def reestimate_batchnorm(model, qmodel, batches):
     which changes the weight's scale to a s_w and the bias; codes stay. Layer after layer, each behind those already done.
     A step of its own, never hidden in calibration. Raises UserError for a network without folded BatchNorm.
     """
-    graph, network = prepare(model, qmodel.config.placement, qmodel.config.fold_batchnorm)[0], _walk(model, qmodel, batches)
+    graph, network = folded(model), _walk(model, qmodel, batches)
     corrected = network.graphs["quantized"]
     if not any(hasattr(module, "folded_batchnorm") for module in graph.modules()):
         raise UserError("no layer of this network had a BatchNorm folded into it: there are no statistics to re-estimate")
@@ -169,9 +169,9 @@ def _rescale(corrected, name, bn, mean, variance):
         raise UserError("re-estimating BatchNorm rescales channels one by one; quantize with per_channel=True")
     ratio = gamma.abs() / torch.sqrt(variance + gamma**2 * bn["eps_share"]).clamp(min=1e-12)
     ratio = torch.where(gamma == 0, 1.0, ratio)
-    codes = to_codes(layer.weight.detach().cpu(), q)
     bias = (layer.bias.detach().cpu().double() - mean) * ratio + bn["mean"]
-    write_codes(layer, codes, dataclasses.replace(q, scale=(q.scale.double() * ratio).float()), bias, _bias_input(corrected, name))
+    scaled = dataclasses.replace(q, scale=(q.scale.double() * ratio).float())
+    corrected.write(name, corrected.codes(name), scaled, bias)
 
 
 # ---- Shared -----------------------------------------------------------------------------------------------------------------
@@ -181,16 +181,13 @@ def _layer(graph, name):
     return graph.get_submodule(find_node(graph, name).target)
 
 
-def _bias_input(qmodel, name):
-    return input_qparams(qmodel, name) if qmodel.config.placement == "fused" else None
-
-
 def _walk(model, qmodel, batches):
     """The float network and a copy of the quantized one, to be walked layer by layer."""
     batches = [batches] if isinstance(batches, torch.Tensor) else list(batches)
     if not sum(len(b) for b in batches):
         raise UserError("there are no images to measure the correction on: give at least one batch")
-    return Networks(prepare(model, qmodel.config.placement, qmodel.config.fold_batchnorm)[0], copy_quantized(qmodel).to(device()), torch.cat(batches), "layer")
+    copied = copy.deepcopy(qmodel).to(device())
+    return Networks(folded(model), copied, torch.cat(batches), "layer")
 
 
 def _moments(network, kind, i):

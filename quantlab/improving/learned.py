@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quantlab.affine import MAX_BITS
-from quantlab.improving.units import is_quantizer
+from quantlab.quantized import find_quantizer
 
 ZETA, GAMMA = 1.1, -0.1  # AdaRound's stretch of the sigmoid, so that h reaches 0 and 1
 
@@ -142,7 +142,7 @@ def learnable(part, graph, masks=None, learn_steps=True, learn_bias=True):
     roundings, steps, named = {}, {}, {n.name: n for n in graph.graph.nodes}
     for node in [n for n in part.graph.nodes if n.op == "call_module"]:
         module = part.get_submodule(node.target)
-        if is_quantizer(node, part):
+        if find_quantizer(part, node) is not None:
             steps[node.name] = LearnedStep(module, masks, learn_steps)
             part.set_submodule(node.target, steps[node.name])
         elif hasattr(module, "weight_qparams"):

@@ -2,7 +2,7 @@
 
     how = ReconstructConfig.preset("qdrop", iterations=800)
     qmodel = reconstruct(model, stats, images, QuantConfig(4, 4), how)      # images: float32 [N, 3, H, W], or an iterable of batches
-    qmodel.reconstruction                                                   # frame: unit, layers, nearest, learned (losses), seconds, note
+    qmodel.meta["reconstruction"]                                           # frame: unit, layers, nearest, learned (losses), seconds, note
 
 Unit after unit, the output of the float network is the target, the quantized network up to the unit gives the input, and what rounds
 inside it learns to come as close as it can. AdaRound: Nagel et al. 2020 (arXiv:2004.10568); BRECQ: Li et al. 2021 (arXiv:2102.05426);
@@ -17,8 +17,8 @@ import torch
 from torch import fx
 from tqdm.auto import tqdm
 
-from quantlab.calibration import prepare
 from quantlab.config import QuantConfig
+from quantlab.graph import folded
 from quantlab.improving.activations import BATCH, Networks
 from quantlab.improving.reconstruct_config import ReconstructConfig
 from quantlab.improving.reconstruct_state import State, load_unit, unit_tensors
@@ -32,7 +32,7 @@ def reconstruct(model, stats, images, config=QuantConfig(), how=ReconstructConfi
     """A quantized network as `quantize` gives it, whose rounding (and activation steps, biases) is learned unit by unit.
 
     images: float32 [N, 3, H, W] or an iterable of such batches. A unit keeps the nearest rounding where learning ends with a larger loss
-    on all of them. `qmodel.reconstruction` is a frame of unit, layers, nearest, learned (the two losses), seconds, note.
+    on all of them. `qmodel.meta["reconstruction"]` is a frame of unit, layers, nearest, learned (the two losses), seconds, note.
     state: path of a safetensors file of finished units, from which a later call with the same settings goes on; the result is the same.
     trace(record): called after every iteration with unit, iteration, loss, h (layer -> tensor like its weight), steps (quantizer -> float).
     Raises UserError for fewer images than a batch, statistics of another network, and a state file of other settings.
@@ -41,7 +41,7 @@ def reconstruct(model, stats, images, config=QuantConfig(), how=ReconstructConfi
     if len(images) < how.batch_size:
         raise UserError(f"{len(images)} calibration images do not fill a batch of {how.batch_size}; give more, or a smaller batch_size")
     qmodel = quantize(model, stats, config).to(device())
-    network = _Task(prepare(model, config.placement, config.fold_batchnorm)[0], qmodel, images, how)
+    network = _Task(folded(model), qmodel, images, how)
     finished = State(state, images, config, how, stats.graph_hash)
     rows = []
     with exact_float(), tqdm(network.units, desc="reconstruct", unit=" units", disable=not verbose) as progress:
@@ -57,7 +57,7 @@ def reconstruct(model, stats, images, config=QuantConfig(), how=ReconstructConfi
             network.free(i)
     for parameter in qmodel.parameters():
         parameter.requires_grad_(False)
-    qmodel.reconstruction = pd.DataFrame(rows)
+    qmodel.meta["reconstruction"] = pd.DataFrame(rows)
     return qmodel
 
 
@@ -147,7 +147,7 @@ def iteration_cost(model, stats, images, config=QuantConfig(), how=ReconstructCo
     size: a frame of unit, learning, plain, ratio. They take turns, so that a machine that slows down slows both."""
     images = images if isinstance(images, torch.Tensor) else torch.cat(list(images))
     qmodel = quantize(model, stats, config).to(device())
-    network, rows = _Task(prepare(model, config.placement, config.fold_batchnorm)[0], qmodel, images, how), []
+    network, rows = _Task(folded(model), qmodel, images, how), []
     with exact_float():
         for i, unit in enumerate(network.units):
             network.load_target(i)

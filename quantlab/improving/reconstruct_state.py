@@ -8,9 +8,8 @@ import pathlib
 import safetensors
 import torch
 
-from quantlab.improving.units import is_quantizer
 from quantlab.observers import observer_name
-from quantlab.ptq import find_node
+from quantlab.quantized import find_node, find_quantizer
 from quantlab.system.errors import UserError
 from quantlab.system.files import save_tensors
 
@@ -21,7 +20,7 @@ def unit_tensors(qmodel, unit):
     for name in unit.nodes:
         node = find_node(qmodel, name)
         module = qmodel.get_submodule(node.target) if node.op == "call_module" else None
-        if is_quantizer(node, qmodel):
+        if find_quantizer(qmodel, node) is not None:
             found[f"{name}.scale"] = module.scale
         elif hasattr(module, "weight_qparams"):
             found |= {f"{name}.weight": module.weight, f"{name}.weight_scale": module.weight_qparams.scale}

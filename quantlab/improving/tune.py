@@ -7,6 +7,7 @@ The float network's logits are the target; no labels. Learning everything at onc
 from where reconstruction ended.
 """
 
+import copy
 import dataclasses
 import math
 
@@ -14,11 +15,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from quantlab.affine import quantize as to_codes
-from quantlab.calibration import prepare
+from quantlab.affine import quantize_tensor
+from quantlab.graph import folded
 from quantlab.improving.learned import LearnedStep
-from quantlab.improving.units import is_quantizer
-from quantlab.ptq import copy_quantized, find_node, input_qparams, layers, write_codes
+from quantlab.quantized import find_node, find_quantizer
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float
 
@@ -37,7 +37,7 @@ class _LearnedLayer(nn.Module):
         super().__init__()
         self.layer, self.q = [layer], layer.weight_qparams.to(layer.weight.device)
         self.scale, self.zero_point = self.q.broadcast(layer.weight.dim())
-        latent = to_codes(layer.weight.detach(), self.q).float()
+        latent = quantize_tensor(layer.weight.detach(), self.q).float()
         if exact is not None:
             latent = torch.clamp(exact.detach() / self.scale + self.zero_point, latent - NEAR, latent + NEAR)
         self.latent = nn.Parameter(latent, requires_grad=exact is not None)
@@ -71,8 +71,9 @@ def tune_end_to_end(
         raise UserError(f"{len(images)} calibration images do not fill a batch of {batch_size}; give more, or a smaller batch_size")
     if iterations < 1 or min(lr, lr_weights, temperature) <= 0:
         raise UserError(f"iterations={iterations}, lr={lr}, lr_weights={lr_weights} and temperature={temperature} are positive numbers")
-    graph = prepare(model, qmodel.config.placement, qmodel.config.fold_batchnorm)[0].to(device()).requires_grad_(False)
-    tuned, learning = copy_quantized(qmodel).to(device()), copy_quantized(qmodel).to(device())
+    graph = folded(model).to(device()).requires_grad_(False)
+    tuned = copy.deepcopy(qmodel).to(device())
+    learning = copy.deepcopy(qmodel).to(device())
     steps, learned = _swap(learning, graph if learn_weights else None)
     latent = [layer.latent for layer in learned.values() if learn_weights]
     rest = [p for module in (*steps.values(), *learned.values()) for name, p in module.named_parameters() if name != "latent"]
@@ -106,7 +107,7 @@ def _swap(network, graph):
     steps, learned = {}, {}
     for node in list(network.graph.nodes):
         module = network.get_submodule(node.target) if node.op == "call_module" else None
-        if is_quantizer(node, network):
+        if find_quantizer(network, node) is not None:
             steps[node.name] = LearnedStep(module)
             network.set_submodule(node.target, steps[node.name])
         elif hasattr(module, "weight_qparams"):
@@ -120,9 +121,8 @@ def _swap(network, graph):
 def _write(tuned, steps, learned):
     for name, step in steps.items():
         tuned.get_submodule(find_node(tuned, name).target).scale.copy_(step.scale)
-    for name in layers(tuned, tuned.plan):
-        layer, found = tuned.get_submodule(find_node(tuned, name).target), learned[name]
-        q = layer.weight_qparams
+    for name, found in learned.items():
+        q = tuned.layers[name].weight_qparams
         q = dataclasses.replace(q, scale=q.scale * found.log_scale.exp().to(q.scale.device).view(q.scale.shape))
-        write_codes(layer, found.codes.int(), q, found.bias, input_qparams(tuned, name) if tuned.config.placement == "fused" else None)
+        tuned.write(name, found.codes.int(), q, found.bias)
     return tuned

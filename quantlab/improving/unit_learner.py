@@ -5,7 +5,7 @@ import math
 import torch
 
 from quantlab.improving.learned import Masks, learnable
-from quantlab.ptq import find_node, input_qparams, write_codes
+from quantlab.quantized import find_node
 
 
 class UnitLearner:
@@ -62,9 +62,7 @@ class UnitLearner:
         for name, step in self.steps.items():
             qmodel.get_submodule(find_node(qmodel, name).target).scale.copy_(step.scale.detach())
         for name, rounding in self.roundings.items():
-            layer = qmodel.get_submodule(find_node(qmodel, name).target)
-            q_in = input_qparams(qmodel, name) if qmodel.config.placement == "fused" else None
-            write_codes(layer, rounding.codes, rounding.q, rounding.bias, q_in)
+            qmodel.write(name, rounding.codes, rounding.q, rounding.bias)
 
 
 def _cosine(iterations):

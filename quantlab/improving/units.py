@@ -9,7 +9,7 @@ import dataclasses
 from torch import fx
 
 from quantlab.graph import find_kinds, readers_of
-from quantlab.ptq import Quantizer
+from quantlab.quantized import find_quantizer, origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,25 +62,14 @@ def _unit(end, nodes, later, kinds, qmodel):
     read_later = {a for _, others in later for n in others for a in n.all_input_nodes}
     outputs = [n.name for n in nodes if n == end or n in read_later and kinds[n] not in ("shape", "constant")]
     layers = tuple(n.name for n in nodes if kinds[n] == "compute")
-    return Unit(layers[0] if len(layers) == 1 else origin(end, qmodel).name, layers, tuple(n.name for n in nodes), tuple(inputs), end.name,
-                tuple(outputs), origin(end, qmodel).name)
-
-
-def is_quantizer(node, qmodel):
-    return node.op == "call_module" and isinstance(qmodel.get_submodule(node.target), Quantizer)
-
-
-def origin(node, qmodel):
-    """The float graph's node whose value `node` stands for: Quantizers skipped."""
-    while is_quantizer(node, qmodel):
-        node = node.args[0]
-    return node
+    return Unit(layers[0] if len(layers) == 1 else origin(qmodel, end).name, layers, tuple(n.name for n in nodes), tuple(inputs), end.name,
+                tuple(outputs), origin(qmodel, end).name)
 
 
 def _end_of_group(node, kinds, qmodel):
     """The last of node, its clamp and their Quantizer, as far as each is the only reader of the one before."""
-    while len(found := readers_of(node, kinds)) == 1 and not is_quantizer(node, qmodel):
-        if kinds[found[0]] != "clamp" and not is_quantizer(found[0], qmodel):
+    while len(found := readers_of(node, kinds)) == 1 and find_quantizer(qmodel, node) is None:
+        if kinds[found[0]] != "clamp" and find_quantizer(qmodel, found[0]) is None:
             break
         node = found[0]
     return node

@@ -9,7 +9,7 @@ from quantlab.graph import PASSES_CODES, call_name, find_kinds
 from quantlab.integer import operations as ops
 from quantlab.integer import pooling as pools
 from quantlab.integer.fast import operations as integer_fast
-from quantlab.ptq import Quantizer
+from quantlab.quantized import Quantizer
 from quantlab.system.errors import UserError
 
 CLASSES = (ops.Conv, ops.Linear, ops.Affine, ops.Requantize, ops.Add, pools.Average, pools.MaxPool)

@@ -13,13 +13,13 @@ import pandas as pd
 import torch
 from torch import fx, nn
 
-from quantlab.affine import quantize
+from quantlab.affine import quantize_tensor
 from quantlab.graph import call_name
 from quantlab.integer import operations as ops
 from quantlab.integer.convert import EXECUTORS, Converter
 from quantlab.integer.fast.operations import has_compiler
 from quantlab.integer.fixedpoint import check_rounding
-from quantlab.ptq import find_node
+from quantlab.quantized import QuantizedNetwork, find_node
 from quantlab.system.errors import UserError
 
 
@@ -29,17 +29,15 @@ def to_integer(qmodel, rounding="single", executor="reference", compile=None):
     rounding: "single" (TensorFlow Lite today) or "double" (gemmlowp), of every requantization. executor: "reference" (int32 tensors on the
     CPU, readable) or "fast" (int8 codes, CPU and CUDA); both give the same codes. compile: whether the fast one uses compiled kernels, on the
     CPU in C, which takes a second once a machine, on CUDA by torch.compile, seconds at the first call; None: where there is a compiler.
-    Raises UserError, naming the node, for what is simulation only (placement "inputs", a float residual stream, operations without an
+    Raises UserError, naming the node, for what is simulation only (a float residual stream, operations without an
     integer form), for an edge without parameters, and where 32 bits are not enough.
     """
     check_rounding(rounding)
     if executor not in EXECUTORS:
         raise UserError(f"executor={executor!r} is unknown; use one of: {', '.join(EXECUTORS)}")
-    if not isinstance(qmodel, fx.GraphModule) or not hasattr(qmodel, "plan"):
+    if not isinstance(qmodel, QuantizedNetwork):
         raise UserError(f"{type(qmodel).__name__} is not calibrated; give to_integer what quantize(model, stats, config) returned")
     plan, config = qmodel.plan, qmodel.config
-    if plan.placement != "fused":
-        raise UserError(f"placement {plan.placement!r} is simulation only: it rounds where no integer machine stores a value; use 'fused'")
     if plan.floats:
         others = f" (nor have {', '.join(plan.floats[1:5])})" if plan.floats[1:] else ""
         raise UserError(f"node {plan.floats[0]} ({_operation(qmodel, plan.floats[0])}) has no integer form here{others}; replace the operation")
@@ -80,7 +78,7 @@ class IntegerModel(nn.Module):
 
     def input_codes(self, images):
         """float32 images -> codes as the executor stores them."""
-        codes = quantize(images, self.quantizer.qparams) - self.offset
+        codes = quantize_tensor(images, self.quantizer.qparams) - self.offset
         return codes.to(torch.int8) if self.executor == "fast" else codes
 
     def dequantize(self, acc, node):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantlab.affine import QParams, quantize
+from quantlab.affine import QParams, quantize_tensor
 from quantlab.integer.fixedpoint import INT32_MAX, fixed_point, multiply, requantize, signed_bits
 from quantlab.system.errors import UserError
 
@@ -48,7 +48,7 @@ class Grid:
 
     def clamped(self, low, high):
         """The same codes after a clamp of the reals to [low, high]: both ends are coded as any other value is."""
-        low, high = (int(quantize(torch.tensor(float(end)), self.q)) - self.offset for end in (low, high))
+        low, high = (int(quantize_tensor(torch.tensor(float(end)), self.q)) - self.offset for end in (low, high))
         return dataclasses.replace(self, low=max(self.low, low), high=min(self.high, high))
 
 
@@ -107,7 +107,7 @@ class Layer(Operation):
     def __init__(self, name, layer, grid_in, out, rounding):
         q, scale_in, real = layer.weight_qparams.to("cpu"), grid_in.scale, layer.weight.detach().cpu()
         scale, zero_point = q.broadcast(real.dim())
-        weight = quantize(real, q) - zero_point
+        weight = quantize_tensor(real, q) - zero_point
         if not torch.allclose(scale * weight, real, rtol=1e-4, atol=0):
             raise UserError(f"{name}: its weights are not the values of its codes; give to_integer what quantize returned")
         unit = (scale_in * q.scale.double()).expand(len(weight))

@@ -9,10 +9,10 @@ import torch
 from torch import fx
 from tqdm.auto import tqdm
 
-from quantlab.affine import quantize
+from quantlab.affine import quantize_tensor
 from quantlab.integer.network import IntegerRun
 from quantlab.integer.operations import Operation
-from quantlab.ptq import Quantizer
+from quantlab.quantized import Quantizer
 from quantlab.system.errors import UserError
 from quantlab.system.machine import exact_float
 
@@ -30,7 +30,7 @@ class _Codes(fx.Interpreter):
         value = super().run_node(node)
         module = self.module.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, Quantizer):
-            self.codes[node.target.removeprefix("quantizers.")] = quantize(value, module.qparams)
+            self.codes[node.target.removeprefix("quantizers.")] = quantize_tensor(value, module.qparams)
         return value
 
 

@@ -17,11 +17,11 @@ import pandas as pd
 import torch
 from torch import fx
 
-from quantlab.affine import quantize
-from quantlab.calibration import prepare
+from quantlab.affine import quantize_tensor
+from quantlab.graph import folded
 from quantlab.export.onnx import export_onnx
 from quantlab.export.onnx_graph import import_onnx
-from quantlab.ptq import Quantizer
+from quantlab.quantized import Quantizer
 from quantlab.system.errors import UserError
 from quantlab.system.machine import exact_float
 
@@ -101,7 +101,7 @@ class _Codes(fx.Interpreter):
     def run_node(self, node):
         value = super().run_node(node)
         if node.op == "call_module" and isinstance(quantizer := self.module.get_submodule(node.target), Quantizer):
-            self.codes[node.name] = quantize(value, quantizer.qparams).cpu()
+            self.codes[node.name] = quantize_tensor(value, quantizer.qparams).cpu()
         return value
 
 
@@ -133,7 +133,7 @@ def compare_codes(qmodel, path, images):
 def onnxruntime_float(model, image_shape=(3, 32, 32)):
     """The folded float network in ONNX Runtime, as an OnnxModel."""
     with tempfile.TemporaryDirectory() as folder:
-        return OnnxModel(export_onnx(prepare(model)[0], f"{folder}/float.onnx", image_shape))
+        return OnnxModel(export_onnx(folded(model), f"{folder}/float.onnx", image_shape))
 
 
 def onnxruntime_int8(model, batches, method="minmax", exact=True):
@@ -151,7 +151,7 @@ def onnxruntime_int8(model, batches, method="minmax", exact=True):
     batches = [batch.cpu() for batch in batches]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         source, target = f"{folder}/float.onnx", f"{folder}/int8.onnx"
-        export_onnx(prepare(model)[0], source, tuple(batches[0].shape[1:]))
+        export_onnx(folded(model), source, tuple(batches[0].shape[1:]))
         ort.quantize_static(
             source, target, _Reader(batches, OnnxModel(source)), quant_format=ort.QuantFormat.QDQ, per_channel=True,
             calibrate_method=ort.CalibrationMethod[methods[method]], activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,

@@ -24,8 +24,9 @@ from quantlab.analysis import distributions
 from quantlab.analysis.sensitivity import edge_errors
 from quantlab.calibration import collect
 from quantlab.config import QuantConfig
-from quantlab.graph import call_name, fold, trace
-from quantlab.ptq import find_node, layers, quantize, weight_bytes
+from quantlab.graph import call_name, folded
+from quantlab.ptq import layers, quantize
+from quantlab.quantized import find_node, weight_bytes
 from quantlab.system.errors import UserError
 from quantlab.system.files import atomic_path
 from quantlab.system.machine import device, exact_float
@@ -164,8 +165,8 @@ def compare_observers(stats, qmodel, bits):
 
 def compare_weights(model, qmodel):
     """Per layer: shape, spread of its channels' ranges, and the signal to noise that its rounded weights keep; a frame."""
-    graph, rows = fold(trace(model), batchnorm=qmodel.config.placement == "fused"), []
-    for name in layers(graph, qmodel.plan):
+    graph, rows = folded(model), []
+    for name in layers(graph):
         weight = graph.get_submodule(find_node(graph, name).target).weight.detach()
         q = qmodel.get_submodule(find_node(qmodel, name).target).weight_qparams
         ranges = weight.flatten(1).abs().amax(1)
@@ -211,7 +212,7 @@ def _page(target, sections):
 def _summary(target, model, qmodel, images, config, accuracy):
     float_bytes = 4 * sum(p.numel() for p in model.parameters())
     facts = {
-        "network": target, "convolutions and linear layers": len(layers(qmodel, qmodel.plan)), "values stored as codes": len(qmodel.plan.stores),
+        "network": target, "convolutions and linear layers": len(layers(qmodel)), "values stored as codes": len(qmodel.plan.stores),
         "calibration images": f"{len(images.calibration):,}", "weights in float": f"{float_bytes / 1e6:.2f} MB",
         f"weights at {config.weight_bits} bits, with scales and biases": f"{weight_bytes(qmodel) / 1e6:.2f} MB",
         "convention": f"all layers W{config.weight_bits}A{config.act_bits}, operands and results of adds {config.residual_bits} bits, image {config.input_bits} bits",
