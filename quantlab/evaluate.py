@@ -1,6 +1,7 @@
 """Top-1 accuracy on a split, and how far two networks differ on the same images."""
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -82,23 +83,33 @@ def _batches(split, batch_size, verbose):
     return tqdm(split.batches(batch_size), "evaluate", total, leave=False, disable=not verbose)
 
 
+def take_turns(calls, rounds=5, warm_up=1, verbose=False):
+    """Wall-clock seconds of each call (name -> function without arguments): name -> [rounds].
+
+    They take turns within every round, so that a machine that slows down slows all of them and
+    ratios hold. The first `warm_up` rounds are not counted.
+    """
+    times = {name: [] for name in calls}
+    for turn in tqdm(range(warm_up + rounds), desc="rounds", leave=False, disable=not verbose):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # a kernel that is only queued has taken no time yet
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
 @torch.inference_mode()
 def latency(networks, images, repeats=20):
     """Median wall-clock seconds a call, by name, of several networks (name -> callable) on the same
-    float32 [B, C, H, W].
-
-    They take turns within every repeat, so that a machine that slows down slows all of them and
-    ratios hold. CPU only.
+    float32 [B, C, H, W], measured in turns (`take_turns`). CPU only.
     """
-    times = {name: [] for name in networks}
     images = images.contiguous(memory_format=torch.channels_last)
-    for repeat in range(repeats + 2):  # two warm-up rounds
-        for name, network in networks.items():
-            started = time.perf_counter()
-            network(images)
-            if repeat >= 2:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+    calls = {name: functools.partial(network, images) for name, network in networks.items()}
+    times = take_turns(calls, repeats, warm_up=2)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def paired_drop(correct_a, correct_b):
