@@ -1,4 +1,6 @@
-"""Arithmetic against two independent oracles: torch's fake-quantize kernels, bit by bit, and exact rational numbers."""
+"""Arithmetic against two independent oracles: torch's fake-quantize kernels, bit by bit, and exact
+rational numbers.
+"""
 
 from fractions import Fraction
 
@@ -21,7 +23,9 @@ def ranges(draw):
 
 
 def exact_code(x, scale, zero_point, qmin, qmax):
-    """clamp(zero_point + round_half_even(x / scale)) in rational arithmetic; Python's round of a Fraction rounds half to even."""
+    """clamp(zero_point + round_half_even(x / scale)) in rational arithmetic; Python's round of a
+    Fraction rounds half to even.
+    """
     return min(max(zero_point + round(Fraction(x) / Fraction(scale)), qmin), qmax)
 
 
@@ -66,7 +70,9 @@ def test_codes_are_the_exact_ones_except_within_two_ulp_of_a_tie(limits, bits, s
 
 
 def test_exact_rational_mismatches_are_rare():
-    """The exception above, counted: one reciprocal in float32 instead of a division moves almost no code."""
+    """The exception above, counted: one reciprocal in float32 instead of a division moves almost no
+    code.
+    """
     x = torch.randn(20_000)
     q = ql.choose_qparams(-3.3, 2.9, 8)
     codes = ql.quantize_tensor(x, q).tolist()
@@ -84,7 +90,8 @@ def test_zero_is_exact_and_the_range_is_covered(limits, bits, symmetric, signed)
     if signed or limits[0] >= 0:
         inside = torch.linspace(*limits, 101).clamp(*limits)
         error = (ql.fake_quantize(inside, q) - inside).abs().max()
-        step = q.scale * (1.0 if not symmetric else 0.5)  # an affine zero-point, rounded, may move an end by half a step
+        # an affine zero-point, rounded, may move an end by half a step
+        step = q.scale * (1.0 if not symmetric else 0.5)
         assert error <= step * 1.001
 
 
@@ -98,7 +105,9 @@ def test_narrow_symmetric_range_negates_exactly():
 
 
 def test_published_example_of_the_original():
-    """The original's quantized ReLU: [-1, 1] has scale 2/255 and zero-point 128, [0, 1] scale 1/255 and zero-point 0; code 192 means two values."""
+    """The original's quantized ReLU: [-1, 1] has scale 2/255 and zero-point 128, [0, 1] scale 1/255
+    and zero-point 0; code 192 means two values.
+    """
     before, after = ql.choose_qparams(-1, 1, 8), ql.choose_qparams(0, 1, 8)
     assert before.scale.item() == pytest.approx(2 / 255) and before.zero_point == 128
     assert after.scale.item() == pytest.approx(1 / 255) and after.zero_point == 0

@@ -1,4 +1,6 @@
-"""Statistics: exact counts whatever the order, against a two-pass reference. Range setters: against the optimum of their own criterion."""
+"""Statistics: exact counts whatever the order, against a two-pass reference. Range setters: against
+the optimum of their own criterion.
+"""
 
 import functools
 import math
@@ -62,7 +64,8 @@ def test_counts_agree_with_a_two_pass_reference(exponents):
     stats = observe(*values.split(100))
     assert stats.zeros == 20 and stats.count == len(values) == int(stats.bins.sum()) + stats.zeros
     assert (stats.minimum, stats.maximum) == (values.min().item(), values.max().item())
-    index = [math.ceil(v / stats.width) - 1 - stats.first for v in values.tolist() if v != 0]  # Python floats: division by a power of two is exact
+    # Python floats: division by a power of two is exact
+    index = [math.ceil(v / stats.width) - 1 - stats.first for v in values.tolist() if v != 0]
     expected = torch.bincount(torch.tensor(index), minlength=len(stats.bins))
     assert torch.equal(stats.bins, expected)
 
@@ -123,7 +126,9 @@ def test_percentile_is_the_quantile_within_a_bin(q):
 
 
 def brute_force(values, bits, symmetric, steps=120):
-    """Least mean squared error of quantizing the raw values themselves over a dense grid of ranges, by torch's kernel."""
+    """Least mean squared error of quantizing the raw values themselves over a dense grid of ranges,
+    by torch's kernel.
+    """
     low, high = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
     shares = [i / steps for i in range(1, steps + 1)]
     pairs = [(a, a) for a in shares] if symmetric or low == 0 else [(a, b) for a in shares[4::3] for b in shares[4::3]]
@@ -229,7 +234,9 @@ def test_error_from_the_histogram_is_the_error_on_the_values():
 
 
 def test_the_search_knows_the_number_of_levels():
-    """PyTorch's observer looks for 256 levels whatever the width; ours clips more, the fewer there are."""
+    """PyTorch's observer looks for 256 levels whatever the width; ours clips more, the fewer there
+    are.
+    """
     stats = observe(torch.randn(100_000).relu())
     highs = [histogram(stats, bits)[1] for bits in (8, 6, 4, 3, 2)]
     assert highs == sorted(highs, reverse=True) and highs[-1] < 0.6 * highs[0]

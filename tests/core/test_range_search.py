@@ -1,4 +1,6 @@
-"""The two-sided search against the optimum of its own criterion; what is said of PyTorch's observers in notebook 04, on fixed tensors."""
+"""The two-sided search against the optimum of its own criterion; what is said of PyTorch's
+observers in notebook 04, on fixed tensors.
+"""
 
 import itertools
 
@@ -33,7 +35,9 @@ def tensor(shape):
 
 
 def criterion(stats, bits, p):
-    """Mean |error|^p over the histogram for one range, in NumPy and float64; shares of both extremes in."""
+    """Mean |error|^p over the histogram for one range, in NumPy and float64; shares of both
+    extremes in.
+    """
     centers, counts = (v.numpy().astype(np.float64) for v in stats.histogram())
     centers, counts, top = centers[counts > 0], counts[counts > 0], 2**bits - 1
 
@@ -50,7 +54,9 @@ def criterion(stats, bits, p):
 @pytest.mark.parametrize("shape", ["shifted", "two humps", "one outlier", "skewed", "mostly negative"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_two_sided_search_reaches_the_global_optimum_of_its_criterion(bits, shape):
-    """Every pair of 64 x 64 shares, then a simplex from the five best of them: range and zero-point free."""
+    """Every pair of 64 x 64 shares, then a simplex from the five best of them: range and zero-point
+    free.
+    """
     stats = observe(tensor(shape))
     error, low_high = criterion(stats, bits, 2.0), histogram(stats, bits)
     ours = error((low_high[0] / stats.minimum, low_high[1] / stats.maximum))
@@ -71,7 +77,7 @@ def test_two_sided_search_for_another_exponent():
     assert low / stats.minimum < 0.7 * high / stats.maximum, "the two ends differ: the outlier's side is clipped harder"
 
 
-# ---- PyTorch's observers ----------------------------------------------------------------------------------------------------
+# ---- PyTorch's observers -------------------------------------------------------------------------
 
 
 def heavy_batches():
