@@ -1,0 +1,158 @@
+"""What every notebook sets up and writes down: images, network, preset, rows, captions, figures.
+
+    study = Study(data, model, checkpoint, preset, n_calibration=n_calibration, seed=seed,
+                  notebook="03_quantize_by_hand")
+    show(study.record(study.evaluate(qmodel), "by hand", qmodel.config))
+
+Set-up and bookkeeping only: what a notebook teaches stands in its cells.
+"""
+
+import functools
+
+import matplotlib
+from IPython import get_ipython
+from IPython.display import display
+
+from quantlab import plots
+from quantlab.calibration import collect
+from quantlab.evaluate import evaluate, limited
+from quantlab.images.datasets import Dataset, load_data
+from quantlab.networks.checkpoints import load_trained
+from quantlab.system.errors import UserError, did_you_mean
+from quantlab.system.files import root
+from quantlab.workbook import results
+
+PRESETS = ("auto", "smoke", "full")
+SMOKE_LIMIT = 1000  # test images of a smoke run
+SHOWN = ["method", "weight_bits", "act_bits", "n_test", "top1", "drop", "drop_low", "drop_high",
+         "bytes"]  # of a row that has just been recorded
+
+
+class Study:
+    """One network on one data set under one preset.
+
+    data: a source for `load_data`, or a Dataset. checkpoint: "auto" or a path. preset: smoke, full,
+    or auto: smoke on the digits. n_calibration: images that ranges are chosen on; 0: 256 in a smoke
+    run, 1,024 in a full one. limit: test images; None: 1,000 in a smoke run, else all.
+    notebook: its file's name, for the rows. UserError for an unknown preset, data or checkpoint.
+
+    images (Dataset), network (float, eval mode), card, model (its name), smoke (bool), limit, seed,
+    n_calibration, test (Split, limited).
+    """
+
+    def __init__(self, data, model, checkpoint="auto", preset="auto", *, n_calibration=0, seed=0,
+                 limit=None, notebook=""):
+        if preset not in PRESETS:
+            raise UserError(f"preset {preset!r} is unknown{did_you_mean(preset, PRESETS)}; "
+                            f"there are: {', '.join(PRESETS)}")
+        if get_ipython() is None:
+            matplotlib.use("Agg")  # a plain script saves its figures and opens no window
+        plots.set_style()
+        self.images = data if isinstance(data, Dataset) else load_data(data)
+        self.smoke = self.images.smoke if preset == "auto" else preset == "smoke"
+        self.limit = limit or (SMOKE_LIMIT if self.smoke else None)
+        enough = min(self.choose(0, smoke=256, full=1024), len(self.images.train))
+        self.n_calibration = n_calibration or enough
+        self.seed = seed
+        self.notebook = notebook
+        self.model = model
+        self.network, self.card = load_trained(model, self.images, checkpoint)
+        self.test = limited(self.images.test, self.limit)
+
+    def choose(self, given, *, smoke, full):
+        """A parameter of the notebook: as given, or the preset's where it is 0, "" or "auto"."""
+        if given and given != "auto":
+            return given
+        return smoke if self.smoke else full
+
+    # ---- Images, statistics, accuracies ---------------------------------------------------------
+
+    def calibration(self, seed=None, n=None, batch_size=128):
+        """Batches (float32 [B, 3, H, W]) of `n` training images; by default the study's."""
+        seed = self.seed if seed is None else seed
+        return self.images.calibration(n or self.n_calibration, seed, batch_size)
+
+    @functools.cached_property
+    def stats(self):
+        """CalibrationStats of the float network on the study's calibration images."""
+        return collect(self.network, self.calibration())
+
+    @functools.cached_property
+    def baseline(self):
+        """Evaluation of the float network on the test images, which rows compare with."""
+        return self.evaluate(self.network)
+
+    def evaluate(self, network, split=None, **options):
+        """Evaluation on the test images or another Split, at most `limit` of them."""
+        split = self.images.test if split is None else split
+        return evaluate(network, split, limit=self.limit, **options)
+
+    # ---- Rows -----------------------------------------------------------------------------------
+
+    def row(self, result, method, config=None, **columns):
+        """A row of results.csv for an Evaluation on the test images, as a dict; not yet recorded.
+
+        config: the QuantConfig of a network by hand. columns: bytes, corrections and whatever else
+        `results.make_row` takes; n_calibration is the study's where there is a config, else 0.
+        """
+        own = {
+            "data": self.images, "model": self.model, "card": self.card, "seed": self.seed,
+            "notebook": self.notebook, "n_calibration": self.n_calibration if config else 0,
+        }
+        columns = {**own, **columns}
+        columns.setdefault("baseline", result if method == "float" else self.baseline)
+        return results.make_row(result=result, method=method, config=config, **columns)
+
+    def record(self, result, method, config=None, **columns):
+        """Record a `row` at once; return what of it is worth showing, as a frame of one row."""
+        return brief(self.record_rows([self.row(result, method, config, **columns)]))
+
+    def record_rows(self, rows):
+        """Record rows of `row`; return them as a frame with every column, for a table or figure."""
+        return results.record(rows)
+
+    def once(self, settings, measure):
+        """`results.once`: the row that measure(state) returns, measured once for these settings.
+
+        settings: a dict of what decides the number besides network, images, n_calibration and seed.
+        """
+        own = {
+            "data": self.images.fingerprint, "checkpoint": self.card.sha256, "model": self.model,
+            "n_test": len(self.test), "n_calibration": self.n_calibration, "seed": self.seed,
+        }
+        return results.once({**own, **settings}, measure)
+
+    # ---- Figures --------------------------------------------------------------------------------
+
+    def caption(self, n, text="", data=None):
+        """A figure's caption: data set, model, n, then text. data: named in place of the images."""
+        return plots.row_caption(data or self.images, self.model, n, text)
+
+    def save(self, figure, name, data=None):
+        """Save a figure as pic/NAME_MODEL_DATA (.png, .svg); return it, as the value of a cell."""
+        data = data or self.images
+        plots.save(figure, name, data, self.model)
+        if get_ipython() is None:
+            print(f"figure: {root() / 'pic'}/{name}_{self.model}_{getattr(data, 'name', data)}.png")
+        return figure
+
+
+def brief(frame):
+    """The columns of recorded rows that are worth showing, rounded."""
+    return frame[SHOWN].round(2)
+
+
+def show(*things):
+    """Show frames, figures and texts: as a notebook's output, or printed by a plain script.
+
+    A figure prints nothing there: `Study.save` says where it is.
+    """
+    for thing in things:
+        if isinstance(thing, str):
+            print(thing)
+        elif get_ipython() is not None:
+            display(thing)
+        elif hasattr(thing, "to_string"):  # a frame, a series or a styled frame
+            print(thing.to_string(), end="\n\n")
+        elif isinstance(getattr(thing, "data", None), str):  # IPython's Markdown
+            print(thing.data)
