@@ -1,4 +1,4 @@
-"""Folders of the workbook, files that are written whole or not at all, and the commit they come from."""
+"""Folders of the workbook, files written whole or not at all, and the commit they come from."""
 
 import contextlib
 import functools
@@ -15,14 +15,15 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 
 
 def root():
-    """Folder of the workbook: $QUANTLAB_ROOT, else the checkout around this package, else the working directory."""
+    """The workbook's folder: $QUANTLAB_ROOT, else the checkout around this package, else the
+    working directory."""
     if "QUANTLAB_ROOT" in os.environ:
         return pathlib.Path(os.environ["QUANTLAB_ROOT"]).resolve()
     return PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else pathlib.Path.cwd()
 
 
 def data_folder():
-    """Where downloads and caches go: data/ of the workbook, or $QUANTLAB_DATA where that is a folder."""
+    """Where downloads and caches go: $QUANTLAB_DATA if it is a folder, else the workbook's data/."""
     named = os.environ.get("QUANTLAB_DATA")
     return pathlib.Path(named) if named and pathlib.Path(named).is_dir() else root() / "data"
 
@@ -35,23 +36,29 @@ def repository_url():
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary path beside `path`; move it there when the block succeeds, delete it when not. No half-written files."""
+    """Yield a temporary path beside `path`, moved there when the block succeeds, else deleted.
+
+    Raises UserError where it cannot be written.
+    """
     path = pathlib.Path(path)
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space there or name another folder") from None
-    os.close(handle)
-    temporary = pathlib.Path(name)
-    try:
+        prefix = f".{path.stem[:40]}-"
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
+        os.close(handle)
+        temporary = pathlib.Path(name)
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are for their owner only
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space there or name another folder") from error
+        reason = error.strerror or error
+        raise UserError(
+            f"cannot write {path}: {reason}; free space there or name another folder"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 @functools.cache
@@ -68,12 +75,13 @@ def write_text(path, text):
 
 
 def save_tensors(path, tensors, metadata):
-    """Write tensors (name -> tensor, any device) and text metadata as one safetensors file, atomically."""
+    """Write tensors (name -> tensor, any device) and text metadata as one safetensors file."""
     import safetensors.torch
 
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_path(path) as temporary:
         try:
-            safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+            safetensors.torch.save_file(tensors, temporary, metadata)
         except safetensors.SafetensorError as error:  # a full disk, told in the library's own class
             raise OSError(str(error)) from None
 
@@ -85,11 +93,14 @@ def sha256(path):
 
 
 def commit():
-    """Short hash of the checked-out commit, '+' appended where tracked files differ from it; '' outside a repository."""
+    """Short hash of the checked-out commit, with '+' where tracked files differ; '' outside git."""
     git = functools.partial(subprocess.run, cwd=root(), capture_output=True, text=True)
+    ours = ["--untracked-files=no", "--", "quantlab", "notebooks"]
     try:
         head = git(["git", "rev-parse", "--short=10", "HEAD"])
-        dirty = git(["git", "status", "--porcelain", "--untracked-files=no", "--", "quantlab", "notebooks"])
+        changed = git(["git", "status", "--porcelain", *ours]).stdout.strip()
     except FileNotFoundError:
         return ""
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""
+    if head.returncode != 0:
+        return ""
+    return head.stdout.strip() + ("+" if changed else "")

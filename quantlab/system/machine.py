@@ -1,4 +1,4 @@
-"""The machine: its device and name, seeds, exact float arithmetic, and torchvision beside any torch."""
+"""The machine: device and name, seeds, exact float arithmetic, and torchvision beside any torch."""
 
 import contextlib
 import importlib.util
@@ -13,12 +13,13 @@ import torch
 
 def device():
     """The accelerator where there is one, else the CPU; $QUANTLAB_DEVICE overrides."""
-    return torch.device(os.environ.get("QUANTLAB_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(os.environ.get("QUANTLAB_DEVICE") or found)
 
 
 @contextlib.contextmanager
 def exact_float():
-    """float32 convolutions without TF32, which would round their inputs where no integer machine does."""
+    """float32 convolutions without TF32, which rounds inputs where no integer machine does."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -28,22 +29,23 @@ def exact_float():
 
 
 def device_name(where=None):
-    """The processor a number was measured on, in words, with its thread count where that matters."""
+    """The processor a number was measured on, in words, with the thread count of a CPU."""
     if (where or device()).type == "cuda":
         return torch.cuda.get_device_name(where)
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        named = next(line for line in lines if line.startswith("model name"))
+        model = named.split(":", 1)[1].strip()
     return f"{model}, {torch.get_num_threads()} threads"
 
 
 def has_bf16():
-    """True where bfloat16 arithmetic is native, so that training in it is faster and not merely possible."""
+    """True where bfloat16 is native, so that training in it is faster and not merely possible."""
     if device().type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.12
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    there = getattr(torch.cpu, "get_capabilities", dict)()  # new in torch 2.12
+    return any(there.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
 
 
 def seed_everything(seed):
@@ -55,16 +57,18 @@ def seed_everything(seed):
 
 # ---- torchvision beside another build of torch --------------------------------------------------
 
-# torchvision registers shape functions for these operators while it is imported and stops when its compiled extension, which
-# defines them, was built for another torch (a CUDA wheel of torchvision beside a CPU wheel of torch, for instance).
+# While it is imported, torchvision registers shape functions for these operators; it stops where
+# its compiled extension, which defines them, was built for another torch: a CUDA wheel of
+# torchvision beside a CPU wheel of torch, for instance.
 TORCHVISION_OPERATORS = ("nms", "qnms")
 _declared = []  # a torch.library.Library forgets its operators when it is collected
 
 
 def make_torchvision_importable():
-    """Declare torchvision's non-maximum-suppression operators where its own extension does not load; return True if it was needed.
+    """Declare torchvision's non-maximum-suppression operators where its extension does not load.
 
-    Only declared, never implemented: nothing here detects boxes. Call before the first `import torchvision`.
+    Returns True if that was needed. They are never implemented: nothing here detects boxes. Call it
+    before the first `import torchvision`.
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None or _declared:
