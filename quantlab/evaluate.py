@@ -125,3 +125,19 @@ def paired_drop(correct_a, correct_b):
     p, q = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
     half = 1.959964 * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
     return 100 * (lost - gained) / n, 100 * (p - q - half), 100 * (p - q + half)
+
+
+def decibels(signal, noise):
+    """10 log10(signal / noise) of two sums of squares (numbers, or tensors []), in dB; infinite
+    where nothing is lost.
+    """
+    signal, noise = float(signal), float(noise)
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+
+
+def decibels(signal, noise):
+    """Signal over noise (sums of squares, or their means), 10 log10(signal / noise), in dB;
+    infinite where there is no noise.
+    """
+    signal, noise = float(signal), float(noise)
+    return 10 * math.log10(max(signal, 1e-300) / noise) if noise else math.inf
