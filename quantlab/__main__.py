@@ -120,7 +120,8 @@ def _publish(options):
 def _train(options):
     import torch
 
-    from quantlab.networks.train import default_config, is_complete, parse_phases
+    from quantlab.networks.recipe import parse_phases
+    from quantlab.networks.train import default_config, is_complete
 
     if options.threads is not None:
         if options.threads < 1:

@@ -18,6 +18,7 @@ from PIL import Image
 import quantlab as ql
 from quantlab.images.datasets import Dataset, Split
 from quantlab.networks import architectures, checkpoints
+from quantlab.networks.recipe import parse_phases
 from quantlab.networks.train import augment, default_config
 
 module = importlib.import_module("quantlab.networks.train")  # ql.train is the function
@@ -183,7 +184,7 @@ def test_a_large_network_is_stored_in_half_precision_and_its_card_tells_of_what_
 @pytest.mark.parametrize("text", ["", "3", "3@", "a@b", "1@2@3", "3@32;4@16"])
 def test_a_schedule_that_cannot_be_read_is_refused(text):
     with pytest.raises(ql.UserError, match="write EPOCHS@SIZE"):
-        module.parse_phases(text)
+        parse_phases(text)
 
 
 @pytest.mark.parametrize("phases", [((0, 8),), ((1, 0),), ((1, 8), (-1, 8)), ((1, 10**6),)])

@@ -20,109 +20,13 @@ from tqdm.auto import tqdm
 
 from quantlab.evaluate import evaluate, limited
 from quantlab.networks import architectures, checkpoints
+from quantlab.networks.recipe import RECIPES, TrainConfig
 from quantlab.system.errors import UserError
 from quantlab.system.files import save_tensors
 from quantlab.system.machine import device, has_bf16, seed_everything
 
 SAVE_EVERY = 60  # seconds between two saves of an unfinished run: what a kill may cost
 HALF_ABOVE = 20_000_000  # bytes of float32 weights from which a checkpoint is stored in half precision
-
-# ---- Settings -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides the weights, besides the data.
-
-    Learning rates are per batch; warmup, smoothing and averaging are fractions. `phases` is a schedule
-    of (epochs, image side in pixels): the augmented image is resized to that side (bilinear,
-    antialiased) under one learning-rate line over all steps. Without phases `epochs` run at full size.
-    """
-
-    model: str = "resnet20"
-    epochs: int = 24  # with phases: their sum
-    phases: tuple = ()
-    batch_size: int = 128
-    learning_rate: float = 0.2  # peak of the one-cycle schedule
-    warmup: float = 0.2  # fraction of the steps until the peak
-    momentum: float = 0.9
-    weight_decay: float = 5e-4  # not on biases and BatchNorm
-    label_smoothing: float = 0.0
-    crop: int = 4  # pixels of zero padding before the random crop
-    flip: bool = True  # mirror half of the images
-    cutout: int = 0  # side of a square set to the mean, in pixels
-    averaging: float = 0.0  # decay per step of the moving average of the weights; 0: none
-    zero_last_gamma: bool = False  # each residual block starts as the identity
-    heldout_images: int = 0  # that many follow every epoch, at the phase's size; 0: all of them
-    seed: int = 0
-
-    def __post_init__(self):
-        allowed = {
-            "epochs": (1, 10**5),
-            "batch_size": (1, 10**6),
-            "learning_rate": (0, 100),
-            "warmup": (0.001, 0.999),
-            "momentum": (0.001, 0.9999),
-            "weight_decay": (0, 1),
-            "label_smoothing": (0, 0.99),
-            "crop": (0, 64),
-            "cutout": (0, 512),
-            "averaging": (0, 0.999999),
-            "heldout_images": (0, 10**7),
-            "seed": (0, 2**31),
-        }
-        for name, (low, high) in allowed.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UserError(f"{name}={value}: allowed are values from {low} to {high}")
-        for epochs, size in self.phases:
-            if not (1 <= epochs <= 10**5 and 1 <= size <= 2048):
-                raise UserError(
-                    f"phase {epochs}@{size}: allowed are 1 to 100000 epochs at 1 to 2048 pixels"
-                )
-        object.__setattr__(self, "phases", tuple((n, size) for n, size in self.phases))
-        if self.phases:
-            object.__setattr__(self, "epochs", sum(n for n, _ in self.phases))
-
-    def sizes(self):
-        """The image side of every epoch; None where images keep the size that they have."""
-        by_phase = [size for n, size in self.phases for _ in range(n)]
-        return by_phase or [None] * self.epochs
-
-
-def parse_phases(text):
-    """ "10@16,6@24,3@32" -> ((10, 16), (6, 24), (3, 32)): epochs @ image side, in order."""
-    try:
-        phases = [tuple(map(int, phase.split("@"))) for phase in text.split(",")]
-        return tuple((epochs, size) for epochs, size in phases)
-    except ValueError:
-        raise UserError(
-            f"phases {text!r}: write EPOCHS@SIZE,… such as 10@16,6@24,3@32 (sizes in pixels)"
-        ) from None
-
-
-_PHASED = dict(
-    model="resnet50",
-    learning_rate=0.1,
-    warmup=0.15,
-    label_smoothing=0.1,
-    zero_last_gamma=True,
-    heldout_images=1000,
-)
-RECIPES = {
-    # two hours on two cores with native bfloat16
-    "two-cores": dict(_PHASED, phases=((10, 16), (6, 24), (3, 32))),
-    # three and a half hours there
-    "two-cores-long": dict(_PHASED, phases=((12, 16), (10, 24), (8, 32))),
-    # minutes on an accelerator, days without
-    "accelerator": dict(
-        _PHASED,
-        phases=((60, 32),),
-        batch_size=256,
-        learning_rate=0.2,
-        cutout=8,
-    ),
-}
 
 
 def default_config(model, data, recipe=None, **changes):
