@@ -29,7 +29,7 @@ import pandas as pd
 import quantlab as ql
 import torch
 from quantlab import plots
-from quantlab.evaluate import latency
+from quantlab.system.timing import latency
 from quantlab.rivals import pytorch as builtin
 from quantlab.workbook import results
 

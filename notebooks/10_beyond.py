@@ -39,7 +39,7 @@ import quantlab as ql
 import torch
 import torch.nn.functional as F
 from quantlab import observers, plots, ptq
-from quantlab.evaluate import latency
+from quantlab.system.timing import latency
 from quantlab.networks.train import augment
 from quantlab.plots import beyond
 from quantlab.rivals import pytorch as builtin

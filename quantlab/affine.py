@@ -15,8 +15,7 @@ import torch
 from quantlab.system.errors import UserError
 
 MIN_BITS, MAX_BITS = 2, 8
-# so that scale_in * scale_weight, the scale of a bias, is still a normal float32
-MIN_SCALE = 2.0**-60
+MIN_SCALE = 2.0**-60  # so that s_in * s_w, the scale of a bias, is still a normal float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +23,7 @@ class QParams:
     """How one tensor is coded.
 
     scale: float32, [] for a whole tensor or [C] per channel. zero_point: int32, same shape. Codes
-    are the integers qmin..qmax. axis: the channel dimension of the coded tensor, None for per
-    tensor.
+    are the integers qmin..qmax. axis: the channel dimension of the coded tensor, or None.
     """
 
     scale: torch.Tensor
@@ -60,9 +58,7 @@ def check_bits(bits, name="bits"):
 
 
 def code_range(bits, symmetric, signed):
-    """(qmin, qmax): 0..2^b-1, or for symmetric signed codes the narrow range +-(2^(b-1)-1), in
-    which -x has a code whenever x has.
-    """
+    """(qmin, qmax): 0..2^b-1; symmetric and signed: narrow, so that -x has a code where x has."""
     if symmetric and signed:
         return 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1
     return 0, 2**bits - 1

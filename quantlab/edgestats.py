@@ -1,19 +1,15 @@
-"""Observe once, decide later: one exact, mergeable histogram per edge, from which every range
-setter decides at every width.
-"""
+"""Observe once, decide later: one exact, mergeable histogram an edge, for every range and width."""
 
-import concurrent.futures
 import dataclasses
-import functools
 import math
 import threading
 
 import torch
 
 from quantlab.system.errors import UserError
+from quantlab.system.timing import one_core_each
 
-# at least this many bins between the smallest and the largest value (zero included)
-MIN_BINS = 2048
+MIN_BINS = 2048  # at least so many between the smallest and the largest value, zero included
 PIECE = 1 << 17  # values counted at once
 MIN_LEVEL = -100  # finest bin width 2^-100, so that x / width is a float32
 
@@ -22,11 +18,9 @@ MIN_LEVEL = -100  # finest bin width 2^-100, so that x / width is a float32
 class EdgeStats:
     """Statistics of every value that passed one edge, in constant memory.
 
-    Bin i counts the values in (i*w, (i+1)*w] with w = 2^level; exact zeros are counted apart. When
-    the range grows, neighbouring bins are added, which is exact because an edge of a coarse bin is
-    always an edge of a finer one. So the counts do not depend on the order or the batching of the
-    data, and two statistics merge by addition. level is the largest that leaves MIN_BINS bins over
-    the range.
+    Bin i counts the values in (i*w, (i+1)*w], w = 2^level, zeros apart. When the range grows,
+    neighbouring bins are added: exact, as an edge of a coarse bin is an edge of a finer one. So the
+    order of the data does not matter, and two statistics merge by addition.
     """
 
     level: int | None = None
@@ -38,9 +32,7 @@ class EdgeStats:
     maximum: float = -math.inf
 
     def update(self, x):
-        """Count every element of a floating-point tensor of any shape; raise UserError on NaN or
-        infinite values.
-        """
+        """Count every element of a floating-point tensor; UserError for NaN and infinite values."""
         x = x.detach().float().flatten()
         if not len(x):
             return self
@@ -105,9 +97,7 @@ def _bins(low, high, level):
 
 
 def _level(low, high):
-    """The largest level at which the bins from low to high (low <= 0 <= high, not both 0) number at
-    least MIN_BINS.
-    """
+    """The largest level with MIN_BINS bins from low to high (low <= 0 <= high, not both 0)."""
     level = math.frexp((high - low) / MIN_BINS)[1] + 1
     while level > MIN_LEVEL:
         first, last = _bins(low, high, level)
@@ -118,15 +108,11 @@ def _level(low, high):
 
 
 def _count(x, level, first, size):
-    """(counts int64 [size] of the bins from `first` on, number of exact zeros) of a float32 [N]
-    that lies within them.
-    """
+    """(counts int64 [size] of the bins from `first` on, zeros) of a float32 [N] within them."""
     if x.is_cuda or len(x) <= PIECE:
         counts, zeros = _count_part(x, level, first, size)
     else:
-        threads = torch.get_num_threads()
-        parts = _pool(threads).map(
-            lambda part: _count_part(part, level, first, size), x.chunk(threads))
+        parts = one_core_each(lambda part: _count_part(part, level, first, size), x)
         counts, zeros = map(sum, zip(*parts))
     if first == 0:  # nothing negative: only a zero rounds up to 0
         return counts[1:].cpu(), int(counts[0])
@@ -135,9 +121,7 @@ def _count(x, level, first, size):
 
 
 def _count_part(x, level, first, size):
-    """Counts int64 [size + 1] of ceil(x / w) - first, which is exact: the division only changes the
-    exponent; and the number of zeros.
-    """
+    """(counts int64 [size + 1] of ceil(x / w) - first, zeros): exact, w is a power of two."""
     buffer = _buffer(x)
     codes = buffer.view(torch.int32)  # the same memory: each value is read before it is overwritten
     counts, zeros = torch.zeros(size + 1, dtype=torch.int64, device=x.device), 0
@@ -154,38 +138,16 @@ def _count_part(x, level, first, size):
 
 
 def _buffer(x):
-    """Room for a piece: as large as x on an accelerator, else PIECE values that stay in a core's
-    cache, kept for the thread's next share.
-    """
+    """Room for a piece: as large as x on an accelerator, else what stays in a core's cache."""
     if x.is_cuda:
         return torch.empty_like(x)
     if not hasattr(_local, "buffer"):
-        # a tensor made in that mode could not be written to outside it
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # made in that mode, it could not be written outside it
             _local.buffer = torch.empty(PIECE)
     return _local.buffer
 
 
 _local = threading.local()
-
-
-@functools.cache
-def _pool(threads):
-    """Threads that each run torch's operations on one core: bincount, the slowest of them, is
-    serial anyway.
-    """
-    started = threading.Barrier(threads + 1)
-
-    def start():
-        torch.set_num_threads(1)
-        started.wait()
-
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
-    for _ in range(threads):
-        pool.submit(start)
-    started.wait()
-    torch.set_num_threads(threads)  # what threads to come begin with
-    return pool
 
 
 def _rebin(stats, level, first, size):

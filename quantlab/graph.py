@@ -1,11 +1,9 @@
 """What the network is, as a graph: traced, BatchNorm folded, every node's kind.
 
-    # a torch.fx.GraphModule in eval mode; the model itself is left alone
-    graph = fold(trace(model))
+    graph = folded(model)           # a torch.fx.GraphModule; the model itself is left alone
     kinds = find_kinds(graph)       # what every node is
 
-Kinds are found from modules, functions and methods alike, never from names. Nothing here knows a
-bit-width.
+Kinds are found from modules, functions and methods, never from names; no bit-width is known here.
 """
 
 import copy
@@ -42,17 +40,14 @@ CALL_KINDS = {  # functions and tensor methods by name
     "dropout": {"dropout", "dropout1d", "dropout2d", "alpha_dropout", "stochastic_depth"},
     "shape": {"size", "dim", "getattr"},
 }
-# the output holds codes of its input, at most fewer or in another order
-PASSES_CODES = ("rearrange", "maxpool")
+PASSES_CODES = ("rearrange", "maxpool")  # codes of the input, at most fewer or in another order
 
 
 # ---- Tracing and folding -------------------------------------------------------------------------
 
 
 def trace(model):
-    """A symbolic trace of a copy of `model` in eval mode; UserError with the line to change when
-    torch.fx cannot follow it.
-    """
+    """A symbolic trace of a copy of `model` in eval mode; UserError with the line to change."""
     model = copy.deepcopy(model).eval()
     if isinstance(model, fx.GraphModule):
         return model
@@ -63,26 +58,20 @@ def trace(model):
         own = [f for f in frames if "torch" not in f.filename and "quantlab" not in f.filename]
         where = f" at {own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else ""
         raise UserError(
-            f"{type(model).__name__} cannot be traced by torch.fx{where} ({str(error).splitlines()[0]}); "
-            "replace control flow that depends on tensor values, or wrap it in a function marked "
-            "torch.fx.wrap"
+            f"{type(model).__name__} cannot be traced by torch.fx{where} "
+            f"({str(error).splitlines()[0]}); replace control flow that depends on tensor values, "
+            "or wrap it in a function marked torch.fx.wrap"
         ) from None
 
 
 def folded(model):
-    """The float graph that every quantized network starts from: traced, and BatchNorm folded."""
-    return fold(trace(model))
+    """The float graph that quantization starts from: nothing shared or in place, BatchNorm folded.
 
-
-def fold(graph):
-    """Make the float graph that quantization starts from: no dropout, nothing shared or in place,
-    BatchNorm folded where it can be.
-
-    A BatchNorm directly behind a convolution or linear layer that nobody else reads becomes part of
-    it:
+    A BatchNorm behind a convolution or linear layer that nobody else reads becomes part of it:
         w' = w * gamma / sqrt(var + eps)
         b' = (b - mean) * gamma / sqrt(var + eps) + beta      (computed in float64)
     """
+    graph = trace(model)
     normalize(graph)
     kinds = find_kinds(graph)
     for node in [n for n in kinds if kinds[n] == "batchnorm"]:
@@ -100,11 +89,10 @@ def fold(graph):
 
 @torch.no_grad()
 def fold_batchnorm(layer, bn):
-    """Change weight and bias of `layer` so that it computes bn(layer(x)) with bn's running
-    statistics.
+    """Change `layer` so that it computes bn(layer(x)) with bn's running statistics.
 
-    `layer.folded_batchnorm` keeps what BatchNorm promised of each output channel, float64 [C]: mean
-    beta, std and gamma (equal but for eps), eps_share = eps / (var + eps).
+    layer.folded_batchnorm keeps what BatchNorm promised of each output, float64 [C]: mean = beta,
+    std and gamma (equal but for eps), eps_share = eps / (var + eps).
     """
     var = bn.running_var.double() + bn.eps
     gamma = bn.weight.double() if bn.affine else torch.ones_like(var)
@@ -152,9 +140,7 @@ def _in_place(node, graph):
 
 
 def _make_out_of_place(node, graph):
-    """After y.op_() every later reader of y sees the new value: give them the node's result, then
-    drop the in-place form.
-    """
+    """After y.op_() later readers of y see the new value: they get the node's result instead."""
     changed, order = node.args[0], {n: i for i, n in enumerate(graph.graph.nodes)}
     for user in [u for u in changed.users if order[u] > order[node]]:
         user.replace_input_with(changed, node)
@@ -181,13 +167,13 @@ def call_name(node):
 
 def operation_name(node, graph):
     """Lower-case name of the module class, function or method that a node calls."""
-    return type(graph.get_submodule(node.target)).__name__.lower() if node.op == "call_module" else call_name(node)
+    if node.op == "call_module":
+        return type(graph.get_submodule(node.target)).__name__.lower()
+    return call_name(node)
 
 
 def find_kinds(graph):
-    """Kind of every node: input, output, constant, shape, a key of MODULE_KINDS or CALL_KINDS, or
-    "other".
-    """
+    """node -> input, output, constant, shape, a key of MODULE_KINDS or CALL_KINDS, or other."""
     kinds = {}
     for node in graph.graph.nodes:
         kinds[node] = _kind(node, graph, [kinds[n] for n in node.all_input_nodes])

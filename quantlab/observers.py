@@ -1,8 +1,6 @@
-"""Range setters: pure functions of an edge's statistics and the bit-width, (stats, bits, symmetric)
--> (low, high) in real units.
+"""Range setters: pure functions (EdgeStats, bits, symmetric) -> (low, high) in real units.
 
-`observer=` takes one of their names or a function of your own. What the network rounds to follows
-from the range: affine.choose_qparams.
+`observer=` takes one of their names or a function of your own; affine.choose_qparams does the rest.
 """
 
 import dataclasses
@@ -25,9 +23,7 @@ def minmax(stats, bits, symmetric=False):
 
 
 def percentile(stats, bits, symmetric=False, q=99.99):
-    """Clip the largest (100 - q) % of the values, and the smallest where some are negative; linear
-    within a bin.
-    """
+    """Clip the largest (100 - q) %, and the smallest if negative; linear within a bin."""
     centers, counts = stats.histogram()
     if not len(counts):
         return 0.0, 0.0
@@ -36,9 +32,9 @@ def percentile(stats, bits, symmetric=False, q=99.99):
     edges = torch.cat([centers - stats.width / 2, centers[-1:] + stats.width / 2])
     cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), counts.cumsum(0)]) / stats.count
 
-    def quantile(share):
-        i = int(torch.searchsorted(cumulative, share, right=False).clamp(1, len(counts)))
-        inside = (share - cumulative[i - 1]) / (cumulative[i] - cumulative[i - 1])
+    def quantile(fraction):
+        i = int(torch.searchsorted(cumulative, fraction, right=False).clamp(1, len(counts)))
+        inside = (fraction - cumulative[i - 1]) / (cumulative[i] - cumulative[i - 1])
         return float(edges[i - 1] + inside.clamp(0, 1) * stats.width)
 
     low = max(quantile(1 - q / 100), stats.minimum) if stats.minimum < 0 else 0.0
@@ -49,25 +45,19 @@ def percentile(stats, bits, symmetric=False, q=99.99):
 
 
 def histogram(stats, bits, symmetric=False):
-    """The range with the least squared quantization error over the histogram, searched over both
-    ends for the levels that `bits` gives.
+    """The range with the least squared error over the histogram, for the levels that `bits` gives.
 
-    Where values have both signs this is the search over range and zero-point. Every range on a
-    coarse grid is tried, then finer ones around the best; unlike PyTorch's greedy search it does
-    not stop at a first increase.
+    Every range on a coarse grid is tried (both ends, so zero-points too), then finer ones around
+    the best; unlike PyTorch's greedy search it does not stop at a first increase.
     """
     return search_range(stats, bits, symmetric, p=2.0)
 
 
 def mse(stats, bits, symmetric=False, p=2.4, steps=100):
-    """The whole range, shrunk at both ends by the one of `steps` equal shares that has the least
-    sum of |error|^p.
-
-    p = 2.4 in BRECQ (arXiv:2102.05426) and QDrop; p = 2 is the mean squared error.
-    """
-    shares = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-    low, high = shares * stats.minimum, shares * stats.maximum
-    best = float(shares[quantization_error(stats, low, high, bits, symmetric, p).argmin()])
+    """The range, shrunk by the best of `steps` fractions; p = 2.4 in BRECQ (arXiv:2102.05426)."""
+    fractions = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    low, high = fractions * stats.minimum, fractions * stats.maximum
+    best = float(fractions[quantization_error(stats, low, high, bits, symmetric, p).argmin()])
     return stats.minimum * best, stats.maximum * best
 
 
@@ -81,13 +71,12 @@ def search_range(stats, bits, symmetric=False, p=2.0):
     low_grid = high_grid = torch.arange(1, 49, dtype=torch.float64) / 48
     for _ in range(3):
         if symmetric or low == 0 or high == 0:
-            low_shares = high_shares = high_grid
+            lows = highs = high_grid
         else:
-            grid = torch.cartesian_prod(low_grid, high_grid)
-            low_shares, high_shares = grid[:, 0], grid[:, 1]
-        lows, highs = low * low_shares, high * high_shares
-        i = int(quantization_error(stats, lows, highs, bits, symmetric, p).argmin())
-        best = float(low_shares[i]), float(high_shares[i])
+            lows, highs = torch.cartesian_prod(low_grid, high_grid).unbind(1)
+        errors = quantization_error(stats, low * lows, high * highs, bits, symmetric, p)
+        i = int(errors.argmin())
+        best = float(lows[i]), float(highs[i])
         around = torch.linspace(-1, 1, 13, dtype=torch.float64) * step
         low_grid, high_grid = ((b + around).clamp(step / 24, 1.0) for b in best)
         step /= 6
@@ -95,19 +84,16 @@ def search_range(stats, bits, symmetric=False, p=2.0):
 
 
 def quantization_error(stats, low, high, bits, symmetric=False, p=2.0):
-    """Mean |error|^p of quantizing what `stats` saw with the ranges [low, high] (float64 [G] each);
-    float64 [G], in real units to the p.
+    """Mean |error|^p of what `stats` saw in each of the ranges [low, high]; float64 [G] all.
 
-    A value stands for the middle of its bin, which is at most 1/8 of a step wide at 8 bits. Zeros
-    are exact and add nothing.
+    A value stands for the middle of its bin, at most 1/8 of a step wide at 8 bits. Zeros are exact.
     """
     centers, counts = stats.histogram()
     seen = counts > 0
     centers, counts = centers[seen].float(), counts[seen].double()
     q = choose_qparams(low, high, bits, symmetric=symmetric, signed=stats.minimum < 0, axis=0)
     errors = []
-    # 256 ranges at once keep the memory at a few megabytes
-    for part in range(0, len(q.scale), 256):
+    for part in range(0, len(q.scale), 256):  # so many at once take a few megabytes
         rows = slice(part, part + 256)
         chunk = dataclasses.replace(q, scale=q.scale[rows], zero_point=q.zero_point[rows])
         x_hat = fake_quantize(centers.expand(len(chunk.scale), -1), chunk)
@@ -116,7 +102,7 @@ def quantization_error(stats, low, high, bits, symmetric=False, p=2.0):
 
 
 def split_error(stats, low, high, bits):
-    """(clipping, rounding): mean squared error of the ranges [low, high] by cause; float64 [G] each.
+    """(clipping, rounding): squared error of the ranges [low, high] by cause; float64 [G] each.
 
     Clipping is what values lose beyond the outermost codes, rounding what they lose between two.
     """
@@ -132,12 +118,10 @@ def split_error(stats, low, high, bits):
 
 
 def entropy(stats, bits, symmetric=False, bins=2048):
-    """The threshold t on |x| whose quantized histogram has the least Kullback-Leibler divergence
-    from the clipped one (NVIDIA, GTC 2017, s7310).
+    """The threshold on |x| with the least KL divergence KL(P || Q) (NVIDIA, GTC 2017, s7310).
 
-    P: the first i of `bins` bins, everything beyond added to the last. Q: the first i bins
-    themselves, merged into as many groups as there are levels on one side of zero, each group's
-    count spread over its occupied bins. Zeros are left out, as they are exact anyway.
+    P: the first i of `bins` bins, everything beyond added to the last. Q: the first i bins, merged
+    into one group a level on one side of zero, each group's count spread over its occupied bins.
     """
     centers, counts = stats.histogram()
     if not len(counts):
@@ -169,11 +153,9 @@ def entropy(stats, bits, symmetric=False, bins=2048):
 
 
 def aciq_laplace(stats, bits, symmetric=False):
-    """mean +- c b, the least expected squared error if values follow a Laplace distribution with b
-    = E|x - mean| (Banner et al. 2019).
+    """mean +- c E|x - mean|, best for a Laplace distribution (Banner et al. 2019): c e^c = 3 * 4^M.
 
-    c solves c e^c = 3 * 4^M for M bits. Values that are never negative are taken for one half of a
-    distribution around zero, which has all the levels to itself: M + 1 bits.
+    M bits; M + 1 where values are never negative: one half of a distribution around zero.
     """
 
     def factor(m):
@@ -183,11 +165,9 @@ def aciq_laplace(stats, bits, symmetric=False):
 
 
 def aciq_gauss(stats, bits, symmetric=False):
-    """mean +- c sigma, the least expected squared error if values follow a normal distribution
-    (Banner et al. 2019).
+    """mean +- c sigma, best for a normal distribution (Banner et al. 2019).
 
-    c solves c (1 - erf(c / sqrt 2)) - sqrt(2 / pi) e^(-c^2 / 2) + c / (3 * 4^M) = 0 for M bits, one
-    more where values are never negative.
+    c (1 - erf(c / sqrt 2)) - sqrt(2 / pi) e^(-c^2 / 2) + c / (3 * 4^M) = 0; M as in aciq_laplace.
     """
 
     def slope(c, m):
@@ -205,8 +185,7 @@ def _model_range(stats, bits, factor, absolute):
     if not len(counts):
         return 0.0, 0.0
     if stats.minimum >= 0:
-        # the other half, mirrored, has the same moments
-        mean, total, bits = 0.0, float(counts.sum()), bits + 1
+        mean, total, bits = 0.0, float(counts.sum()), bits + 1  # and the same mirrored
     else:
         mean, total = float(centers @ counts.double()) / stats.count, stats.count
         # the middle of the last bin may lie beyond
@@ -238,18 +217,17 @@ def find_observer(observer):
 
 
 def observer_name(observer):
-    """The name that a row of results carries: histogram, percentile(q=99.9), or a function's own.
-    """
+    """The name that a row of results carries: histogram, percentile(q=99.9), a function's own."""
     if isinstance(observer, functools.partial):
-        return f"{observer.func.__name__}({', '.join(f'{k}={v}' for k, v in observer.keywords.items())})"
+        settings = ", ".join(f"{k}={v}" for k, v in observer.keywords.items())
+        return f"{observer.func.__name__}({settings})"
     return observer if isinstance(observer, str) else observer.__name__
 
 
 # ---- Weights -------------------------------------------------------------------------------------
 
-# Exponent of the weights' error. The squared error clips most and thereby shrinks every layer's
-# output, which adds up over the layers; BRECQ takes 2.4. Notebook 03 measures 2 to 4 on held-out
-# images; 3 is the best of them at W4A4 on cifar10-jpeg.
+# Exponent of the weights' error: squared errors clip most and shrink every layer's output. Notebook
+# 03 measures 2 to 4 on held-out images (BRECQ takes 2.4); 3 is best at W4A4 on cifar10-jpeg.
 WEIGHT_NORM = 3.0
 
 
@@ -262,8 +240,7 @@ def check_weight_observer(observer):
 def weight_range(weight, bits, *, observer="lp", p=WEIGHT_NORM, per_channel=True, symmetric=True):
     """(low, high) of a weight [C, ...]: tensors [C], or [] per tensor.
 
-    "minmax": the whole range. "lp": the range, shrunk by 0.01 to 1, with the least sum of
-    |error|^p, channel by channel.
+    "minmax": the whole range. "lp": shrunk to the fraction with the least sum of |error|^p.
     """
     check_weight_observer(observer)
     flat = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
@@ -273,10 +250,13 @@ def weight_range(weight, bits, *, observer="lp", p=WEIGHT_NORM, per_channel=True
         # 1.00, 0.95, … 0.05, then hundredths around the best
         for steps in (torch.arange(20) * -0.05, torch.arange(-4, 5) * 0.01):
             centre = factor
-            for share in ((centre + step).clamp(0.01, 1) for step in steps.tolist()):
-                q = choose_qparams(low * share, high * share, bits, symmetric=symmetric, axis=0)
+            for step in steps.tolist():
+                fraction = (centre + step).clamp(0.01, 1)
+                q = choose_qparams(
+                    low * fraction, high * fraction, bits, symmetric=symmetric, axis=0)
                 error = (fake_quantize(flat, q) - flat).abs_().pow_(p).sum(1).double()
                 better = error < best
-                factor, best = torch.where(better, share, factor), torch.where(better, error, best)
+                factor = torch.where(better, fraction, factor)
+                best = torch.where(better, error, best)
         low, high = low * factor, high * factor
     return (low, high) if per_channel else (low[0], high[0])

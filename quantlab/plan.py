@@ -56,9 +56,8 @@ def make_plan(graph):
             "the network has no convolution and no linear layer that is a module: "
             "there is nothing to quantize"
         )
-    first = frozenset(
-        n.name for n in compute if not _reaches(n, lambda m: m.all_input_nodes, kinds))
-    last = frozenset(n.name for n in compute if not _reaches(n, lambda m: m.users, kinds))
+    first = _without_another(kinds, lambda node: node.all_input_nodes)
+    last = _without_another(dict(reversed(kinds.items())), lambda node: node.users)
     reads = {n.name: _behind_rearranging(n.args[0], kinds) for n in compute}
     adds = [n for n in kinds if kinds[n] == "add"]
     operands = {_holder(a, kinds) for n in adds for a in n.all_input_nodes}
@@ -94,10 +93,7 @@ def _is_stored(node, kinds):
 
 
 def _is_unfolded(node, kinds):
-    """True for a BatchNorm that could have become part of the layer before it.
-
-    The layer's result is then not stored in between.
-    """
+    """True for a BatchNorm that could be part of the layer before it: nothing is stored between."""
     if kinds[node] != "batchnorm":
         return False
     before = node.args[0]
@@ -105,9 +101,7 @@ def _is_unfolded(node, kinds):
 
 
 def _ends_group(clamp, kinds):
-    """True for a clamp that is the only reader of what it clamps, so that the value is first stored
-    behind it.
-    """
+    """True for a clamp that alone reads what it clamps: the value is first stored behind it."""
     before = clamp.args[0]
     while kinds[before] in PASSES_CODES and _only_user(before, kinds) is not None:
         before = before.args[0]
@@ -150,14 +144,9 @@ def _readers(node, kinds):
     return found
 
 
-def _reaches(node, neighbours, kinds):
-    """True when another convolution or linear layer lies in that direction."""
-    stack, seen = list(neighbours(node)), set()
-    while stack:
-        other = stack.pop()
-        if kinds[other] == "compute":
-            return True
-        if other not in seen:
-            seen.add(other)
-            stack += neighbours(other)
-    return False
+def _without_another(kinds, neighbours):
+    """Names of the layers that no other precedes (or follows, in reversed order)."""
+    behind = {}  # node -> whether a layer lies in that direction
+    for node in kinds:
+        behind[node] = any(kinds[n] == "compute" or behind[n] for n in neighbours(node))
+    return frozenset(n.name for n in kinds if kinds[n] == "compute" and not behind[n])

@@ -1,8 +1,6 @@
-"""A quantized network: the float graph with a Quantizer wherever codes are stored, and what was
-decided.
+"""A quantized network: the float graph, with a Quantizer wherever codes are stored.
 
-    # name -> convolution or linear layer; its weight is the values of its codes
-    qmodel.layers
+    qmodel.layers              # name -> convolution or linear layer, its weight the values of codes
     qmodel.reads("conv1")      # QParams of the codes that a layer reads; None: it reads float
     qmodel.codes("conv1")      # its weight as int32 codes
 """
@@ -16,8 +14,7 @@ from quantlab.affine import QParams, dequantize, fake_quantize, quantize_tensor
 from quantlab.graph import PASSES_CODES, find_kinds
 from quantlab.system.errors import UserError
 
-# a bias code stays below this, so that an int32 accumulator has room for the products
-BIAS_CODES = 2.0**30
+BIAS_CODES = 2.0**30  # of them, so that an int32 accumulator has room for the products
 PREFIX = "quantizers."  # of the module paths of Quantizers: quantizers.EDGE
 
 
@@ -76,11 +73,10 @@ def add_quantizer(graph, node, edge, q):
 
 
 def round_bias(bias, q, q_in):
-    """(q, bias float64 [C]): a bias as a multiple of s_in * s_w, the unit of the int32 accumulator.
+    """(q, bias float64 [C]): a bias as a multiple of s_in * s_w, a step of the int32 accumulator.
 
-    A channel of tiny weights and a large bias gets a larger scale, so that its bias code stays
-    below 2^30; this is the one place where that is decided. q: QParams of the weight; q_in: of the
-    input.
+    q: QParams of the weight, q_in of the input. A channel of tiny weights and a large bias gets a
+    larger scale, so that its bias code stays below 2^30.
     """
     bias = bias.detach().double()
     s_in = q_in.scale.to(bias.device).double()
@@ -102,8 +98,7 @@ class QuantizedNetwork(fx.GraphModule):
 
     @classmethod
     def of(cls, graph, plan, config):
-        """The network of a graph that already rounds where `plan` and `config` say, in eval mode.
-        """
+        """The network of a graph that already rounds where plan and config say, in eval mode."""
         graph.graph.lint()
         network = cls(graph, graph.graph)
         network.meta |= {"plan": plan, "config": config}  # torch copies meta, and no attributes
@@ -147,9 +142,7 @@ class QuantizedNetwork(fx.GraphModule):
         return q_in.scale.cpu().double() * self.layers[layer].weight_qparams.scale.cpu().double()
 
     def codes(self, layer):
-        """int32 codes of a layer's weight on the CPU; UserError unless the weight is exactly their
-        values.
-        """
+        """int32 codes of a layer's weight on the CPU; UserError unless it is just their values."""
         module = self.layers[layer]
         q = module.weight_qparams.to("cpu")
         weight = module.weight.detach().cpu()
