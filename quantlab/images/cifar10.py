@@ -1,4 +1,6 @@
-"""CIFAR-10's official files: found, downloaded with their checksum, unpacked, read through torchvision; and a JPEG copy of them."""
+"""CIFAR-10's official files, found or downloaded by pooch, unpacked and read by torchvision, which
+both verify checksums; and a JPEG copy of them.
+"""
 
 import contextlib
 import os
@@ -9,18 +11,23 @@ from quantlab.images import imageset
 from quantlab.system.errors import UserError
 from quantlab.system.files import data_folder, root
 
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the constants of the original experiment
-CIFAR10_MIRRORS = ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",)  # $QUANTLAB_CIFAR10_URL puts others in front
+CIFAR10_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # these constants are the original experiment's
+CIFAR10_STD = (0.2023, 0.1994, 0.2010)
+# $QUANTLAB_CIFAR10_URL puts others in front
+CIFAR10_MIRRORS = ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",)
+ARCHIVE, FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 FETCH_COMMAND = "python -m quantlab data cifar10"
 
 
 def is_cifar10(path):
-    """True for a folder that holds CIFAR-10's official python files or archive, and for the archive itself."""
+    """True for CIFAR-10's official archive, and for a folder that holds it or its python files."""
     path = pathlib.Path(path)
-    return path.name == "cifar-10-python.tar.gz" and path.is_file() or any(
-        (path / name).exists() for name in ("cifar-10-batches-py", "cifar-10-python.tar.gz")
-    )
+    if path.is_file():
+        return path.name == ARCHIVE
+    return any((path / name).exists() for name in (ARCHIVE, FOLDER))
 
 
 def find_cifar10():
@@ -30,42 +37,57 @@ def find_cifar10():
 
 
 def read_cifar10(path):
-    """torchvision's CIFAR10 datasets (train, test) from a folder or an archive, unpacked and downloaded as needed."""
+    """torchvision's CIFAR10 datasets (train, test) from a folder or an archive, unpacked and
+    downloaded as needed; UserError for damaged files and where there is no network.
+    """
     import torchvision
 
-    cifar10 = torchvision.datasets.CIFAR10
-    archive = path if path.is_file() else path / cifar10.filename
+    archive = path if path.is_file() else path / ARCHIVE
     folder = archive.parent
-    if not (folder / cifar10.base_folder).is_dir():
-        if not archive.exists():
-            _download(archive, cifar10.tgz_md5)
-        if not torchvision.datasets.utils.check_md5(str(archive), cifar10.tgz_md5):
-            raise UserError(f"{archive} is damaged or not CIFAR-10's official archive (md5 differs from {cifar10.tgz_md5}); delete it and run: {FETCH_COMMAND}")
-        if not os.access(folder, os.W_OK):  # an archive in a read-only place is unpacked into our own data folder
-            folder = data_folder()
-            folder.mkdir(parents=True, exist_ok=True)
-        with _temporary_folder(folder, ".unpack-") as unpacked:
-            torchvision.datasets.utils.extract_archive(str(archive), str(unpacked))
-            os.replace(unpacked / cifar10.base_folder, folder / cifar10.base_folder)
+    if not (folder / FOLDER).is_dir():
+        folder = _unpack(archive)
     try:
-        return [cifar10(str(folder), train=train, download=False) for train in (True, False)]
+        return [torchvision.datasets.CIFAR10(str(folder), train) for train in (True, False)]
     except RuntimeError:
-        raise UserError(f"{folder / cifar10.base_folder} is incomplete or damaged; delete it and run: {FETCH_COMMAND}") from None
+        raise UserError(
+            f"{folder / FOLDER} is incomplete or damaged; delete it and run: {FETCH_COMMAND}"
+        ) from None
+
+
+def _unpack(archive):
+    """Unpack the archive, downloaded if need be, beside itself; return the folder."""
+    from torchvision.datasets import CIFAR10, utils
+
+    if not archive.exists():
+        _download(archive, CIFAR10.tgz_md5)
+    if not utils.check_md5(str(archive), CIFAR10.tgz_md5):
+        raise UserError(
+            f"{archive} is damaged or not CIFAR-10's official archive (md5 differs from "
+            f"{CIFAR10.tgz_md5}); delete it and run: {FETCH_COMMAND}"
+        )
+    # an archive in a read-only place is unpacked into our own data folder
+    folder = archive.parent if os.access(archive.parent, os.W_OK) else data_folder()
+    with _temporary_folder(folder, ".unpack-") as unpacked:
+        utils.extract_archive(str(archive), str(unpacked))
+        os.replace(unpacked / FOLDER, folder / FOLDER)
+    return folder
 
 
 def make_jpeg_copy(out=None, quality=75):
-    """Re-encode the official CIFAR-10 files as JPEG (4:2:0) in the ImageFolder layout and return the folder: an approach to `cifar10-jpeg`.
+    """Re-encode the official files as JPEG (4:2:0) in the ImageFolder layout; return the folder.
 
-    Files are numbered within their class in the official order. Named cifar10-jpeg only if its fingerprint says that it is the same set.
+    An approach to `cifar10-jpeg`, so named only where its fingerprint is that set's. Files are
+    numbered within their class in the official order.
     """
     out = pathlib.Path(out or data_folder() / "cifar10-jpeg-copy")
     if out.exists():
         raise UserError(f"{out} already exists; remove it first or name another folder with --out")
-    parts = dict(zip(("train", "test"), read_cifar10(pathlib.Path(find_cifar10() or data_folder()))))
+    train, test = read_cifar10(pathlib.Path(find_cifar10() or data_folder()))
     with _temporary_folder(out.parent, ".jpeg-") as temporary:
-        for part, images in parts.items():
-            imageset.write_jpegs(temporary / "copy" / part, images.data, images.targets, CIFAR10_CLASSES, quality)
-        os.replace(temporary / "copy", out)
+        copy = temporary / "copy"
+        for name, part in (("train", train), ("test", test)):
+            imageset.write_jpegs(copy / name, part.data, part.targets, CIFAR10_CLASSES, quality)
+        os.replace(copy, out)
     return out
 
 
@@ -77,22 +99,25 @@ def _temporary_folder(parent, prefix):
         with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder:
             yield pathlib.Path(folder)
     except OSError as error:
-        raise UserError(f"cannot write into {parent}: {error.strerror or error}; free space there or set QUANTLAB_DATA to another folder") from None
+        raise UserError(
+            f"cannot write into {parent}: {error.strerror or error}; "
+            "free space there or set QUANTLAB_DATA to another folder"
+        ) from None
 
 
 def _download(archive, md5):
-    """Try every mirror in turn, with a progress bar; the file appears under its name only when its checksum is right."""
+    """Try every mirror in turn; the file appears under its name only when its checksum is right."""
     import pooch
 
-    mirrors = [*os.environ.get("QUANTLAB_CIFAR10_URL", "").split(), *CIFAR10_MIRRORS]
+    options = dict(known_hash=f"md5:{md5}", fname=archive.name, path=archive.parent)
     reasons = []
-    for url in mirrors:
+    for url in [*os.environ.get("QUANTLAB_CIFAR10_URL", "").split(), *CIFAR10_MIRRORS]:
         try:
-            pooch.retrieve(url, known_hash=f"md5:{md5}", fname=archive.name, path=archive.parent, progressbar=True)
+            pooch.retrieve(url, **options, progressbar=True)
             return
-        except Exception as error:  # every kind of network failure has its own class; the next mirror is the answer to all
+        except Exception as error:  # each failure has a class of its own; the next mirror is tried
             reasons.append(f"{url}: {type(error).__name__}")
     raise UserError(
-        f"CIFAR-10 could not be downloaded ({'; '.join(reasons)}): put cifar-10-python.tar.gz into {archive.parent}, "
-        "or name a mirror in QUANTLAB_CIFAR10_URL"
+        f"CIFAR-10 could not be downloaded ({'; '.join(reasons)}): put {ARCHIVE} into "
+        f"{archive.parent}, or name a mirror in QUANTLAB_CIFAR10_URL"
     )

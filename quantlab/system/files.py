@@ -23,7 +23,7 @@ def root():
 
 
 def data_folder():
-    """Where downloads and caches go: $QUANTLAB_DATA if it is a folder, else the workbook's data/."""
+    """Where downloads and caches go: $QUANTLAB_DATA if a folder, else data/ of the workbook."""
     named = os.environ.get("QUANTLAB_DATA")
     return pathlib.Path(named) if named and pathlib.Path(named).is_dir() else root() / "data"
 
