@@ -38,8 +38,11 @@ def test_round_trip_is_torchs_kernel_bit_by_bit(limits, bits, symmetric, signed,
     ties = (torch.arange(-300, 300) + 0.5) * q.scale
     x = torch.cat([x, ties, torch.zeros(1), torch.tensor(limits)])
     ours = ql.dequantize(ql.quantize_tensor(x, q), q)
-    assert torch.equal(ours, torch.fake_quantize_per_tensor_affine(x, q.scale.item(), q.zero_point.item(), q.qmin, q.qmax))
-    assert torch.equal(ours, ql.fake_quantize(x, q)) and torch.equal(ours, ql.fake_quantize(x.requires_grad_(), q))
+    scale, zero_point = q.scale.item(), q.zero_point.item()
+    kernel = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, q.qmin, q.qmax)
+    assert torch.equal(ours, kernel)
+    assert torch.equal(ours, ql.fake_quantize(x, q))
+    assert torch.equal(ours, ql.fake_quantize(x.requires_grad_(), q))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -49,9 +52,11 @@ def test_per_channel_round_trip_is_torchs_kernel_bit_by_bit(bits, axis, symmetri
     x = torch.randn(5, 6, 7, 8) * torch.logspace(-3, 3, 8)
     dims = [d for d in range(4) if d != axis]
     q = ql.choose_qparams(x.amin(dims), x.amax(dims) * 0.7, bits, symmetric=symmetric, axis=axis)
-    expected = torch.fake_quantize_per_channel_affine(x, q.scale, q.zero_point, axis, q.qmin, q.qmax)
+    expected = torch.fake_quantize_per_channel_affine(
+        x, q.scale, q.zero_point, axis, q.qmin, q.qmax)
     assert torch.equal(ql.dequantize(ql.quantize_tensor(x, q), q), expected)
-    assert torch.equal(ql.fake_quantize(x, q), expected) and torch.equal(ql.fake_quantize(x.requires_grad_(), q), expected)
+    assert torch.equal(ql.fake_quantize(x, q), expected)
+    assert torch.equal(ql.fake_quantize(x.requires_grad_(), q), expected)
 
 
 @given(ranges(), BITS, st.booleans(), st.lists(REALS, min_size=1, max_size=40))
@@ -64,7 +69,8 @@ def test_codes_are_the_exact_ones_except_within_two_ulp_of_a_tie(limits, bits, s
         if code == exact_code(value, scale, zero_point, q.qmin, q.qmax):
             continue
         ratio = Fraction(value) / Fraction(scale)
-        ulp = Fraction(float(torch.nextafter(torch.tensor(abs(float(ratio))), torch.tensor(torch.inf)) - abs(float(ratio))))
+        size = torch.tensor(abs(float(ratio)))
+        ulp = Fraction(float(torch.nextafter(size, torch.tensor(torch.inf)) - abs(float(ratio))))
         distance = abs(ratio - (ratio.__floor__() + Fraction(1, 2)))
         assert distance <= 2 * max(ulp, Fraction(2) ** -149)
 
@@ -123,7 +129,8 @@ def test_constant_all_zero_and_tiny_tensors_work(symmetric):
     constant = ql.choose_qparams(2.5, 2.5, 4, symmetric=symmetric)
     assert ql.fake_quantize(torch.full((4,), 2.5), constant).sub(2.5).abs().max() < 1e-6
     tiny = ql.choose_qparams(-1e-42, 1e-42, 4, symmetric=symmetric)
-    assert tiny.scale == MIN_SCALE and torch.isfinite(ql.fake_quantize(torch.tensor([1e-42]), tiny)).all()
+    assert tiny.scale == MIN_SCALE
+    assert torch.isfinite(ql.fake_quantize(torch.tensor([1e-42]), tiny)).all()
 
 
 @pytest.mark.parametrize("limits", [(float("nan"), 1), (0, float("inf")), (1, -1)])

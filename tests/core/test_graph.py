@@ -13,7 +13,8 @@ from quantlab.graph import find_kinds, folded, trace
 from quantlab.plan import make_plan
 
 
-@pytest.mark.parametrize("build", [lambda: ql.load_model("resnet20"), Tangle], ids=["resnet20", "tangle"])
+@pytest.mark.parametrize(
+    "build", [lambda: ql.load_model("resnet20"), Tangle], ids=["resnet20", "tangle"])
 def test_folded_graph_computes_what_the_model_computes(build):
     model = randomize_batchnorm(build())
     x = torch.randn(4, 3, 32, 32)
@@ -21,7 +22,8 @@ def test_folded_graph_computes_what_the_model_computes(build):
     graph = folded(model)
     assert torch.allclose(graph(x), expected, atol=1e-4 * expected.abs().max().item())
     left = [n for n, kind in find_kinds(graph).items() if kind == "batchnorm"]
-    assert len(left) == (1 if isinstance(model, Tangle) else 0), "only the BatchNorm without a convolution in front stays"
+    expected_left = 1 if isinstance(model, Tangle) else 0
+    assert len(left) == expected_left, "only the BatchNorm without a convolution in front stays"
     assert torch.equal(model(x.clone()), expected), "the model itself is left alone"
 
 
@@ -31,9 +33,11 @@ def test_plan_of_the_tangle():
     assert plan.first == {"stem_0"} and plan.last == {"fc"}
     roles = plan.stores
     assert roles["x"] == "input" and "fc" not in roles, "the image is stored, the logits are not"
-    assert roles["stem_2"] == "residual" and roles["relu_1"] == "residual", "both operands of the add"
-    assert "relu_2" not in roles and "b" not in roles, "a branch that only a concat reads is rounded there, once"
-    assert "max_pool2d" not in roles and plan.sources[plan.reads["b"]] == "add", "max-pooling passes codes on"
+    assert roles["stem_2"] == roles["relu_1"] == "residual", "both operands of the add"
+    assert "relu_2" not in roles, "a branch that only a concat reads is rounded there, once"
+    assert "b" not in roles, "a branch that only a concat reads is rounded there, once"
+    assert "max_pool2d" not in roles, "max-pooling passes codes on"
+    assert plan.sources[plan.reads["b"]] == "add", "max-pooling passes codes on"
 
 
 @pytest.mark.parametrize("name, layers, adds", [("resnet20", 22, 9), ("resnet50", 54, 16)])
@@ -41,7 +45,8 @@ def test_plans_of_the_resnets(name, layers, adds):
     graph = folded(ql.load_model(name))
     plan = make_plan(graph)
     kinds = list(find_kinds(graph).values())
-    assert (kinds.count("compute"), kinds.count("add"), kinds.count("batchnorm")) == (layers, adds, 0)
+    counts = {kind: kinds.count(kind) for kind in ("compute", "add", "batchnorm")}
+    assert counts == {"compute": layers, "add": adds, "batchnorm": 0}
     assert plan.first == {"conv1"} and plan.last == {"fc"} and plan.floats == ()
     for node in graph.graph.nodes:
         if find_kinds(graph)[node] == "add":

@@ -35,9 +35,14 @@ def observe(*tensors):
 
 
 def same(a, b):
-    return (a.level, a.first, a.zeros, a.count, a.minimum, a.maximum) == (b.level, b.first, b.zeros, b.count, b.minimum, b.maximum) and (
-        (a.bins is None and b.bins is None) or torch.equal(a.bins, b.bins)
-    )
+    facts = ("level", "first", "zeros", "count", "minimum", "maximum")
+    if any(getattr(a, name) != getattr(b, name) for name in facts):
+        return False
+    return (a.bins is None and b.bins is None) or torch.equal(a.bins, b.bins)
+
+
+def normal(n, seed):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
 
 
 SCALES = st.lists(st.floats(-60, 60), min_size=1, max_size=6)
@@ -46,7 +51,7 @@ SCALES = st.lists(st.floats(-60, 60), min_size=1, max_size=6)
 @given(SCALES, st.booleans(), st.randoms(use_true_random=False))
 @settings(max_examples=60, deadline=None)
 def test_counts_do_not_depend_on_order_or_batching_and_merge_by_addition(exponents, relu, random):
-    batches = [torch.randn(257, generator=torch.Generator().manual_seed(i)) * 2.0**e for i, e in enumerate(exponents)]
+    batches = [normal(257, i) * 2.0**e for i, e in enumerate(exponents)]
     batches = [b.relu() for b in batches] if relu else batches
     together = observe(torch.cat(batches))
     shuffled = list(batches)
@@ -59,7 +64,7 @@ def test_counts_do_not_depend_on_order_or_batching_and_merge_by_addition(exponen
 @given(SCALES)
 @settings(max_examples=40, deadline=None)
 def test_counts_agree_with_a_two_pass_reference(exponents):
-    values = torch.cat([torch.randn(500, generator=torch.Generator().manual_seed(i)) * 2.0**e for i, e in enumerate(exponents)])
+    values = torch.cat([normal(500, i) * 2.0**e for i, e in enumerate(exponents)])
     values = torch.cat([values, torch.zeros(17), -torch.zeros(3)])
     stats = observe(*values.split(100))
     assert stats.zeros == 20 and stats.count == len(values) == int(stats.bins.sum()) + stats.zeros
@@ -78,7 +83,8 @@ def test_large_tensors_are_counted_in_pieces_on_several_threads(shift):
     stats, threads = observe(values.view(1, -1)), torch.get_num_threads()
     index = np.ceil(values.double().numpy() / stats.width).astype(np.int64) - 1 - stats.first
     assert stats.zeros == int((values == 0).sum()) and threads == torch.get_num_threads()
-    assert np.array_equal(stats.bins.numpy(), np.bincount(index[values.numpy() != 0], minlength=len(stats.bins)))
+    expected = np.bincount(index[values.numpy() != 0], minlength=len(stats.bins))
+    assert np.array_equal(stats.bins.numpy(), expected)
     assert same(observe(*values.split(1000)), stats)
     with torch.inference_mode():
         assert same(observe(values), stats)
@@ -109,7 +115,7 @@ def test_values_that_are_not_finite_are_refused_and_counted(bad):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("observer", OBSERVERS.values(), ids=str)
 def test_all_zero_and_constant_edges_work(observer, bits):
-    for values in (torch.zeros(50), torch.full((50,), 3.0), torch.full((50,), -3.0), torch.full((50,), 1e-40)):
+    for values in (torch.full((50,), value) for value in (0.0, 3.0, -3.0, 1e-40)):
         low, high = observer(observe(values), bits)
         q = ql.choose_qparams(low, high, bits)
         assert torch.allclose(ql.fake_quantize(values, q), values, rtol=0.01, atol=1e-6)
@@ -131,7 +137,9 @@ def brute_force(values, bits, symmetric, steps=120):
     """
     low, high = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
     shares = [i / steps for i in range(1, steps + 1)]
-    pairs = [(a, a) for a in shares] if symmetric or low == 0 else [(a, b) for a in shares[4::3] for b in shares[4::3]]
+    pairs = [(a, a) for a in shares]
+    if not symmetric and low != 0:
+        pairs = [(a, b) for a in shares[4::3] for b in shares[4::3]]
     best = math.inf
     for a, b in pairs:
         q = ql.choose_qparams(low * a, high * b, bits, symmetric=symmetric, signed=low < 0)
@@ -191,7 +199,8 @@ def test_entropy_is_the_least_divergence_computed_the_slow_way(bits, relu):
                 q[j] = sum(x[m] for m in members) / len(members)
         if sum(q) == 0 or any(a > 0 and b == 0 for a, b in zip(p, q)):
             continue
-        divergence = sum(a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q) if a > 0)
+        ratios = [(a / sum(p), b / sum(q)) for a, b in zip(p, q) if a > 0]
+        divergence = sum(a * math.log(a / b) for a, b in ratios)
         best = min(best, (divergence, i))
     low, high = entropy(stats, bits, bins=bins)
     assert max(-low, high) == pytest.approx(top * best[1] / bins, rel=1e-6)
@@ -199,7 +208,8 @@ def test_entropy_is_the_least_divergence_computed_the_slow_way(bits, relu):
 
 def test_aciq_has_the_published_constants():
     """Banner et al. 2019: the multiples of b and of sigma for 2 to 8 bits."""
-    laplace, gauss = [2.83, 3.89, 5.03, 6.20, 7.41, 8.64, 9.89], [1.71, 2.15, 2.55, 2.93, 3.28, 3.61, 3.92]
+    laplace = [2.83, 3.89, 5.03, 6.20, 7.41, 8.64, 9.89]
+    gauss = [1.71, 2.15, 2.55, 2.93, 3.28, 3.61, 3.92]
     two_sided = torch.tensor([-1.0, 1.0] * 500 + [-100.0, 100.0])
     b, sigma = two_sided.abs().mean().item(), two_sided.std(correction=0).item()
     stats = observe(two_sided)
@@ -207,7 +217,8 @@ def test_aciq_has_the_published_constants():
         assert aciq_laplace(stats, bits)[1] / b == pytest.approx(c_l, abs=0.02 * c_l)
         assert aciq_gauss(stats, bits)[1] / sigma == pytest.approx(c_g, abs=0.02 * c_g)
     one_sided = observe(two_sided.relu())
-    assert aciq_laplace(one_sided, 3)[1] / b == pytest.approx(laplace[2], rel=0.02), "one-sided: the next bit's value"
+    high = aciq_laplace(one_sided, 3)[1]
+    assert high / b == pytest.approx(laplace[2], rel=0.02), "one-sided: the next bit's value"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
@@ -221,7 +232,7 @@ def test_aciq_is_the_optimum_where_its_model_holds(bits):
         halves = [i / 20 for i in range(10, 200)]
         errors = quantization_error(stats, [-h for h in halves], halves, bits)
         ours = quantization_error(stats, *([v] for v in observer(stats, bits)), bits)
-        assert ours <= 1.06 * errors.min(), "the model counts 2^M levels on a line, not the rounding of a real grid"
+        assert ours <= 1.06 * errors.min(), "the model counts levels on a line, not a real grid"
 
 
 def test_error_from_the_histogram_is_the_error_on_the_values():
@@ -230,7 +241,8 @@ def test_error_from_the_histogram_is_the_error_on_the_values():
     for bits in (2, 4, 6):
         q = ql.choose_qparams(-2.5, 2.0, bits)
         exact = (ql.fake_quantize(values, q) - values).square().mean().item()
-        assert quantization_error(stats, [-2.5], [2.0], bits).item() == pytest.approx(exact, rel=0.02)
+        error = quantization_error(stats, [-2.5], [2.0], bits).item()
+        assert error == pytest.approx(exact, rel=0.02)
 
 
 def test_the_search_knows_the_number_of_levels():
@@ -248,9 +260,11 @@ def test_histogram_is_at_least_as_good_as_pytorchs_observer():
     theirs = tq.HistogramObserver(dtype=torch.quint8)
     theirs(values)
     scale, zero_point = theirs.calculate_qparams()
-    error = (torch.fake_quantize_per_tensor_affine(values, scale.item(), zero_point.item(), 0, 255) - values).square().mean().item()
+    x_hat = torch.fake_quantize_per_tensor_affine(values, scale.item(), zero_point.item(), 0, 255)
+    error = (x_hat - values).square().mean().item()
     low, high = histogram(observe(values), 8)
-    ours = (ql.fake_quantize(values, ql.choose_qparams(low, high, 8)) - values).square().mean().item()
+    x_hat = ql.fake_quantize(values, ql.choose_qparams(low, high, 8))
+    ours = (x_hat - values).square().mean().item()
     assert ours <= 1.01 * error
 
 

@@ -132,7 +132,8 @@ def test_statistics_merge_across_processes(resnet20, digits, stats):
     joined = ql.collect(resnet20, batches[:1]) + ql.collect(resnet20, batches[1:])
     assert joined.n_images == 256
     for name, edge in joined.edges.items():
-        assert torch.equal(edge.bins, stats.edges[name].bins) and edge.zeros == stats.edges[name].zeros
+        whole = stats.edges[name]
+        assert torch.equal(edge.bins, whole.bins) and edge.zeros == whole.zeros
 
 
 def test_statistics_know_their_network(resnet20, stats, digits):
@@ -184,7 +185,8 @@ def test_own_observer_as_a_function(resnet20, stats):
         return 0.0 if edge.minimum >= 0 else -1.0, 1.0
 
     qmodel = ql.quantize(resnet20, stats, ql.QuantConfig(4, 4, observer=own))
-    assert set(seen) == {4, 8} and qmodel.quantizers.layer1_0_relu.scale.item() == pytest.approx(1 / 15)
+    assert set(seen) == {4, 8}
+    assert qmodel.quantizers.layer1_0_relu.scale.item() == pytest.approx(1 / 15)
 
 
 def test_sizes_are_those_of_packed_codes(resnet20, stats):
