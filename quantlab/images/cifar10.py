@@ -8,8 +8,9 @@ import pathlib
 import tempfile
 
 from quantlab.images import imageset
+from quantlab.images.files import CIFAR10_ARCHIVE, CIFAR10_FOLDER, FETCH_COMMAND, find_cifar10
 from quantlab.system.errors import UserError
-from quantlab.system.files import data_folder, root
+from quantlab.system.files import data_folder
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -18,22 +19,6 @@ CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # these constants are the original expe
 CIFAR10_STD = (0.2023, 0.1994, 0.2010)
 # $QUANTLAB_CIFAR10_URL puts others in front
 CIFAR10_MIRRORS = ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",)
-ARCHIVE, FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
-FETCH_COMMAND = "python -m quantlab data cifar10"
-
-
-def is_cifar10(path):
-    """True for CIFAR-10's official archive, and for a folder that holds it or its python files."""
-    path = pathlib.Path(path)
-    if path.is_file():
-        return path.name == ARCHIVE
-    return any((path / name).exists() for name in (ARCHIVE, FOLDER))
-
-
-def find_cifar10():
-    """The folder in which CIFAR-10's official files already are, or None."""
-    named = os.environ.get("QUANTLAB_DATA")
-    return next((str(p) for p in (named, root() / "data") if p and is_cifar10(p)), None)
 
 
 def read_cifar10(path):
@@ -42,15 +27,16 @@ def read_cifar10(path):
     """
     import torchvision
 
-    archive = path if path.is_file() else path / ARCHIVE
+    archive = path if path.is_file() else path / CIFAR10_ARCHIVE
     folder = archive.parent
-    if not (folder / FOLDER).is_dir():
+    if not (folder / CIFAR10_FOLDER).is_dir():
         folder = _unpack(archive)
     try:
         return [torchvision.datasets.CIFAR10(str(folder), train) for train in (True, False)]
     except RuntimeError:
         raise UserError(
-            f"{folder / FOLDER} is incomplete or damaged; delete it and run: {FETCH_COMMAND}"
+            f"{folder / CIFAR10_FOLDER} is incomplete or damaged; delete it and run: "
+            f"{FETCH_COMMAND}"
         ) from None
 
 
@@ -69,7 +55,7 @@ def _unpack(archive):
     folder = archive.parent if os.access(archive.parent, os.W_OK) else data_folder()
     with _temporary_folder(folder, ".unpack-") as unpacked:
         utils.extract_archive(str(archive), str(unpacked))
-        os.replace(unpacked / FOLDER, folder / FOLDER)
+        os.replace(unpacked / CIFAR10_FOLDER, folder / CIFAR10_FOLDER)
     return folder
 
 
@@ -118,6 +104,6 @@ def _download(archive, md5):
         except Exception as error:  # each failure has a class of its own; the next mirror is tried
             reasons.append(f"{url}: {type(error).__name__}")
     raise UserError(
-        f"CIFAR-10 could not be downloaded ({'; '.join(reasons)}): put {ARCHIVE} into "
+        f"CIFAR-10 could not be downloaded ({'; '.join(reasons)}): put {CIFAR10_ARCHIVE} into "
         f"{archive.parent}, or name a mirror in QUANTLAB_CIFAR10_URL"
     )

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from quantlab.images import cifar10, imageset
+from quantlab.images.files import FETCH_COMMAND, find_data, fingerprint, is_cifar10
 from quantlab.system.errors import UserError
-from quantlab.system.files import data_folder, root
+from quantlab.system.files import data_folder
 
 HELDOUT_FRACTION = 0.1  # of every class
 HELDOUT_SEED = 20210  # the same tenth for everyone
@@ -132,13 +133,13 @@ def load_data(source="auto", *, size=None, verbose=True):
     place = find_data(source)
     if place == "digits":
         data = load_digits()
-    elif place == "cifar10" or cifar10.is_cifar10(place):
+    elif place == "cifar10" or is_cifar10(place):
         data = load_cifar10(place)
     else:
         data = load_images(place, size or int(os.environ.get("QUANTLAB_SIZE", 0)) or None)
     if verbose:
         better = str(source) == "auto" and data.name != "cifar10"
-        hint = f"; CIFAR-10's official files: {cifar10.FETCH_COMMAND}" if better else ""
+        hint = f"; CIFAR-10's official files: {FETCH_COMMAND}" if better else ""
         print(f"data: {data}{hint}", flush=True)
     return data
 
@@ -148,32 +149,9 @@ def find_fingerprint(source="auto"):
     place = find_data(source)
     if place == "digits":
         return load_digits().fingerprint
-    if place == "cifar10" or cifar10.is_cifar10(place):
+    if place == "cifar10" or is_cifar10(place):
         return load_cifar10(place).fingerprint
-    return imageset.fingerprint(pathlib.Path(place), data_folder() / "cache")
-
-
-def find_data(source):
-    """Where `source` leads on this machine: a path that exists, "digits", or "cifar10" where that
-    must be downloaded.
-    """
-    source = str(source)
-    if source == "auto":
-        return cifar10.find_cifar10() or find_images() or "digits"
-    if source == "cifar10":
-        return cifar10.find_cifar10() or source
-    found = find_images() if source == "images" else source
-    if found is None:
-        raise UserError(
-            f"no image set in {data_folder()}: put a folder or archive with train/CLASS/* and "
-            "test/CLASS/* there, or set QUANTLAB_DATA"
-        )
-    if found != "digits" and not pathlib.Path(found).exists():
-        raise UserError(
-            f"data {source!r} not found: use auto, cifar10, digits, images, or the path of a "
-            "folder or archive of images"
-        )
-    return found
+    return fingerprint(pathlib.Path(place), data_folder() / "cache")
 
 
 # ---- The parts -----------------------------------------------------------------------------------
@@ -239,18 +217,6 @@ def load_cifar10(place):
     content = _fingerprint(*(part.data for part in parts), *(label.numpy() for label in labels))
     constants = cifar10.CIFAR10_MEAN, cifar10.CIFAR10_STD
     return _assemble("cifar10", cifar10.CIFAR10_CLASSES, *zip(images, labels), content, constants)
-
-
-def find_images():
-    """The first image set (folder or archive) named by $QUANTLAB_DATA or in data/, or None."""
-    named = os.environ.get("QUANTLAB_DATA")
-    for place in (pathlib.Path(p) for p in (named, root() / "data") if p):
-        inside = sorted(place.iterdir()) if place.is_dir() else []
-        inside = [p for p in inside if not p.name.startswith(".") and p.name != "cache"]
-        for candidate in (*inside, place):
-            if imageset.is_image_set(candidate):
-                return str(candidate)
-    return None
 
 
 def load_images(path, size=None):

@@ -3,21 +3,13 @@
     images = load(path, cache)
 
 Images are decoded once and cached as uint8, one tensor a part; a set of more than STREAM_ABOVE
-bytes is decoded batch by batch instead. Its fingerprint comes from the files' names and bytes, so
-that a folder and an archive of the same files agree, wherever they lie and whenever written.
+bytes is decoded batch by batch instead.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
-import lzma
-import operator
-import pathlib
-import tarfile
-import zipfile
-import zlib
 
 import numpy as np
 import safetensors
@@ -25,16 +17,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from quantlab.images.files import PARTS, base_folder, fingerprint, image_files, stem
 from quantlab.system.errors import UserError
-from quantlab.system.files import atomic_path, save_tensors, write_text
+from quantlab.system.files import atomic_path, save_tensors
 
-PARTS = ("train", "test")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-ARCHIVE_SUFFIXES = (".tar.gz", ".tar.xz", ".tar.bz2", ".tar", ".tgz", ".txz", ".zip")
-DAMAGED = (
-    tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError,
-    RuntimeError,  # an encrypted zip
-)
 STREAM_ABOVE = 10**9  # bytes of decoded images
 
 
@@ -49,49 +35,6 @@ class ImageSet:
     fingerprint: str
 
 
-def stem(path):
-    """File name without any archive suffix."""
-    suffixes = (s for s in ARCHIVE_SUFFIXES if path.is_file() and path.name.lower().endswith(s))
-    return path.name[: len(path.name) - len(next(suffixes, ""))]
-
-
-def is_image_set(path):
-    """True for a folder with train/ and test/ (or one such subfolder), and an archive of images."""
-    if path.is_dir():
-        return _base(path) is not None
-    if not path.name.lower().endswith(ARCHIVE_SUFFIXES):
-        return False
-    try:
-        return next(_archive_files(path), None) is not None
-    except DAMAGED:
-        return False
-
-
-def fingerprint(path, cache):
-    """sha256, in hex, of the names and bytes of all images of the set; nothing is decoded.
-
-    Kept in the folder `cache` while path, sizes and times of the files stay the same: that saves
-    time and decides nothing. Raises UserError when it is no image set, damaged or empty.
-    """
-    key = hashlib.sha256(json.dumps(state(path)).encode()).hexdigest()[:16]
-    kept = cache / f"{stem(path)}-{key}.fingerprint"
-    if kept.is_file() and len(known := kept.read_text()) == 64:
-        return known
-    files = tqdm(_files(path), desc=f"hash {path.name}", unit=" images", mininterval=0.5)
-    digests = [(name, hashlib.sha256(content).hexdigest()) for name, content in files]
-    if not digests:
-        raise UserError(
-            f"{path}: no images found; expected train/CLASS/*.jpg and test/CLASS/*.jpg "
-            f"(or {', '.join(IMAGE_SUFFIXES[2:])})"
-        )
-    digests.sort(key=operator.itemgetter(0))
-    lines = "\n".join(f"{'/'.join(name)} {digest}" for name, digest in digests)
-    found = hashlib.sha256(lines.encode()).hexdigest()
-    with contextlib.suppress(UserError):  # a folder that cannot be written keeps nothing
-        write_text(kept, found)
-    return found
-
-
 def load(path, cache, size=None):
     """The ImageSet at `path`, decoded, or taken from the folder `cache`.
 
@@ -104,7 +47,7 @@ def load(path, cache, size=None):
         return _read_cache(cached, path, content)  # not there, or damaged: decoded below
     names, images = _decode_all(path, size)
     if images is None:
-        folder = _base(path) if path.is_dir() else _unpack(path, cached.with_suffix(""))
+        folder = base_folder(path) if path.is_dir() else _unpack(path, cached.with_suffix(""))
         images = Streamed([folder.joinpath(*name) for name in names], size)
     classes = _classes(names, path)
     parts = [_part(part, names, images, classes) for part in PARTS]
@@ -117,7 +60,7 @@ def load(path, cache, size=None):
 def _decode_all(path, size):
     """(names, images) in the order of names; images is None above STREAM_ABOVE bytes."""
     names, kept, total = [], [], 0
-    files = tqdm(_files(path), desc=f"decode {path.name}", unit=" images", mininterval=0.5)
+    files = tqdm(image_files(path), desc=f"decode {path.name}", unit=" images", mininterval=0.5)
     for name, content in files:
         image = decode(content, "/".join(name), size)
         if kept and image.shape != kept[0].shape:
@@ -175,64 +118,6 @@ class Streamed:
         return torch.from_numpy(np.stack(images))
 
 
-# ---- Files of a folder or an archive -------------------------------------------------------------
-
-
-def _files(path):
-    """Yield ((part, class, file name), bytes) for every image of the set."""
-    try:
-        if path.is_dir():
-            for name, file in _folder_files(path):
-                yield name, file.read_bytes()
-        else:
-            yield from _archive_files(path)
-    except DAMAGED as error:
-        raise UserError(
-            f"{path} is damaged or not a tar or zip archive ({type(error).__name__}: {error}); "
-            "copy or download it again"
-        ) from None
-
-
-def _folder_files(path):
-    """[((part, class, file name), file)] of every image of a folder."""
-    base = _base(path)
-    if base is None:
-        raise UserError(
-            f"{path} has no train/ and test/ folders; expected train/CLASS/* and test/CLASS/*"
-        )
-    files = [(_name(f.relative_to(base).parts), f) for f in sorted(base.glob("*/*/*"))]
-    return [(name, file) for name, file in files if name]
-
-
-def _archive_files(path):
-    if path.name.lower().endswith(".zip"):
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                name = _name(pathlib.PurePosixPath(member.filename).parts)
-                if name:
-                    yield name, archive.read(member)
-    else:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                name = _name(pathlib.PurePosixPath(member.name).parts)
-                if name and member.isfile():
-                    yield name, archive.extractfile(member).read()
-
-
-def _name(parts):
-    """(…, part, class, file) -> (part, class, file); None for what is no image of the set."""
-    if len(parts) < 3 or parts[-3] not in PARTS:
-        return None
-    is_image = parts[-1].lower().endswith(IMAGE_SUFFIXES) and not parts[-1].startswith(".")
-    return tuple(parts[-3:]) if is_image else None
-
-
-def _base(path):
-    """The folder that holds train/ and test/: `path` itself or its only such subfolder."""
-    inside = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-    return next((p for p in (path, *inside) if all((p / part).is_dir() for part in PARTS)), None)
-
-
 def _classes(names, path):
     found = {part: sorted({c for p, c, _ in names if p == part}) for part in PARTS}
     for part in PARTS:
@@ -266,13 +151,6 @@ def write_jpegs(folder, images, labels, classes, quality):
 # ---- Cache ---------------------------------------------------------------------------------------
 
 
-def state(path):
-    """What changes when the images' files do: path, sizes and times."""
-    files = [file for _, file in _folder_files(path)] if path.is_dir() else [path]
-    stats = [(str(f.relative_to(path)), f.stat()) for f in files]
-    return str(path.resolve()), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-
-
 def _write_cache(cached, images):
     tensors = {}
     for part in PARTS:
@@ -293,7 +171,7 @@ def _read_cache(cached, path, content):
 
 def _unpack(path, folder):
     """Write an archive's images to folder/part/class/name, so that any order can read them."""
-    for name, content in tqdm(_files(path), desc=f"unpack {path.name}", unit=" images"):
+    for name, content in tqdm(image_files(path), desc=f"unpack {path.name}", unit=" images"):
         with atomic_path(folder.joinpath(*name)) as temporary:
             temporary.write_bytes(content)
     return folder

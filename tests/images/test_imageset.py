@@ -13,7 +13,7 @@ from conftest import make_tar
 from PIL import Image
 
 import quantlab as ql
-from quantlab.images import imageset
+from quantlab.images import files, imageset
 from quantlab.images.datasets import find_fingerprint
 
 load = functools.partial(ql.load_data, verbose=False)
@@ -98,7 +98,7 @@ def test_the_fingerprint_decodes_nothing_and_is_read_again_only_where_files_chan
     first = find_fingerprint(image_folder)
     (kept,) = (workbook / "data" / "cache").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(imageset, "_files", lambda path: pytest.fail("read again"))
+        patch.setattr(files, "image_files", lambda path: pytest.fail("read again"))
         assert find_fingerprint(image_folder) == first
     kept.write_text("damaged")
     assert find_fingerprint(image_folder) == first and kept.read_text() == first
@@ -115,7 +115,7 @@ def test_a_set_that_holds_its_own_cache_is_read_once(workbook, image_folder, mon
     monkeypatch.setenv("QUANTLAB_DATA", str(image_folder))
     first = load("images")
     assert list((image_folder / "cache").glob("*.safetensors"))
-    monkeypatch.setattr(imageset, "_files", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(files, "image_files", lambda path: pytest.fail("read again"))
     assert load("images").fingerprint == first.fingerprint
 
 
