@@ -1,4 +1,5 @@
-"""Mixed precision: what every layer loses and costs at every width, and the widths that lose least within a budget.
+"""Mixed precision: what every layer loses and costs at every width, and the widths that lose least
+within a budget.
 
     errors = layer_errors(model, stats, images.calibration(256), widths=(8, 4, 3, 2))
     chosen = allocate(weight_options(errors, layer_costs(model, batch)), budget=50_000)
@@ -30,110 +31,114 @@ from quantlab.system.machine import device, exact_float
 WIDTHS = (8, 6, 5, 4, 3, 2)
 
 
-# ---- What a layer loses -----------------------------------------------------------------------------------------------------
-
-
-class _Values(fx.Interpreter):
-    """Runs a graph from `known` values on, rounding with `q` what the module `target` reads; keeps every value when asked to."""
-
-    def __init__(self, graph, target=None, q=None, keep=False):
-        super().__init__(graph, garbage_collect_values=not keep)
-        self.target, self.q = target, q
-
-    def call_module(self, target, args, kwargs):
-        if target == self.target:
-            args = (fake_quantize(args[0], self.q), *args[1:])
-        return super().call_module(target, args, kwargs)
+# ---- What a layer loses --------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def layer_errors(model, stats, batches, widths=WIDTHS, config=QuantConfig(), verbose=False):
-    """What the output loses when one layer's weights, or what one layer reads, is rounded and nothing else: a frame, one row a measurement.
+    """What the output loses when one layer's weights, or what one layer reads, is rounded and
+    nothing else: a frame, one row a measurement.
 
-    columns: layer, kind ("weight" or "activation"), bits, error: the Kullback-Leibler divergence KL(p || q) in nats, mean over images, of the
-    class probabilities p of the float network and q of the rounded one (the measure of ZeroQ, arXiv:2001.00281). Such errors add up
-    nearly enough to rank allocations. A layer that reads the image has one activation row, at `input_bits`. batches: float32 [B, C, H, W].
+    columns: layer, kind ("weight" or "activation"), bits, error: the Kullback-Leibler divergence
+    KL(p || q) in nats, mean over images, of the class probabilities p of the float network and q of
+    the rounded one (the measure of ZeroQ, arXiv:2001.00281). Such errors add up nearly enough to
+    rank allocations. A layer that reads the image has one activation row, at `input_bits`.
+    batches: float32 [B, C, H, W].
     """
     for bits in widths:
         check_bits(bits, "widths")
     graph = folded(model)
     check_statistics(stats, graph)
-    plan = make_plan(graph)
     graph.to(device())
-    cases = [case for name in layers(graph) for case in _cases(graph, plan, name, stats, widths, config)]
-    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    cases = _cases(graph, stats, widths, config)
     totals, seen = np.zeros(len(cases)), 0
+    options = dict(desc="one layer at a time", unit=" batches", leave=False, disable=not verbose)
     with exact_float():
-        for batch in tqdm(batches, desc="one layer at a time", unit=" batches", leave=False, disable=not verbose):
-            exact = _Values(graph, keep=True)
-            log_p = F.log_softmax(exact.run(batch.to(device())).double(), -1)
-            for i, (name, kind, _, q) in enumerate(cases):
-                node = find_node(graph, name)
-                known = {n: v for n, v in exact.env.items() if order[n] < order[node]}
-                logits = _run_rounded(graph, node, kind, q, known)
-                totals[i] += F.kl_div(F.log_softmax(logits.double(), -1), log_p, reduction="sum", log_target=True).item()
+        for batch in tqdm(batches, **options):
+            totals += _divergences(graph, cases, batch.to(device()))
             seen += len(batch)
     if not seen:
         raise UserError("no images to measure the error on: give at least one batch")
-    return pd.DataFrame(
-        [{"layer": name, "kind": kind, "bits": bits, "error": max(total, 0.0) / seen} for (name, kind, bits, _), total in zip(cases, totals)]
-    )
+    frame = pd.DataFrame([case[:3] for case in cases], columns=["layer", "kind", "bits"])
+    return frame.assign(error=totals.clip(min=0) / seen)
 
 
-def _cases(graph, plan, name, stats, widths, config):
-    """(layer, kind, bits, QParams) of everything that is measured for one layer."""
-    weight = graph.get_submodule(find_node(graph, name).target).weight
-    reads_image = plan.stores.get(plan.sources.get(plan.reads[name])) == "input"
-    act_widths = ([config.input_bits] if config.input_bits else []) if reads_image else widths
-    found = [(name, "weight", bits, choose_weight_qparams(weight.detach(), bits, config)) for bits in widths]
-    return found + [(name, "activation", bits, choose_edge_qparams(stats.edges[plan.reads[name]], bits, config).to(device())) for bits in act_widths]
+def _cases(graph, stats, widths, config):
+    """(layer, kind, bits, QParams) of everything that is measured."""
+    plan, cases = make_plan(graph), []
+    for name in layers(graph):
+        weight = graph.get_submodule(find_node(graph, name).target).weight.detach()
+        for bits in widths:
+            cases.append((name, "weight", bits, choose_weight_qparams(weight, bits, config)))
+        edge = plan.reads[name]
+        reads_image = plan.stores.get(plan.sources.get(edge)) == "input"
+        for bits in [config.input_bits] if reads_image else widths:
+            if bits is not None:
+                q = choose_edge_qparams(stats.edges[edge], bits, config).to(device())
+                cases.append((name, "activation", bits, q))
+    return cases
 
 
-def _run_rounded(graph, node, kind, q, known):
-    if kind == "activation":
-        return _Values(graph, node.target, q).run(initial_env=known)
-    layer = graph.get_submodule(node.target)
-    exact = layer.weight.data
-    layer.weight.data = fake_quantize(exact, q)
-    logits = _Values(graph).run(initial_env=known)
-    layer.weight.data = exact
-    return logits
+def _divergences(graph, cases, batch):
+    """KL(p || q), summed over the images of a batch: float64 [cases]."""
+    exact = fx.Interpreter(graph, garbage_collect_values=False)
+    log_p = F.log_softmax(exact.run(batch).double(), -1)
+    nodes, found = list(graph.graph.nodes), []
+    for name, kind, _, q in cases:
+        node = find_node(graph, name)
+        layer, x = graph.get_submodule(node.target), exact.env[node.args[0]]
+        # what is computed before the layer is not computed again
+        known = {n: exact.env[n] for n in nodes[: nodes.index(node)]}
+        if kind == "activation":
+            known[node] = layer(fake_quantize(x, q))
+        else:
+            weight = fake_quantize(layer.weight, q)
+            known[node] = torch.func.functional_call(layer, {"weight": weight}, x)
+        logits = fx.Interpreter(graph).run(initial_env=known)
+        log_q = F.log_softmax(logits.double(), -1)
+        found.append(F.kl_div(log_q, log_p, reduction="sum", log_target=True).item())
+    return np.array(found)
 
 
 def layer_accuracy(model, stats, split, config, names=None, verbose=False, **options):
-    """Accuracy with one layer quantized and all others float, and with one layer float and all others quantized, as `config` says.
+    """Accuracy with one layer quantized and all others float, and with one layer float and all
+    others quantized, as `config` says.
 
-    A frame with layer, case ("only this quantized" or "only this float"), top1 in percent, drop, drop_low, drop_high: points lost
-    against the float network on the same images, with the paired 95 % interval, and all: those lost with all layers quantized.
-    names: of the layers, None for all. options: those of `evaluate` (limit, batch_size). A lone quantized layer reads unrounded adds and
-    image; a float layer among quantized ones reads them as stored.
+    A frame with layer, case ("only this quantized" or "only this float"), top1 in percent, drop,
+    drop_low, drop_high: points lost against the float network on the same images, with the paired
+    95 % interval, and all: those lost with all layers quantized. names: of the layers, None for
+    all. options: those of `evaluate` (limit, batch_size). A lone quantized layer reads unrounded
+    adds and image; a float layer among quantized ones reads them as stored.
     """
-    graph = folded(model)
-    plan = make_plan(graph)
-    weights, acts = dict.fromkeys(layers(graph)), dict.fromkeys([*plan.reads, *plan.unread])
+    plan = make_plan(folded(model))
     baseline = evaluate(model, split, **options)
-    everything = paired_drop(baseline.correct, evaluate(quantize(model, stats, config), split, **options).correct)[0]
-    rows = []
-    for name in tqdm(names or list(weights), desc="layer by layer", leave=False, disable=not verbose):
-        weight_bits, act_bits = config.layer_bits(plan, name)
+
+    def measure(config):
+        result = evaluate(quantize(model, stats, config), split, **options)
+        drop, low, high = paired_drop(baseline.correct, result.correct)
+        return {"top1": result.top1, "drop": drop, "drop_low": low, "drop_high": high}
+
+    everything, rows = measure(config)["drop"], []
+    bar = dict(desc="layer by layer", leave=False, disable=not verbose)
+    for name in tqdm(names or list(plan.reads), **bar):
+        weights, acts = dict.fromkeys(plan.reads), dict.fromkeys([*plan.reads, *plan.unread])
+        weights[name], acts[name] = config.layer_bits(plan, name)
         alone = dataclasses.replace(
-            config, residual_bits=None, layer_weight_bits=weights | {name: weight_bits}, layer_act_bits=acts | {name: act_bits}
-        )
+            config, residual_bits=None, layer_weight_bits=weights, layer_act_bits=acts)
         without = dataclasses.replace(
-            config, layer_weight_bits=(config.layer_weight_bits or {}) | {name: None}, layer_act_bits=(config.layer_act_bits or {}) | {name: None}
-        )
+            config, layer_weight_bits=(config.layer_weight_bits or {}) | {name: None},
+            layer_act_bits=(config.layer_act_bits or {}) | {name: None})
         for case, one in (("only this quantized", alone), ("only this float", without)):
-            result = evaluate(quantize(model, stats, one), split, **options)
-            drop, low, high = paired_drop(baseline.correct, result.correct)
-            rows.append({"layer": name, "case": case, "top1": result.top1, "drop": drop, "drop_low": low, "drop_high": high, "all": everything})
+            rows.append({"layer": name, "case": case, **measure(one), "all": everything})
     return pd.DataFrame(rows)
 
 
-# ---- What a layer costs -----------------------------------------------------------------------------------------------------
+# ---- What a layer costs --------------------------------------------------------------------------
 
 
 def layer_costs(model, batch):
-    """A frame with layer, weights (values), constants (scales and biases), reads (values read) and macs (multiply-accumulates), for one image.
+    """A frame with layer, weights (values), constants (scales and biases), reads (values read) and
+    macs (multiply-accumulates), for one image.
 
     batch: float32 [B, C, H, W] of any B.
     """
@@ -144,61 +149,69 @@ def layer_costs(model, batch):
         node = find_node(graph, name)
         layer = graph.get_submodule(node.target)
         reads, writes = (n.meta["tensor_meta"].shape.numel() for n in (node.args[0], node))
-        channels = layer.weight.shape[0]
-        rows.append({"layer": name, "weights": layer.weight.numel(), "constants": channels * (1 + (layer.bias is not None)),
-                     "reads": reads, "macs": writes * layer.weight.numel() // channels})
-    return pd.DataFrame(rows)
+        weights, channels = layer.weight.numel(), layer.weight.shape[0]
+        constants = channels * (1 + (layer.bias is not None))
+        rows.append((name, weights, constants, reads, writes * weights // channels))
+    return pd.DataFrame(rows, columns=["layer", "weights", "constants", "reads", "macs"])
 
 
-# ---- Allocation -------------------------------------------------------------------------------------------------------------
+# ---- Allocation ----------------------------------------------------------------------------------
 
 
 def weight_options(errors, costs):
-    """Widths of every layer's weights; cost: bytes as stored, packed codes with float32 scales and int32 biases."""
-    table = errors[errors.kind == "weight"].merge(costs, on="layer").rename(columns={"bits": "weight_bits"})
-    return table.assign(cost=-(-table.weights * table.weight_bits // 8) + 4 * table.constants)[["layer", "weight_bits", "error", "cost"]]
-
-
-def activation_options(errors, costs):
-    """Widths of what every layer reads; cost: bytes read for one image."""
-    table = errors[errors.kind == "activation"].merge(costs, on="layer").rename(columns={"bits": "act_bits"})
-    return table.assign(cost=-(-table.reads * table.act_bits // 8))[["layer", "act_bits", "error", "cost"]]
+    """Widths of every layer's weights; cost: bytes as stored, packed codes with float32 scales and
+    int32 biases.
+    """
+    table = errors[errors.kind == "weight"].merge(costs, on="layer")
+    cost = -(-table.weights * table.bits // 8) + 4 * table.constants
+    table = table.rename(columns={"bits": "weight_bits"}).assign(cost=cost)
+    return table[["layer", "weight_bits", "error", "cost"]]
 
 
 def operation_options(errors, costs):
-    """Pairs of widths for every layer; cost: bit operations for one image, multiply-accumulates * weight_bits * act_bits (BOPs)."""
-    weights, acts = (errors[errors.kind == kind].rename(columns={"bits": name}) for kind, name in (("weight", "weight_bits"), ("activation", "act_bits")))
+    """Pairs of widths for every layer; cost: bit operations for one image (BOPs),
+    multiply-accumulates * weight_bits * act_bits.
+    """
+    weights = errors[errors.kind == "weight"].rename(columns={"bits": "weight_bits"})
+    acts = errors[errors.kind == "activation"].rename(columns={"bits": "act_bits"})
     table = weights.merge(acts, on="layer", suffixes=("", "_act")).merge(costs, on="layer")
-    table = table.assign(error=table.error + table.error_act, cost=table.macs * table.weight_bits * table.act_bits)
+    cost = table.macs * table.weight_bits * table.act_bits
+    table = table.assign(error=table.error + table.error_act, cost=cost)
     return table[["layer", "weight_bits", "act_bits", "error", "cost"]]
 
 
 def allocate(options, budget):
-    """One row of `options` for every layer, such that the errors add up to the least and the costs to at most `budget`: a frame.
+    """One row of `options` for every layer, such that the errors add up to the least and the costs
+    to at most `budget`: a frame.
 
-    minimise sum_i error_i x_i  with  sum_i cost_i x_i <= budget,  sum of x over a layer's options = 1,  x binary      (scipy.optimize.milp)
+    minimise sum_i error_i x_i  with  sum_i cost_i x_i <= budget,  x binary,
+    sum of x over a layer's options = 1                                   (scipy.optimize.milp)
+
     Raises UserError for a budget that no allocation meets, with the least that one needs.
     """
     options = options.reset_index(drop=True)
-    cost, error = options.cost.to_numpy(dtype=np.int64), options.error.to_numpy(dtype=np.float64)
+    cost, error = options.cost.to_numpy(np.int64), options.error.to_numpy(np.float64)
     least = int(options.groupby("layer").cost.min().sum())
     if budget < least:
-        raise UserError(f"no allocation meets a budget of {budget:,}: the narrowest widths offered need {least:,}; raise it or offer narrower ones")
-    unit = np.gcd.reduce(cost)  # small integers, so that the solver's tolerance of 1e-6 is far below one unit of cost
-    one_each = pd.get_dummies(options.layer, dtype=float).T.to_numpy()
+        raise UserError(f"no allocation meets a budget of {budget:,}: the narrowest widths offered "
+                        f"need {least:,}; raise it or offer narrower ones")
+    # small integers, so that the solver's tolerance of 1e-6 is far below one step of cost
+    step = np.gcd.reduce(cost)
+    linear = scipy.optimize.LinearConstraint
+    one_each = linear(pd.get_dummies(options.layer, dtype=float).T.to_numpy(), 1, 1)
+    affordable = linear((cost // step)[None, :], 0, budget // step)
     solution = scipy.optimize.milp(
-        error / max(error.max(), 1e-300),
-        integrality=np.ones(len(error)),
-        bounds=scipy.optimize.Bounds(0, 1),
-        constraints=[scipy.optimize.LinearConstraint(one_each, 1, 1), scipy.optimize.LinearConstraint((cost // unit)[None, :], 0, budget // unit)],
-        options={"mip_rel_gap": 0},
-    )
+        error / max(error.max(), 1e-300), integrality=np.ones(len(error)),
+        bounds=scipy.optimize.Bounds(0, 1), constraints=[one_each, affordable],
+        options={"mip_rel_gap": 0})
     if solution.x is None:
-        raise UserError(f"the solver found no allocation: {solution.message}; offer fewer widths")
+        raise UserError(
+            f"the solver found no allocation: {solution.message}; offer fewer widths")
     return options[solution.x > 0.5].reset_index(drop=True)
 
 
 def mixed_config(config, chosen):
     """`config` with the widths of an allocation."""
-    found = {name: dict(zip(chosen.layer, chosen[name].astype(int).tolist())) for name in ("weight_bits", "act_bits") if name in chosen}
-    return dataclasses.replace(config, **{f"layer_{name}": bits for name, bits in found.items()})
+    names = [name for name in ("weight_bits", "act_bits") if name in chosen]
+    widths = {name: dict(zip(chosen.layer, chosen[name].astype(int).tolist())) for name in names}
+    return dataclasses.replace(config, **{f"layer_{name}": bits for name, bits in widths.items()})

@@ -1,4 +1,6 @@
-"""Mixed precision: widths reach their layers, errors equal those of the quantized network, allocations equal brute force."""
+"""Mixed precision: widths reach their layers, errors equal those of the quantized network,
+allocations equal brute force.
+"""
 
 import dataclasses
 import itertools
@@ -14,63 +16,77 @@ from torch import nn
 import quantlab as ql
 from quantlab import ptq
 from quantlab.analysis import mixed
+from quantlab.graph import folded
 from quantlab.workbook import results
+
+NAMES = ["a", "b", "c", "d", "fc"]
+FREE = ql.QuantConfig(  # all float: what each test rounds is added
+    2, 2, residual_bits=None, input_bits=None, layer_weight_bits=dict.fromkeys(NAMES),
+    layer_act_bits=dict.fromkeys([*NAMES, "relu_3"]))
+
+
+class Small(nn.Module):
+    """A residual network of five layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.c = nn.Conv2d(8, 8, 3, padding=1)
+        self.d = nn.Conv2d(8, 12, 3, stride=2, groups=4)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        x = (x + self.c(self.b(x).relu())).relu()
+        return self.fc(self.d(x).relu().mean((2, 3)))
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A residual network of five layers, its calibration batches and their statistics."""
-
-    class Small(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-            self.d, self.fc = nn.Conv2d(8, 12, 3, stride=2, groups=4), nn.Linear(12, 5)
-
-        def forward(self, x):
-            x = self.a(x).relu()
-            x = (x + self.c(self.b(x).relu())).relu()
-            return self.fc(self.d(x).relu().mean((2, 3)))
-
+    """(network, its calibration batches, their statistics)."""
     torch.manual_seed(0)
     model, batches = Small().eval(), [torch.randn(8, 3, 9, 9) for _ in range(2)]
     return model, batches, ql.collect(model, batches)
 
 
-NAMES = ["a", "b", "c", "d", "fc"]
+def weight_widths(qmodel):
+    found = {name: getattr(layer, "weight_qparams", None) for name, layer in qmodel.layers.items()}
+    return {name: q.bits if q else None for name, q in found.items()}
 
 
-def quantizer_in_front(qmodel, layer):
-    node = ptq.find_node(qmodel, layer).args[0]
-    module = qmodel.get_submodule(node.target) if node.op == "call_module" else None
-    return module.qparams.bits if isinstance(module, ptq.Quantizer) else None
+def read_widths(qmodel):
+    found = {name: qmodel.reads(name) for name in qmodel.layers}
+    return {name: q.bits if q else None for name, q in found.items()}
 
 
 def test_every_layer_has_its_own_widths(small):
-    model, batches, stats = small
+    model, _, stats = small
     weights, acts = {"a": 3, "b": None, "fc": 7}, {"b": 2, "c": None, "d": 8}
-    qmodel = ql.quantize(model, stats, ql.QuantConfig(4, 5, layer_weight_bits=weights, layer_act_bits=acts))
-    found = {n: getattr(qmodel.get_submodule(n), "weight_qparams", None) for n in NAMES}
-    assert {n: q and q.bits for n, q in found.items()} == {"a": 3, "b": None, "c": 4, "d": 4, "fc": 7}
-    assert torch.equal(qmodel.b.weight, model.b.weight) and torch.equal(qmodel.b.bias, model.b.bias)
-    assert {n: quantizer_in_front(qmodel, n) for n in NAMES} == {"a": 8, "b": 2, "c": None, "d": 8, "fc": 5}
+    config = ql.QuantConfig(4, 5, layer_weight_bits=weights, layer_act_bits=acts)
+    qmodel = ql.quantize(model, stats, config)
+    assert weight_widths(qmodel) == {"a": 3, "b": None, "c": 4, "d": 4, "fc": 7}
+    assert torch.equal(qmodel.b.weight, model.b.weight)
+    assert torch.equal(qmodel.b.bias, model.b.bias)
+    assert read_widths(qmodel) == {"a": 8, "b": 2, "c": None, "d": 8, "fc": 5}
     assert qmodel.quantizers.relu_3.qparams.bits == 5, "an average pool reads it, and no layer"
-    assert ql.quantize(model, stats, ql.QuantConfig(4, 5, layer_act_bits={"relu_3": 3})).quantizers.relu_3.qparams.bits == 3
+    qmodel = ql.quantize(model, stats, ql.QuantConfig(4, 5, layer_act_bits={"relu_3": 3}))
+    assert qmodel.quantizers.relu_3.qparams.bits == 3
 
 
 def test_all_float_is_the_float_network(small):
     model, batches, stats = small
-    config = ql.QuantConfig(2, 2, residual_bits=None, input_bits=None, layer_weight_bits=dict.fromkeys(NAMES), layer_act_bits=dict.fromkeys([*NAMES, "relu_3"]))
-    qmodel = ql.quantize(model, stats, config)
-    assert not [m for m in qmodel.modules() if isinstance(m, ptq.Quantizer)]
+    qmodel = ql.quantize(model, stats, FREE)
+    assert not qmodel.quantizer_nodes
     with torch.no_grad():
         assert torch.equal(qmodel(batches[0]), model(batches[0]))
 
 
 def test_float_image_and_low_image(small):
-    model, batches, stats = small
+    model, _, stats = small
     for bits in (None, 3):
-        assert quantizer_in_front(ql.quantize(model, stats, ql.QuantConfig(4, 4, input_bits=bits)), "a") == bits
+        qmodel = ql.quantize(model, stats, ql.QuantConfig(4, 4, input_bits=bits))
+        assert read_widths(qmodel)["a"] == bits
 
 
 def test_unknown_layers_and_widths_are_refused(small):
@@ -85,17 +101,20 @@ def test_unknown_layers_and_widths_are_refused(small):
 
 def test_errors_are_those_of_a_network_with_one_layer_quantized(small):
     model, batches, stats = small
-    table = mixed.layer_errors(model, stats, batches, widths=(4, 2)).set_index(["layer", "kind", "bits"]).error
-    assert len(table) == 2 * 5 + 1 + 2 * 4 and table.index.is_unique
+    table = mixed.layer_errors(model, stats, batches, widths=(4, 2))
+    table = table.set_index(["layer", "kind", "bits"]).error
+    assert len(table) == 2 * 5 + 1 + 2 * 4
+    assert table.index.is_unique
     x = torch.cat(batches)
-    free = ql.QuantConfig(residual_bits=None, input_bits=None, layer_weight_bits=dict.fromkeys(NAMES), layer_act_bits=dict.fromkeys([*NAMES, "relu_3"]))
-    for layer, kind, bits in table.index:
-        field = f"layer_{'weight' if kind == 'weight' else 'act'}_bits"
-        qmodel = ql.quantize(model, stats, dataclasses.replace(free, **{field: getattr(free, field) | {layer: bits}}))
+    for key in table.index:
+        layer, kind, bits = key
+        field = "layer_weight_bits" if kind == "weight" else "layer_act_bits"
+        one = dataclasses.replace(FREE, **{field: getattr(FREE, field) | {layer: bits}})
+        qmodel = ql.quantize(model, stats, one)
         with torch.no_grad():
-            p, q = model(x).double().softmax(-1), qmodel(x).double().softmax(-1)
+            p, q = (network(x).double().softmax(-1) for network in (model, qmodel))
         divergence = (p * (p / q).log()).sum(-1).mean().item()
-        assert table[layer, kind, bits] == pytest.approx(divergence, rel=1e-3, abs=1e-12), (layer, kind, bits)
+        assert table[key] == pytest.approx(divergence, rel=1e-3, abs=1e-12), key
     fewer = mixed.layer_errors(model, stats, batches, widths=(2,)).error
     assert (fewer > 0).all(), "the graph was left as it was between two layers"
 
@@ -110,16 +129,16 @@ def test_costs_are_counted_by_hand(small):
 
 def test_cost_is_what_weight_bytes_says(small):
     model, batches, stats = small
-    errors, costs = mixed.layer_errors(model, stats, batches, widths=(5, 3)), mixed.layer_costs(model, batches[0])
-    options = mixed.weight_options(errors, costs)
-    sizes = []
-    for budget in (options.groupby("layer").cost.min().sum(), options.groupby("layer").cost.max().sum()):
+    errors = mixed.layer_errors(model, stats, batches, widths=(5, 3))
+    options = mixed.weight_options(errors, mixed.layer_costs(model, batches[0]))
+    costs, widths = options.groupby("layer").cost, []
+    for budget in (costs.min().sum(), costs.max().sum()):
         chosen = mixed.allocate(options, budget)
         qmodel = ql.quantize(model, stats, mixed.mixed_config(ql.QuantConfig(), chosen))
-        quantizers = sum(8 for m in qmodel.modules() if isinstance(m, ptq.Quantizer))  # a scale and a zero-point each
+        quantizers = 8 * len(qmodel.quantizer_nodes)  # a scale and a zero-point each
         assert ql.weight_bytes(qmodel) - quantizers == chosen.cost.sum() <= budget
-        sizes.append(chosen.weight_bits.tolist())
-    assert sizes == [[3] * 5, [5] * 5]
+        widths.append(chosen.weight_bits.tolist())
+    assert widths == [[3] * 5, [5] * 5]
 
 
 def brute_force(options, budget):
@@ -130,49 +149,52 @@ def brute_force(options, budget):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_allocation_is_the_best_there_is(seed):
-    """Five layers, four widths, errors over six orders of magnitude: every one of the 1,024 allocations is tried."""
-    random = np.random.default_rng(seed)
+    """Five layers, four widths, errors over six orders of magnitude: every one of the 1,024
+    allocations is tried.
+    """
+    random, names = np.random.default_rng(seed), [f"l{i}" for i in range(5)]
     options = pd.DataFrame([
-        {"layer": f"l{i}", "weight_bits": bits, "error": 10 ** random.uniform(-6, 0), "cost": int(random.integers(1, 10 ** random.integers(2, 9)))}
-        for i in range(5) for bits in (2, 3, 4, 8)
-    ])
-    least, most = (int(options.groupby("layer").cost.agg(f).sum()) for f in ("min", "max"))
-    for budget in (least, least + 1, *np.linspace(least, most, 7).astype(int).tolist(), most):
+        {"layer": name, "weight_bits": bits, "error": 10 ** random.uniform(-6, 0),
+         "cost": int(random.integers(1, 10 ** random.integers(2, 9)))}
+        for name in names for bits in (2, 3, 4, 8)])
+    low, high = (int(options.groupby("layer").cost.agg(f).sum()) for f in ("min", "max"))
+    for budget in (low, low + 1, *np.linspace(low, high, 7).astype(int).tolist(), high):
         chosen = mixed.allocate(options, budget)
-        assert chosen.layer.tolist() == [f"l{i}" for i in range(5)] and chosen.cost.sum() <= budget
+        assert chosen.layer.tolist() == names
+        assert chosen.cost.sum() <= budget
         assert chosen.error.sum() == pytest.approx(brute_force(options, budget), rel=1e-9)
-    with pytest.raises(ql.UserError, match=f"narrowest widths offered need {least:,}"):
-        mixed.allocate(options, least - 1)
+    with pytest.raises(ql.UserError, match=f"narrowest widths offered need {low:,}"):
+        mixed.allocate(options, low - 1)
 
 
 def test_operations_are_allocated_for_weights_and_activations(small):
     model, batches, stats = small
-    errors, costs = mixed.layer_errors(model, stats, batches, widths=(4, 2)), mixed.layer_costs(model, batches[0])
+    errors = mixed.layer_errors(model, stats, batches, widths=(4, 2))
+    costs = mixed.layer_costs(model, batches[0])
     options = mixed.operation_options(errors, costs)
-    assert len(options) == 2 + 4 * 4 and (options[options.layer == "a"].act_bits == 8).all()
+    assert len(options) == 2 + 4 * 4
+    assert (options[options.layer == "a"].act_bits == 8).all()
     budget = int(costs.macs.sum() * 14)
     chosen = mixed.allocate(options, budget)
     assert chosen.error.sum() == pytest.approx(brute_force(options, budget), rel=1e-9)
-    config = mixed.mixed_config(ql.QuantConfig(), chosen)
-    qmodel = ql.quantize(model, stats, config)
-    for row in chosen.itertuples():
-        assert qmodel.get_submodule(row.layer).weight_qparams.bits == row.weight_bits
-        assert quantizer_in_front(qmodel, row.layer) == row.act_bits
-    acts = mixed.activation_options(errors, costs)
-    assert acts[acts.layer == "d"].cost.tolist() == [8 * 81 // 2, 8 * 81 // 4]
+    qmodel = ql.quantize(model, stats, mixed.mixed_config(ql.QuantConfig(), chosen))
+    assert weight_widths(qmodel) == dict(zip(chosen.layer, chosen.weight_bits))
+    assert read_widths(qmodel) == dict(zip(chosen.layer, chosen.act_bits))
 
 
 def test_one_layer_at_a_time(resnet20, stats, digits):
-    split = ql.limited(digits.heldout, 40)
-    config = ql.QuantConfig(2, 3)
-    frame = mixed.layer_accuracy(resnet20, stats, split, config, ["conv1", "fc"]).set_index(["layer", "case"])
+    split, names = ql.limited(digits.heldout, 40), dict.fromkeys(ptq.layers(folded(resnet20)))
+    frame = mixed.layer_accuracy(resnet20, stats, split, ql.QuantConfig(2, 3), ["conv1", "fc"])
+    frame = frame.set_index(["layer", "case"])
     assert len(frame) == 4
-    names = ptq.layers(*ptq.prepare(resnet20)[:2])
-    free = ql.QuantConfig(2, 3, residual_bits=None, layer_weight_bits=dict.fromkeys(names) | {"fc": 2}, layer_act_bits=dict.fromkeys(names) | {"fc": 3})
-    assert frame.top1["fc", "only this quantized"] == ql.evaluate(ql.quantize(resnet20, stats, free), split).top1
+    free = ql.QuantConfig(2, 3, residual_bits=None, layer_weight_bits=names | {"fc": 2},
+                          layer_act_bits=names | {"fc": 3})
     bound = ql.QuantConfig(2, 3, layer_weight_bits={"fc": None}, layer_act_bits={"fc": None})
-    assert frame.top1["fc", "only this float"] == ql.evaluate(ql.quantize(resnet20, stats, bound), split).top1
-    assert frame["drop"]["fc", "only this float"] > frame["drop"]["fc", "only this quantized"]
+    for case, config in (("only this quantized", free), ("only this float", bound)):
+        top1 = ql.evaluate(ql.quantize(resnet20, stats, config), split).top1
+        assert frame.top1["fc", case] == top1
+    drop = frame["drop"]["fc"]
+    assert drop["only this float"] > drop["only this quantized"]
 
 
 def test_needs_images_and_the_right_statistics(small, resnet20):
@@ -181,6 +203,9 @@ def test_needs_images_and_the_right_statistics(small, resnet20):
         mixed.layer_errors(model, stats, [])
     with pytest.raises(ql.UserError, match="another network"):
         mixed.layer_errors(resnet20, stats, batches)
+
+
+# ---- Rows that are measured once -----------------------------------------------------------------
 
 
 def test_a_finished_row_is_not_measured_again(workbook, digits):
