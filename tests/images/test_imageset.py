@@ -115,7 +115,8 @@ def test_a_set_that_holds_its_own_cache_is_read_once(workbook, image_folder, mon
     monkeypatch.setenv("QUANTLAB_DATA", str(image_folder))
     first = load("images")
     assert list((image_folder / "cache").glob("*.safetensors"))
-    monkeypatch.setattr(files, "image_files", lambda path: pytest.fail("read again"))
+    for module in (files, imageset):
+        monkeypatch.setattr(module, "image_files", lambda path: pytest.fail("read again"))
     assert load("images").fingerprint == first.fingerprint
 
 
