@@ -47,7 +47,6 @@ class Study:
                             f"there are: {', '.join(PRESETS)}")
         if get_ipython() is None:
             matplotlib.use("Agg")  # a plain script saves its figures and opens no window
-        plots.set_style()
         self.images = data if isinstance(data, Dataset) else load_data(data)
         self.smoke = self.images.smoke if preset == "auto" else preset == "smoke"
         self.limit = limit or (SMOKE_LIMIT if self.smoke else None)
