@@ -14,3 +14,10 @@ def did_you_mean(word, known, cutoff=0.6):
     """ "; did you mean NAME?" for the nearest of the known names, or "" where none is near."""
     near = difflib.get_close_matches(str(word), [str(name) for name in known], 1, cutoff)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_name(kind, name, known):
+    """UserError, with the nearest and all known names, unless `name` is one of them."""
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise UserError(f"{kind} {name!r} is unknown{hint}; use one of: {', '.join(known)}")
