@@ -4,20 +4,17 @@ allocations equal brute force.
 
 import dataclasses
 import itertools
-import json
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_results import some_row
 from torch import nn
 
 import quantlab as ql
 from quantlab import ptq
 from quantlab.analysis import mixed
 from quantlab.graph import folded
-from quantlab.workbook import results
 
 NAMES = ["a", "b", "c", "d", "fc"]
 FREE = ql.QuantConfig(  # all float: what each test rounds is added
@@ -203,51 +200,3 @@ def test_needs_images_and_the_right_statistics(small, resnet20):
         mixed.layer_errors(model, stats, [])
     with pytest.raises(ql.UserError, match="another network"):
         mixed.layer_errors(resnet20, stats, batches)
-
-
-# ---- Rows that are measured once -----------------------------------------------------------------
-
-
-def test_a_finished_row_is_not_measured_again(workbook, digits):
-    calls = []
-
-    def measure(state):
-        calls.append(state)
-        assert not state.exists()
-        state.parent.mkdir(parents=True, exist_ok=True)
-        state.write_bytes(b"half of it")
-        return some_row(digits)
-
-    first = results.once({"bits": 4}, measure)
-    assert not calls[0].exists() and results.load().created.tolist() == [first["created"]]
-    again = results.once({"bits": 4}, measure)
-    assert again == json.loads(json.dumps(first)) and len(calls) == 1 and len(results.load()) == 1
-    results.local_path().unlink()
-    results.once({"bits": 4}, measure)
-    assert len(calls) == 1 and len(results.load()) == 1, "recorded again where results.csv was moved away"
-    results.once({"bits": 3}, measure)
-    assert len(calls) == 2 and calls[0] != calls[1]
-
-
-def test_a_killed_measurement_finds_its_state(workbook, digits):
-    def killed(state):
-        state.parent.mkdir(parents=True, exist_ok=True)
-        state.write_bytes(b"half of it")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        results.once({"bits": 4}, killed)
-    assert not len(results.load())
-    results.once({"bits": 4}, lambda state: some_row(digits) if state.read_bytes() == b"half of it" else None)
-    assert len(results.load()) == 1
-
-
-def test_corrected_rows_have_a_label_of_their_own(digits):
-    rows = [some_row(digits), some_row(digits, config=ql.QuantConfig(4, 4, residual_bits=None, input_bits=4, first_last_bits=8), corrections="QDrop")]
-    rows.append(some_row(digits, weight_bits=None, corrections="mixed precision, 80 kB"))
-    labels = [results.label(pd.Series(row)) for row in rows]
-    assert labels == ["W4A4 histogram, weights lp(p=3)", "W4A4 histogram, weights lp(p=3), first/last 8, residual float, input 4, QDrop",
-                      "W*A4 histogram, weights lp(p=3), mixed precision, 80 kB"]
-    swept = [some_row(digits, config=ql.QuantConfig(b, b)) for b in (4, 3)] + [some_row(digits, config=ql.QuantConfig(2, 2), corrections="QDrop")]
-    frame = pd.DataFrame([*swept, some_row(digits, config=ql.QuantConfig(2, 2, residual_bits=None))])
-    assert results.equal_widths(frame).index.tolist() == [0, 1]
