@@ -1,0 +1,131 @@
+"""The public door: names, rooms, torchvision, and a command line that is quick to refuse."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import CHECKOUT, read_text
+
+import quantlab as ql
+from quantlab.__main__ import BENCH_SECTIONS
+from quantlab.networks.architectures import ARCHITECTURES
+from quantlab.networks.recipe import NETWORKS
+from quantlab.system.errors import check_name
+from quantlab.workbook import bench
+
+COMMAND = """
+import sys
+from quantlab.__main__ import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as stop:
+    status = stop.code
+print(status, *{"torch", "pandas", "matplotlib", "numpy", "jupytext"} & set(sys.modules))
+"""
+
+
+def python(code, *arguments, cwd=CHECKOUT):
+    """(output, errors) of a new interpreter."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True,
+                          text=True)
+    return done.stdout, done.stderr
+
+
+# ---- Names ---------------------------------------------------------------------------------------
+
+
+def test_every_public_name_and_every_room_is_there():
+    for name in [*ql.__all__, "analysis", "export", "images", "improving", "integer", "networks",
+                 "plots", "rivals"]:
+        assert getattr(ql, name) is not None and name in dir(ql), name
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        ql.quantise  # noqa: B018
+
+
+def test_every_name_that_the_readme_uses_is_there():
+    used = re.findall(r"\bql((?:\.\w+)+)", read_text(CHECKOUT / "README.md"))
+    assert used
+    for path in used:
+        value = ql
+        for name in path.split(".")[1:]:
+            value = getattr(value, name)
+        assert value is not None, path
+
+
+def test_names_are_the_functions_also_where_a_module_has_the_same_name():
+    from quantlab.evaluate import evaluate
+
+    assert ql.evaluate is evaluate and ql.quantize.__module__ == "quantlab.ptq"
+
+
+def test_the_import_loads_no_torch_and_torchvision_is_repaired_when_it_is_imported():
+    code = "import sys, quantlab; print('torch' in sys.modules, 'torchvision' in sys.modules)"
+    assert python(code) == ("False False\n", "")
+    output, errors = python("import quantlab, torchvision; print(torchvision.models.resnet50)")
+    assert "resnet50" in output, errors
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--help"], ["run", "--help"], ["train", "--help"], ["list"],
+], ids=" ".join)
+def test_help_and_list_load_nothing_heavy(arguments):
+    output, errors = python(COMMAND, *arguments)
+    assert output.splitlines()[-1] == "0" and not errors
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["runn"], "invalid choice: 'runn'"),
+    (["run", "--forced"], "unrecognized arguments: --forced"),
+    (["train", "--epochs", "many"], "invalid int value: 'many'"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_an_unknown_command_option_or_number_loads_nothing_heavy(arguments, message):
+    output, errors = python(COMMAND, *arguments)
+    assert output == "2\n" and message in errors
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["run", "03", "-p", "weight_bit", "4"], "'weight_bit'; did you mean weight_bits?"),
+    (["run", "03", "-p", "weight_bits", "four"], "weight_bits='four' of 03_quantize_by_hand is not"
+                                                 " int; its default is 4"),
+    (["run", "01", "-p", "retrain", "maybe"], "is not bool"),
+    (["run", "04_observes"], "notebook '04_observes' is unknown"),
+    (["run", "03_quantise_by_hand"], "did you mean 03_quantize_by_hand?"),
+    (["run", "-p", "nonsense", "1"], "has no parameter 'nonsense'"),
+    (["run", "03", "--data", "no/such"], "data 'no/such' not found: use auto, cifar10, digits"),
+    (["train", "--data", "no/such/folder"], "data 'no/such/folder' not found"),
+    (["train", "--data", "digits", "--model", "resnet2O"], "did you mean resnet20?"),
+    (["train", "--recipe", "two-core"], "did you mean two-cores?"),
+    (["train", "--epochs", "0"], "epochs=0: allowed are values from 1"),
+    (["train", "--phases", "3x16"], "write EPOCHS@SIZE"),
+    (["train", "--threads", "0"], "--threads 0: name at least 1"),
+    (["train", "--start-from", "missing.safetensors"], "missing.safetensors not found"),
+    (["import-checkpoint", "missing.pt"], "missing.pt not found"),
+    (["import-checkpoint", "missing.pt", "--model", "vgg"], "model 'vgg' is unknown"),
+    (["data", "images"], "no image set in"),
+    (["data", "nowhere"], "data 'nowhere' not found"),
+    (["bench", "integers"], "did you mean integer?"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_a_mistake_gets_one_line_and_status_1_before_anything_heavy_is_loaded(
+    workbook, arguments, message
+):
+    output, errors = python(COMMAND, *arguments, cwd=workbook)
+    assert output == "1\n", "status 1, and nothing heavy was loaded"
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
+    assert sorted(p.name for p in workbook.iterdir()) == [
+        "checkpoint", "notebooks", "pyproject.toml"], "nothing was written"
+
+
+def test_names_that_the_command_line_offers_are_those_that_there_are():
+    assert tuple(ARCHITECTURES) == NETWORKS and tuple(bench.SECTIONS) == BENCH_SECTIONS
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_all_known():
+    check_name("fruit", "plum", ["plum", "pear"])
+    with pytest.raises(ql.UserError) as caught:
+        check_name("fruit", "plumb", ["plum", "pear"])
+    assert str(caught.value) == (
+        "fruit 'plumb' is unknown; did you mean plum?; use one of: plum, pear")
