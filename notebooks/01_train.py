@@ -12,16 +12,19 @@
 #
 # **Question.** What exactly is the float network that everything later is measured against?
 #
-# **Cost.** Loading a committed checkpoint: half a minute. Training ResNet-20 from scratch: about a minute per epoch on two CPU cores in
-# bfloat16, forty epochs; under half a minute in all on the digits. A kill loses at most one epoch.
+# **Cost.** Loading a committed checkpoint: half a minute. Training ResNet-20 from scratch: about a
+# minute per epoch on two CPU cores in bfloat16, forty epochs; under half a minute in all on the
+# digits. A kill loses at most a minute.
 
 # %%
 import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook; Colab keeps its own torch
-    subprocess.check_call("test -d workbook || git clone --depth 1 https://github.com/TimS-ml/Handwritten-Quantization workbook; pip install -q -e workbook", shell=True)
+if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook
+    address = "https://github.com/TimS-ml/Handwritten-Quantization"
+    fetch = f"test -d workbook || git clone --depth 1 {address} workbook"
+    subprocess.check_call(f"{fetch}; pip install -q -e workbook", shell=True)
     os.chdir("workbook")
     sys.path.insert(0, os.getcwd())
 
@@ -32,8 +35,9 @@ import pandas as pd
 import quantlab as ql
 import torch
 from quantlab import plots
-from quantlab.networks.train import default_config
-from quantlab.workbook import results
+from quantlab.networks.train import augment, default_config
+from quantlab.workbook.study import Study, show
+from torch.nn import functional as F
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive
@@ -46,46 +50,96 @@ retrain = False  # True: train even where a checkpoint exists, and replace it
 
 # %% [markdown]
 # ## 1. The images
-# One call, three sources. Training images are for fitting and calibrating, a fixed tenth of them is *held out* for choosing anything, and
-# test images are only ever tested on.
+# One call, three sources. Training images are for fitting and calibrating, a fixed tenth of them is
+# *held out* for choosing anything, and test images are only ever tested on.
 
 # %%
 images = ql.load_data(data)
-smoke = images.smoke if preset == "auto" else preset == "smoke"
-limit = 1000 if smoke else None  # test images
-
-# %%
-counts = {part: torch.bincount(getattr(images, part).labels).tolist() for part in ("train", "heldout", "test")}
-pd.DataFrame(counts, index=images.classes).T
+parts = ("train", "heldout", "test")
+counts = {part: torch.bincount(getattr(images, part).labels).tolist() for part in parts}
+show(pd.DataFrame(counts, index=images.classes).T)
 
 # %% [markdown]
-# Where classes are equally frequent, top-1 accuracy alone is a fair summary. What always naming the most frequent class would score:
+# Where classes are equally frequent, top-1 accuracy alone is a fair summary. What always naming the
+# most frequent class would score:
 
 # %%
 print(f"{100 * max(counts['test']) / sum(counts['test']):.1f} %")
 shown = torch.arange(min(16, len(images.train)))
 titles = [images.classes[i] for i in images.train.labels[shown].tolist()]
-grid = plots.image_grid(images.train.images[shown], titles, [False] * len(shown), f"{plots.data_label(images)}: the first training images")
+caption = f"{plots.data_label(images)}: the first training images"
+pictures = images.train.images[shown]
+grid = plots.image_grid(pictures, titles, [False] * len(shown), caption)
 plots.save(grid, "images_train", images)
 
 # %% [markdown]
-# ## 2. The network
+# ## 2. The two networks
+# The original experiment's **ResNet-50** is torchvision's with a 3x3 stem of stride 1 and no max-pool,
+# for images of 32 pixels (its head had 1,000 outputs, ours has one a class). **ResNet-20** is the small
+# network on which everything can be tried in minutes.
+
 
 # %%
-network = ql.load_model(model, num_classes=len(images.classes))
-layers = [m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
-parameters = sum(p.numel() for p in network.parameters())
-print(f"{model}: {len(layers)} convolutions and linear layers, {parameters:,} parameters, {4 * parameters / 1e6:.2f} MB in float32")
+def describe(network):
+    layers = [
+        m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))
+    ]
+    parameters = sum(p.numel() for p in network.parameters())
+    return {
+        "convolutions and linear layers": len(layers),
+        "residual adds": sum(type(m).__name__.endswith(("Block", "neck")) for m in network.modules()),
+        "parameters": f"{parameters:,}",
+        "MB in float32": round(4 * parameters / 1e6, 2),
+    }
+
+networks = {name: ql.load_model(name, num_classes=10) for name in ("resnet20", "resnet50")}
+show(pd.DataFrame({name: describe(network) for name, network in networks.items()}))
 
 # %% [markdown]
-# Almost all parameters are weights of convolutions. Quantizing weights from 32 to 4 bits divides what must be stored and moved by eight;
-# quantizing activations as well is what makes integer arithmetic possible.
+# The first three layers of ResNet-50, as the original's README lists them. A convolution in front of a
+# BatchNorm needs no bias: BatchNorm subtracts the mean and adds a bias of its own.
+
+# %%
+for name in ("conv1", "bn1", "relu"):
+    module = networks["resnet50"].get_submodule(name)
+    print(f"({name}): {module}")
+    for parameter, value in module.named_parameters():
+        print(f"    {name}.{parameter}: {tuple(value.shape)}")
+
+# %% [markdown]
+# Almost all parameters are weights of convolutions. Quantizing weights from 32 to 4 bits divides what
+# must be stored and moved by eight; quantizing activations as well is what makes integer arithmetic
+# possible.
 #
-# ## 3. Load, resume or train
-# A checkpoint is a `.safetensors` file and a JSON card that says how it came about. `train` finds an unfinished run and goes on with it.
+# ## 3. How a network learns
+# The heart of the training loop, on one batch: augment, normalise, predict, compare, step. `ql.train`
+# does this for every batch, with one cycle of the learning rate and a state that survives a kill.
+
+# %%
+network = networks[model].train()
+optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+generator = torch.Generator().manual_seed(seed)
+batch = torch.linspace(0, len(images.train) - 1, 32).long()  # of every class
+losses = []
+for step in range(6):
+    pixels = augment(images.train.images[batch], generator, 2, False, 0, images.train.mean)
+    logits = network(images.train.normalize(pixels))
+    loss = F.cross_entropy(logits, images.train.labels[batch])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+print("loss on the same 32 images:", ", ".join(f"{loss:.2f}" for loss in losses))
+assert losses[-1] < losses[0], "a step on these images makes them easier"
+
+# %% [markdown]
+# ## 4. Load, resume or train
+# A checkpoint is a `.safetensors` file and a JSON card that says how it came about. `train` finds an
+# unfinished run and goes on with it.
 #
-# To train on CIFAR-10's official files set `data = "cifar10"` and `retrain = True` above (they are downloaded once, 170 MB, checksum
-# verified), or without Jupyter `python -m quantlab train --model resnet20 --data cifar10`. The checkpoint is then named after them,
+# To train on CIFAR-10's official files set `data = "cifar10"` and `retrain = True` above (they are
+# downloaded once, 170 MB, checksum verified), or without Jupyter
+# `python -m quantlab train --model resnet20 --data cifar10`. The checkpoint is then named after them,
 # and every notebook that is given these files takes it before one that was trained on other images.
 
 # %%
@@ -94,66 +148,79 @@ if path is None or retrain:
     config = default_config(model, images, seed=seed, **({"epochs": epochs} if epochs else {}))
     path = ql.root() / "checkpoint" / f"{model}-{images.name}.safetensors"
     ql.train(config, images, path)
-network, card = ql.load_trained(model, images, path)
+study = Study(images, model, path, preset, seed=seed, notebook="01_train")
+network, card = study.network, study.card
 
 # %%
-card_facts = {k: v for k, v in dataclasses.asdict(card).items() if k not in ("history", "classes", "recipe")}
-pd.Series({**card_facts, **{f"recipe.{k}": v for k, v in card.recipe.items()}}).to_frame("card")
+left_out = ("history", "classes", "recipe")
+facts = {k: v for k, v in dataclasses.asdict(card).items() if k not in left_out}
+facts |= {f"recipe.{k}": v for k, v in card.recipe.items() if k != "start_from"}
+show(pd.Series(facts).to_frame("card"))
 
 # %% [markdown]
-# ## 4. How it learned
-# One cycle of the learning rate: linearly up for a fifth of the steps, linearly down to zero for the rest. Notice how the held-out curve
-# jumps about while the rate is high and settles as it falls.
+# ## 5. How it learned
+# One cycle of the learning rate: linearly up for the first steps, linearly down to zero for the rest.
+# Notice how the held-out curve jumps about while the rate is high and settles as it falls.
 
 # %%
 history = pd.DataFrame(card.history)
 if len(history):
-    text = f"{plots.data_label(card.trained_on)}, {model}, n = {len(images.heldout):,} held-out images; trained on {card.hardware}"
-    plots.save(plots.training_curves(history, text), "01_training_curves", card.trained_on, model)
+    n = card.recipe.get("heldout_images") or len(images.heldout)
+    text = f"{plots.data_label(card.trained_on)}, {model}, n = {n:,} held-out images; "
+    curves = plots.training_curves(history, text + f"trained on {card.hardware}")
+    study.save(curves, "01_training_curves", data=card.trained_on)
 
 # %% [markdown]
-# ## 5. What it gets right and wrong
+# ## 6. What it gets right and wrong
 
 # %%
-baseline = ql.evaluate(network, images.test, limit=limit)
-test = images.test if limit is None else ql.limited(images.test, limit)
-print(f"{baseline.top1:.2f} % top-1 on {baseline.n:,} test images of {images.name}, {baseline.images_per_s:,.0f} images/s")
-assert card.data_fingerprint != images.fingerprint or limit or abs(baseline.top1 - card.test_top1) < 0.1, "the card states another accuracy"
+baseline = study.baseline
+print(
+    f"{baseline.top1:.2f} % top-1 on {baseline.n:,} test images of {images.name}, "
+    f"{baseline.images_per_s:,.0f} images/s"
+)
+if card.data_fingerprint == images.fingerprint and not study.limit:
+    assert abs(baseline.top1 - card.test_top1) < 0.1, "the card states another accuracy"
 
 # %%
-text = plots.row_caption(images, model, baseline.n, "test images, float")
-plots.save(plots.confusion(test.labels, baseline.predictions, images.classes, text), "01_confusion", images, model)
+test = study.test
+text = study.caption(baseline.n, "test images, float")
+matrix = plots.confusion(test.labels, baseline.predictions, images.classes, text)
+study.save(matrix, "01_confusion")
 
 # %% [markdown]
-# The diagonal is the accuracy by class. Where two classes are confused with each other, both of their rows show it.
+# The diagonal is the accuracy by class. Where two classes are confused with each other, both of their
+# rows show it.
 
 # %%
 wrong = (~baseline.correct).nonzero().flatten()[:8]
-right = baseline.correct.nonzero().flatten()[:16 - len(wrong)]
+right = baseline.correct.nonzero().flatten()[: 16 - len(wrong)]
 chosen = torch.cat([wrong, right])
 titles = [images.classes[i] for i in baseline.predictions[chosen].tolist()]
-grid = plots.image_grid(test.images[chosen], titles, [True] * len(wrong) + [False] * len(right), f"{plots.data_label(images)}: predictions, mistakes in red")
-plots.save(grid, "images_predictions", images, model)
+marked = [True] * len(wrong) + [False] * len(right)
+caption = f"{plots.data_label(images)}: predictions, mistakes in red"
+study.save(plots.image_grid(test.images[chosen], titles, marked, caption), "images_predictions")
 
 # %% [markdown]
-# ## 6. The float row
+# ## 7. The float row
 # Every later number is a difference to this one, on the same images.
 
 # %%
 size = sum(4 * p.numel() for p in network.state_dict().values())
-row = results.make_row(data=images, model=model, card=card, baseline=baseline, result=baseline, method="float",
-                       notebook="01_train", bytes=size, seed=seed)
-results.record([row])[["dataset", "model", "method", "n_test", "top1", "bytes", "images_per_s", "device"]]
+show(study.record(baseline, "float", bytes=size))
 
 # %% [markdown]
 # ## What we learned
 
 # %%
-best, worst = (images.classes[i] for i in (lambda s: (s.argmax(), s.argmin()))(
-    pd.Series(baseline.correct.numpy()).groupby(test.labels.numpy()).mean().to_numpy()))
-print(f"- {model} reaches {baseline.top1:.2f} % on {baseline.n:,} test images of {images.name}" + (" (smoke run)" if images.smoke else "") + ".")
+correct = pd.Series(baseline.correct.numpy(), dtype=float)
+by_class = correct.groupby(test.labels.numpy()).mean()
+best, worst = images.classes[by_class.idxmax()], images.classes[by_class.idxmin()]
+smoke = " (smoke run)" if images.smoke else ""
+print(f"- {model}: {baseline.top1:.2f} % on {baseline.n:,} test images of {images.name}{smoke}.")
 print(f"- It is best at {best} and worst at {worst}.")
-print(f"- Its weights take {size / 1e6:.2f} MB in float32; at 8, 4 and 3 bits they would take about {size / 4e6:.2f}, {size / 8e6:.2f} and {size * 3 / 32e6:.2f} MB.")
+sizes = ", ".join(f"{size * bits / 32e6:.2f} at {bits}" for bits in (8, 4, 3))
+print(f"- Its weights take {size / 1e6:.2f} MB in float32; by bits they would take {sizes}.")
 
 # %% [markdown]
 # Next: [02_builtin_int8](02_builtin_int8.ipynb), what PyTorch itself makes of this network.

@@ -7,31 +7,42 @@
 # ---
 
 # %% [markdown]
-# # 02 · PyTorch's own int8
+# # 02 · The built-in way: PyTorch's own int8
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/02_builtin_int8.ipynb)
 #
-# **Question.** What does a finished tool do to the network at 8 bits, what does it cost in accuracy, and what does it gain in size and speed?
+# **Question.** What does PyTorch's own int8 do, step by step, what does it cost, and what does it gain?
 #
-# **Cost.** A minute on the digits, about two on 10,000 test images, on two CPU cores. These int8 kernels exist for the CPU only.
+# **Cost.** Two minutes on two CPU cores, most of it compiling PT2E. Everything runs on the CPU, where
+# these int8 kernels exist.
 
 # %%
 import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook; Colab keeps its own torch
-    subprocess.check_call("test -d workbook || git clone --depth 1 https://github.com/TimS-ml/Handwritten-Quantization workbook; pip install -q -e workbook", shell=True)
+if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook
+    address = "https://github.com/TimS-ml/Handwritten-Quantization"
+    fetch = f"test -d workbook || git clone --depth 1 {address} workbook"
+    subprocess.check_call(f"{fetch}; pip install -q -e workbook", shell=True)
     os.chdir("workbook")
     sys.path.insert(0, os.getcwd())
 
 # %%
+import copy
+import warnings
+
 import pandas as pd
 import quantlab as ql
 import torch
 from quantlab import plots
-from quantlab.system.timing import latency
 from quantlab.rivals import pytorch as builtin
-from quantlab.workbook import results
+from quantlab.system.timing import latency
+from quantlab.workbook.study import Study, brief, show
+from torch import nn
+
+# torch.ao announces on every call that torchao will replace it: the sections below say so once
+warnings.filterwarnings("ignore", module="torch.ao")
+warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive
@@ -43,40 +54,46 @@ n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
 
 # %% [markdown]
 # ## 1. Which back ends there are
-# Two generations: the *eager* tool that the original experiment used in 2021, deprecated since, and its supported successor *PT2E*. Either
-# may be missing on a machine; then its cells are skipped and say so.
+# Two generations: the *eager* tool that the original experiment used in 2021, deprecated since, and its
+# supported successor *PT2E*. Either may be missing on a machine; then its cells are skipped and say so.
 
 # %%
 ready = {backend.name: backend.available for backend in builtin.backends()}
 for backend in builtin.backends():
-    print(f"{backend.name:6} {'ready' if backend.available else 'MISSING'}: {backend.note}")
+    state = "ready" if backend.available else "MISSING"
+    print(f"{backend.name:6} {state}: {backend.note}")
 
 # %%
-images = ql.load_data(data)
-smoke = images.smoke if preset == "auto" else preset == "smoke"
-limit = 1000 if smoke else None  # test images
-n_calibration = n_calibration or min(256 if smoke else 1024, len(images.train))
-network, card = ql.load_trained(model, images, checkpoint)
-network = network.cpu().to(memory_format=torch.channels_last)
-calibration = images.calibration(n_calibration, seed)
+study = Study(
+    data, model, checkpoint, preset,
+    n_calibration=n_calibration, seed=seed, notebook="02_builtin_int8",
+)
+images = study.images
+network = study.network.cpu().to(memory_format=torch.channels_last)
+calibration = study.calibration()
 
 
 # %% [markdown]
-# ## 2. Fusing
-# A BatchNorm behind a convolution is a per-channel scale and shift, which the convolution can absorb; a ReLU only cuts off what the
-# convolution writes. Fusing turns three modules into one, so that values are rounded once instead of three times.
+# ## 2. Fuse
+# A BatchNorm behind a convolution is a per-channel scale and shift, which the convolution can absorb; a
+# ReLU only cuts off what the convolution writes. Fusing turns three modules into one, so that values are
+# rounded once instead of three times.
+
 
 # %%
 def kinds(module):
-    return pd.Series([type(m).__name__ for m in module.modules() if not list(m.children())]).value_counts()
+    leaves = [m for m in module.modules() if not list(m.children())]
+    return pd.Series([type(m).__name__ for m in leaves]).value_counts()
 
 if ready["eager"]:
     fused = builtin.fuse(network)
-    display(pd.DataFrame({"before": kinds(network), "after fusing": kinds(fused)}).fillna(0).astype(int))
+    counts = pd.DataFrame({"before": kinds(network), "after fusing": kinds(fused)})
+    show(counts.fillna(0).astype(int))
+    print(fused.conv1)
 
 # %% [markdown]
-# Every BatchNorm is gone and an `Identity` stands in its place; a `ConvReLU2d` holds what were three modules. Fusing must not change what
-# the network computes:
+# Every BatchNorm is gone and an `Identity` stands in its place; a `ConvReLU2d` holds what were three
+# modules. Fusing must not change what the network computes:
 
 # %%
 if ready["eager"]:
@@ -88,41 +105,103 @@ if ready["eager"]:
     assert difference < 1e-3 * spread
 
 # %% [markdown]
-# ## 3. Calibrate and convert
-# Observers watch the activations of the calibration images; then every module is replaced by one that computes in int8.
+# ## 3. Stubs
+# `QuantStub` marks where floats become codes, `DeQuantStub` where codes become floats again;
+# `QuantWrapper` puts one before and one behind the network. So far they do nothing.
+
+# %%
+if ready["eager"]:
+    from torch.ao.quantization import QuantWrapper
+
+    wrapped = QuantWrapper(copy.deepcopy(fused)).eval()
+    print(wrapped.quant, wrapped.dequant)
+
+# %% [markdown]
+# ## 4. A qconfig
+# It names two observers, one for activations and one for weights: how ranges are found, and which codes
+# there are. Look at the codes of the activations: on x86 they end at 127, that is **7 bits**.
+
+# %%
+if ready["eager"]:
+    from torch.ao.quantization import get_default_qconfig
+
+    engine = builtin.choose_engine()
+    wrapped.qconfig = get_default_qconfig(engine)
+    for part in ("activation", "weight"):
+        observer = getattr(wrapped.qconfig, part)()
+        codes = f"codes {observer.quant_min}..{observer.quant_max}"
+        print(f"{part}: {type(observer).__name__}, {observer.qscheme}, {codes}")
+
+# %% [markdown]
+# ## 5. Prepare, and feed data
+# `prepare` hangs an observer behind every module that will be quantized. Then calibration images pass.
+
+# %%
+if ready["eager"]:
+    from torch.ao.quantization import prepare
+
+    prepare(wrapped, inplace=True)
+    print("before:", wrapped.module.conv1.activation_post_process)
+    with torch.no_grad():
+        for batch in calibration:
+            wrapped(batch)
+    print("after: ", wrapped.module.conv1.activation_post_process)
+
+# %% [markdown]
+# The observer has seen a range. **The model is still float**: not a single value has been rounded.
+
+# %%
+if ready["eager"]:
+    with torch.no_grad():
+        assert torch.equal(wrapped(sample), fused(sample)), "observers only look"
+    print(wrapped.module.conv1[0].weight.dtype, "weights, logits equal to those of the fused model")
+
+# %% [markdown]
+# ## 6. Convert
+# Now every module is replaced by one that computes in int8, with the scale and zero-point that its
+# observer found.
 
 # %%
 networks = {"float": network}
 if ready["eager"]:
-    networks["eager int8"] = builtin.eager_int8(network, calibration)
+    from torch.ao.quantization import convert
+
+    torch.backends.quantized.engine = engine  # the kernels that the converted modules are packed for
+    networks["eager int8"] = convert(wrapped)
+    print(networks["eager int8"].module.conv1)
 
 # %% [markdown]
-# One layer's parameters. Its weights are int8 with a scale per output channel and zero-point 0; its output is unsigned with one scale.
+# One layer's parameters. Its weights are int8 with a scale per output channel and zero-point 0; its
+# output is unsigned with one scale.
 
 # %%
 if ready["eager"]:
-    layer = next(m for m in networks["eager int8"].modules() if "Conv" in type(m).__name__)
-    weight = layer.weight()
-    print(layer)
-    print(f"weight: {tuple(weight.shape)}, {weight.dtype}, codes {weight.int_repr().min()} to {weight.int_repr().max()}")
-    per_channel = weight.qscheme() == torch.per_channel_affine  # engines for ARM have one scale for the whole tensor
-    scales = weight.q_per_channel_scales() if per_channel else torch.full((len(weight),), weight.q_scale())
+    weight = networks["eager int8"].module.conv1.weight()
+    codes = weight.int_repr()
+    print(f"weight: {tuple(weight.shape)}, {weight.dtype}, codes {codes.min()} to {codes.max()}")
+    if weight.qscheme() == torch.per_channel_affine:
+        scales = weight.q_per_channel_scales()
+    else:  # engines for ARM have one scale for the whole tensor
+        scales = torch.full((len(weight),), weight.q_scale())
     print("first scales:", [round(s, 5) for s in scales[:4].tolist()])
 
 # %% [markdown]
-# The same codes from our formula, `code = round(weight / scale)`: the tool does nothing that we could not do by hand.
+# The same codes from a formula, `code = round(weight / scale)`: the tool does nothing that we could not
+# do by hand, which is what [03](03_quantize_by_hand.ipynb) does.
 
 # %%
 if ready["eager"]:
-    folded = next(m for m in fused.modules() if isinstance(m, torch.nn.Conv2d)).weight.detach()
-    q = ql.QParams(scales.float(), torch.zeros(len(folded), dtype=torch.int32), -128, 127, axis=0)
-    by_hand = ql.quantize_tensor(folded, q)
-    print(f"{(by_hand == weight.int_repr()).double().mean():.2%} of {by_hand.numel()} codes agree")
-    assert torch.equal(by_hand, weight.int_repr().int())
+    folded = next(m for m in fused.modules() if isinstance(m, nn.Conv2d)).weight.detach()
+    steps = folded * (1 / scales.float()).view(-1, 1, 1, 1)
+    by_hand = torch.round(steps).clamp(-128, 127).int()
+    agree = (by_hand == codes).double().mean()
+    print(f"{agree:.2%} of {by_hand.numel()} codes agree")
+    assert torch.equal(by_hand, codes.int())
 
 # %% [markdown]
-# ## 4. The successor: PT2E
-# `torch.export` turns the network into a graph, a quantizer annotates it, and the inductor compiler picks int8 kernels.
+# ## 7. The successor: PT2E
+# `torch.export` turns the network into a graph, a quantizer annotates it, and the inductor compiler picks
+# int8 kernels: the same four steps, on a graph instead of modules.
 
 # %%
 if ready["pt2e"]:
@@ -131,45 +210,61 @@ else:
     print(next(b.note for b in builtin.backends() if b.name == "pt2e"))
 
 # %% [markdown]
-# ## 5. Accuracy, size, speed
+# ## 8. Accuracy, size, speed
 
 # %%
-evaluations = {name: ql.evaluate(n, images.test, limit=limit, batch_size=64, on="cpu") for name, n in networks.items()}
+evaluations = {
+    name: study.evaluate(n, batch_size=64, on="cpu") for name, n in networks.items()
+}
 baseline = evaluations["float"]
 sizes = {name: builtin.bytes_on_disk(n) for name, n in networks.items()}
-widths = {"float": {}, "eager int8": {"weight_bits": 8, "act_bits": builtin.eager_act_bits() if ready["eager"] else 8},
-          "PT2E int8": {"weight_bits": 8, "act_bits": 8}}
+act_bits = builtin.eager_act_bits() if ready["eager"] else 8
+columns = {"eager int8": {"weight_bits": 8, "act_bits": act_bits}}
+columns["PT2E int8"] = {"weight_bits": 8, "act_bits": 8}
+for name, own in columns.items():
+    own["n_calibration"] = study.n_calibration
+
+# %%
 rows = [
-    results.make_row(data=images, model=model, card=card, baseline=baseline, result=evaluations[name], method=name, seed=seed,
-                     n_calibration=n_calibration if widths[name] else 0, notebook="02_builtin_int8", bytes=sizes[name], **widths[name])
-    for name in networks
+    study.row(result, name, baseline=baseline, bytes=sizes[name], **columns.get(name, {}))
+    for name, result in evaluations.items()
 ]
-results.record(rows)[["method", "weight_bits", "act_bits", "n_test", "top1", "drop", "drop_low", "drop_high", "bytes"]].round(2)
+show(brief(study.record_rows(rows)))
 
 # %% [markdown]
-# The eager tool's default keeps activations to **7 bits** on x86 engines (`reduce_range`), because an unsigned-by-signed int8 product may
-# saturate on processors without VNNI. The original's table calls this row 8 bits; the column `act_bits` says what it is here.
+# The eager tool's default keeps activations to 7 bits on x86 engines, because an unsigned-by-signed int8
+# product may saturate on processors without VNNI. The original's table calls this row 8 bits; the column
+# `act_bits` says what it is here.
 
 # %%
 table = pd.DataFrame([
-    {"method": name, "top1": e.top1, "bytes": sizes[name], "images_per_s": e.images_per_s,
-     "points lost": ql.paired_drop(baseline.correct, e.correct)[0]}
+    {
+        "method": name, "top1": e.top1, "bytes": sizes[name], "images_per_s": e.images_per_s,
+        "points lost": ql.paired_drop(baseline.correct, e.correct)[0],
+    }
     for name, e in evaluations.items()
 ])
-text = plots.row_caption(images, model, baseline.n, f"{n_calibration:,} calibration images, {torch.get_num_threads()} threads, batches of 64")
-plots.save(plots.method_bars(table, text), "02_builtin", images, model)
+threads = f"{torch.get_num_threads()} threads, batches of 64"
+caption = study.caption(
+    baseline.n, f"{study.n_calibration:,} calibration images, {threads}"
+)
+study.save(plots.method_bars(table, caption), "02_builtin")
 
 # %% [markdown]
-# Latency in turn, so that a machine that slows down slows all of them: read the ratios, not the milliseconds.
+# Latency in turn, so that a machine that slows down slows all of them: read the ratios, not the
+# milliseconds. (PT2E is compiled for batches of 64.)
 
 # %%
 lines = []
 for batch in (1, 64):
     sample = next(images.test.batches(batch))[0]
-    runnable = {name: n for name, n in networks.items() if batch > 1 or name != "PT2E int8"}  # PT2E is compiled for batches of 64
-    times = latency(runnable, sample, repeats=5 if smoke else 15)
-    lines += [{"batch": batch, "method": m, "ms": 1e3 * s, "times faster than float": times["float"] / s} for m, s in times.items()]
-pd.DataFrame(lines).round(2)
+    runnable = {k: n for k, n in networks.items() if batch > 1 or k != "PT2E int8"}
+    times = latency(runnable, sample, repeats=5 if study.smoke else 15)
+    for method, seconds in times.items():
+        faster = times["float"] / seconds
+        line = {"batch": batch, "method": method, "ms": 1e3 * seconds}
+        lines.append({**line, "times faster than float": faster})
+show(pd.DataFrame(lines).round(2))
 
 # %% [markdown]
 # ## What we learned
@@ -177,8 +272,12 @@ pd.DataFrame(lines).round(2)
 # %%
 for name, e in list(evaluations.items())[1:]:
     drop, low, high = ql.paired_drop(baseline.correct, e.correct)
-    ratio = table.bytes[0] / table.set_index("method").bytes[name]
-    print(f"- {name}: {e.top1:.2f} %, {drop:+.2f} points lost [{low:+.2f}, {high:+.2f}], {ratio:.1f} times smaller on disk.")
+    ratio = sizes["float"] / sizes[name]
+    print(
+        f"- {name}: {e.top1:.2f} %, {drop:+.2f} points lost [{low:+.2f}, {high:+.2f}], "
+        f"{ratio:.1f} times smaller on disk."
+    )
 
 # %% [markdown]
-# Next: [03_quantize_by_hand](03_quantize_by_hand.ipynb), the same with our own arithmetic, and then fewer bits than any of these offers.
+# Next: [03_quantize_by_hand](03_quantize_by_hand.ipynb), the same with our own arithmetic, and then fewer
+# bits than any of these offers.
