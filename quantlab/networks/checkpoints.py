@@ -20,10 +20,12 @@ from quantlab.system.errors import UserError
 from quantlab.system.files import root, save_tensors, sha256, write_text
 from quantlab.system.machine import device_name
 
+TRAIN_COMMAND = "python -m quantlab train"
+
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a checkpoint is: stored beside its weights as FILE.json. Accuracies are top-1 in percent."""
+    """What a checkpoint is, stored beside its weights as FILE.json; accuracies are in percent."""
 
     architecture: str
     num_outputs: int
@@ -41,7 +43,7 @@ class Card:
     hardware: str
     created: str
     source: str
-    heldout_top1: float | None = None  # on the images that training did not see, of the weights as stored
+    heldout_top1: float | None = None  # on images that training did not see, as test_top1
 
 
 def software():
@@ -56,7 +58,10 @@ def card_path(checkpoint):
 
 @torch.no_grad()
 def round_to_half(model):
-    """Round float32 weights and statistics to half precision in place; False, and nothing done, where one would overflow."""
+    """Round float32 weights and statistics to half precision in place.
+
+    Returns False, and does nothing, where one would overflow.
+    """
     values = [value for value in model.state_dict().values() if value.dtype == torch.float32]
     if not all(torch.isfinite(value.half()).all() for value in values):
         return False
@@ -65,22 +70,27 @@ def round_to_half(model):
     return True
 
 
-def save_checkpoint(model, path, data, *, architecture, result, heldout=None, recipe=None, history=(), half=False, source="quantlab train"):
+def save_checkpoint(
+    model, path, data, *, architecture, result, heldout=None, recipe=None, history=(), half=False,
+    source="quantlab train",
+):
     """Write the weights of `model` (contiguous, on the CPU) and its card; return the card.
 
-    result, heldout: its Evaluation on data.test and data.heldout. half: store float32 tensors in half precision (`round_to_half` first).
+    result, heldout: its Evaluation on data.test and data.heldout. half: store float32 tensors in
+    half precision (`round_to_half` first).
     """
     path = pathlib.Path(path)
     tensors = model.state_dict()
     if half:
-        tensors = {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()}
+        tensors = {k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}
     save_tensors(path, tensors, {"architecture": architecture})
     card = Card(
-        architecture=architecture, num_outputs=_head(model).out_features, trained_on=data.name, data_fingerprint=data.fingerprint,
-        classes=data.classes, mean=data.test.mean, std=data.test.std, recipe=recipe or {}, history=tuple(history), test_top1=result.top1,
-        n_test=result.n, sha256=sha256(path), software=software(), hardware=device_name(),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), source=source,
-        heldout_top1=heldout.top1 if heldout else None,
+        architecture=architecture, num_outputs=_head(model).out_features,
+        trained_on=data.name, data_fingerprint=data.fingerprint, classes=data.classes,
+        mean=data.test.mean, std=data.test.std, recipe=recipe or {}, history=tuple(history),
+        test_top1=result.top1, n_test=result.n, heldout_top1=heldout.top1 if heldout else None,
+        sha256=sha256(path), software=software(), hardware=device_name(), source=source,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     write_text(card_path(path), json.dumps(dataclasses.asdict(card), indent=1) + "\n")
     return card
@@ -91,92 +101,154 @@ def _head(model):
 
 
 def load_card(checkpoint):
-    """The card of a checkpoint, its checksum verified; UserError when either file is missing or they do not belong together."""
+    """The card of a checkpoint, its checksum verified.
+
+    Raises UserError when either file is missing or they do not belong together.
+    """
     checkpoint = pathlib.Path(checkpoint)
     if checkpoint.suffix != ".safetensors":
-        raise UserError(f"{checkpoint} is not a .safetensors file; bring it in with: python -m quantlab import-checkpoint {checkpoint}")
+        raise UserError(
+            f"{checkpoint} is not a .safetensors file; bring it in with: "
+            f"python -m quantlab import-checkpoint {checkpoint}"
+        )
     for file in (checkpoint, card_path(checkpoint)):
         if not file.is_file():
-            raise UserError(f"checkpoint {file} not found; train one with: python -m quantlab train")
+            raise UserError(f"checkpoint {file} not found; train one with: {TRAIN_COMMAND}")
     try:
         card = Card(**json.loads(card_path(checkpoint).read_text()))
     except (ValueError, TypeError):
-        raise UserError(f"{card_path(checkpoint)} is not a checkpoint card; restore it or import the weights again") from None
+        raise UserError(
+            f"{card_path(checkpoint)} is not a checkpoint card; restore it or import the weights "
+            "again"
+        ) from None
     if sha256(checkpoint) != card.sha256:
-        raise UserError(f"checkpoint {checkpoint} is damaged: its sha256 differs from its card's; restore it from where it came")
+        raise UserError(
+            f"checkpoint {checkpoint} is damaged: its sha256 differs from its card's; "
+            "restore it from where it came"
+        )
     return card
 
 
 def load_model(name, checkpoint=None, num_classes=10):
     """Build a network in eval mode and load its weights.
 
-    name: a key of ARCHITECTURES. checkpoint: path of a .safetensors file with its card, or None for random weights.
-    Raises UserError for an unknown name, a damaged file, or a checkpoint of another architecture.
+    name: a key of ARCHITECTURES. checkpoint: path of a .safetensors file with its card, or None for
+    random weights. Raises UserError for an unknown name, a damaged file, or a checkpoint of
+    another architecture.
     """
     if checkpoint is None:
         return build(name, num_classes).eval()
     card = load_card(checkpoint)
     if card.architecture != name:
-        raise UserError(f"checkpoint {checkpoint} is a {card.architecture}, not a {name}; set model={card.architecture} or choose another file")
+        raise UserError(
+            f"checkpoint {checkpoint} is a {card.architecture}, not a {name}; "
+            f"set model={card.architecture} or choose another file"
+        )
     model = build(name, card.num_outputs)
     try:
         state = safetensors.torch.load_file(checkpoint)
         state = {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}
         model.load_state_dict(state)
     except (safetensors.SafetensorError, RuntimeError) as error:
-        raise UserError(f"checkpoint {checkpoint} does not fit {name}: {str(error).splitlines()[-1].strip()}") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"checkpoint {checkpoint} does not fit {name}: {reason}") from None
     return model.eval()
 
 
 def find_checkpoint(model, data):
-    """Path of the checkpoint trained on this Dataset's name, else, where the classes are CIFAR-10's, of the one for cifar10-jpeg; else None."""
-    paths = [root() / "checkpoint" / f"{model}-{name}.safetensors" for name in (data.name, "cifar10-jpeg")]
-    there = [path for path in paths if path.is_file() and card_path(path).is_file()]
-    return next((path for path in there if path == paths[0] or tuple(load_card(path).classes) == tuple(data.classes)), None)
+    """Path of the checkpoint trained on this Dataset's name, else of that for cifar10-jpeg where
+    the classes are the same; else None.
+    """
+    for name in (data.name, "cifar10-jpeg"):
+        path = root() / "checkpoint" / f"{model}-{name}.safetensors"
+        if not (path.is_file() and card_path(path).is_file()):
+            continue
+        if name == data.name or tuple(load_card(path).classes) == tuple(data.classes):
+            return path
+    return None
 
 
 def load_trained(name, data, checkpoint="auto"):
-    """(model, card) of a checkpoint, by path or "auto" (find_checkpoint); says in one line which. UserError where there is none."""
+    """(model, card) of a checkpoint, by path or "auto" (find_checkpoint); says in one line which.
+
+    Raises UserError where there is none, or none for these classes.
+    """
     path = find_checkpoint(name, data) if checkpoint == "auto" else pathlib.Path(checkpoint)
+    train = f"train one with: {TRAIN_COMMAND} --model {name} --data PATH"
     if path is None:
-        raise UserError(f"no checkpoint of {name} for {data.name} in {root() / 'checkpoint'}; train one with: python -m quantlab train --model {name} --data PATH")
+        folder = root() / "checkpoint"
+        raise UserError(f"no checkpoint of {name} for {data.name} in {folder}; {train}")
     card = load_card(path)
-    ways, classes = card.num_outputs, len(data.classes)
-    if ways < classes:
-        raise UserError(f"{path.name} has {ways} ways but {data.name} has {classes} classes; train one with: python -m quantlab train --model {name} --data PATH")
+    if card.num_outputs < len(data.classes):
+        raise UserError(
+            f"{path.name} has {card.num_outputs} outputs but {data.name} has "
+            f"{len(data.classes)} classes; {train}"
+        )
     if tuple(card.classes) != tuple(data.classes):
-        ours, theirs = (", ".join(names[:3]) + (", …" if len(names) > 3 else "") for names in (card.classes, data.classes))
-        raise UserError(f"{path.name} tells apart the classes {ours}; {data.name} has {theirs}: name its folders alike, or train a network on it")
+        raise UserError(
+            f"{path.name} tells apart the classes {_some(card.classes)}; {data.name} has "
+            f"{_some(data.classes)}: name its folders alike, or train a network on it"
+        )
     if path.stem == f"{name}-{data.name}" and card.data_fingerprint != data.fingerprint:
-        print(f"note: {path.name} was trained on other files than these under the name {data.name} (fingerprints differ)")
-    print(f"checkpoint: {path.name}, {card.test_top1:.2f} % on {card.n_test:,} test images of {card.trained_on}, sha256 {card.sha256[:10]}")
+        print(f"note: {path.name} was trained on other files than these under the name {data.name}")
+    print(
+        f"checkpoint: {path.name}, {card.test_top1:.2f} % on {card.n_test:,} test images of "
+        f"{card.trained_on}, sha256 {card.sha256[:10]}"
+    )
     return load_model(name, path), card
 
 
-def import_checkpoint(file, architecture, out, data):
-    """A user's state dict (read with weights_only, so that nothing in it is executed) as safetensors with a card; return (model, card).
+def _some(classes):
+    return ", ".join([*classes[:3], "…"] if len(classes) > 3 else classes)
 
-    Accepts a bare state dict or one under "state_dict", "model" or "net", with or without the prefix "module.".
-    A head with more than ten ways is kept; evaluation looks at the first ways only, one per class.
+
+def import_checkpoint(file, architecture, out, data):
+    """Write a user's state dict as safetensors with a card; return (model, card).
+
+    It is read with weights_only, so that nothing in it is executed; bare or under "state_dict",
+    "model" or "net", with or without the prefix "module.". A head with more outputs than classes is
+    kept; evaluation looks at the first, one a class.
     """
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{file} not found") from None
-    except Exception as error:  # a pickle that would execute code, a truncated zip, not a checkpoint at all: refused alike
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"{file} cannot be read as a state dict without executing code ({reason}); save it with torch.save(model.state_dict(), …)") from None
-    while isinstance(state, dict) and (key := next((k for k in ("state_dict", "model", "net") if isinstance(state.get(k), dict)), None)):
-        state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{file} holds no state dict of tensors; save it with torch.save(model.state_dict(), …)")
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = _read_state_dict(file)
     head = state.get("fc.weight", state.get("linear.weight"))
     model = build(architecture, len(head) if head is not None else 10)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{file} does not fit {architecture}: {str(error).splitlines()[1].strip()[:200]}") from None
+        reason = str(error).splitlines()[1].strip()[:200]
+        raise UserError(f"{file} does not fit {architecture}: {reason}") from None
     result = evaluate(model, data.test)
     source = f"imported from {pathlib.Path(file).name}"
-    return model, save_checkpoint(model, out, data, architecture=architecture, result=result, source=source)
+    card = save_checkpoint(
+        model, out, data, architecture=architecture, result=result, source=source
+    )
+    return model, card
+
+
+def _read_state_dict(file):
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{file} not found") from None
+    except Exception as error:  # code in a pickle, a truncated zip, not a checkpoint: all refused
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(
+            f"{file} cannot be read as a state dict without executing code ({reason}); "
+            "save it with torch.save(model.state_dict(), …)"
+        ) from None
+    while (inner := _inner(state)) is not None:
+        state = inner
+    values = list(state.values()) if isinstance(state, dict) else []
+    if not (values and all(isinstance(value, torch.Tensor) for value in values)):
+        raise UserError(
+            f"{file} holds no state dict of tensors; save it with torch.save(model.state_dict(), …)"
+        )
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _inner(state):
+    """What a training script keeps its state dict under; None where it is bare."""
+    if not isinstance(state, dict):
+        return None
+    inner = (state.get(key) for key in ("state_dict", "model", "net"))
+    return next((found for found in inner if isinstance(found, dict)), None)

@@ -2,9 +2,9 @@
 
     train(TrainConfig(model="resnet20", epochs=24), data, "checkpoint/resnet20-….safetensors")
 
-Augmentation works on whole batches in memory; bfloat16 where it is native. Epoch e draws its shuffle
-and its augmentation from the seed (seed, e), and the state of that generator is part of what is saved,
-so that a resumed run continues exactly as an uninterrupted one.
+Augmentation works on whole batches in memory; bfloat16 where it is native. Epoch e draws shuffle
+and augmentation from the seed (seed, e); the state of that generator is part of what is saved, so
+that a resumed run continues exactly as an uninterrupted one.
 """
 
 import contextlib
@@ -13,29 +13,29 @@ import json
 import pathlib
 import time
 
-import safetensors
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from quantlab.evaluate import evaluate, limited
 from quantlab.networks import architectures, checkpoints
+from quantlab.networks.augment import augment, resized
 from quantlab.networks.recipe import RECIPES, TrainConfig
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, check_name
 from quantlab.system.files import save_tensors
 from quantlab.system.machine import device, has_bf16, seed_everything
 
-SAVE_EVERY = 60  # seconds between two saves of an unfinished run: what a kill may cost
-HALF_ABOVE = 20_000_000  # bytes of float32 weights from which a checkpoint is stored in half precision
+HALF_ABOVE = 20_000_000  # bytes of float32 weights from which they are stored in half precision
 
 
 def default_config(model, data, recipe=None, **changes):
     """The recipe for a network on a data set; digits are few and must not be mirrored.
 
-    recipe: a key of RECIPES; None: the one for this network and machine. UserError for unknown ones.
+    recipe: a key of RECIPES; None: the one for this network and machine. UserError for others.
     """
-    if recipe is not None and recipe not in RECIPES:
-        raise UserError(f"recipe {recipe!r} is unknown; use one of: {', '.join(RECIPES)}")
+    if recipe is not None:
+        check_name("recipe", recipe, RECIPES)
     if data.smoke and recipe is None:
         settings = {"epochs": 20, "batch_size": 64, "learning_rate": 0.1, "flip": False, "crop": 2}
     elif recipe is None and model != "resnet50":
@@ -59,12 +59,10 @@ def state_path(out):
     return pathlib.Path(out).with_suffix(".training.safetensors")
 
 
-# ---- The run --------------------------------------------------------------------------------------
+# ---- The run: its clock, its files and its line on the screen ------------------------------------
 
 
-def train(
-    config, data, out, *, start_from=None, restart=False, save_every=SAVE_EVERY, verbose=True
-):
+def train(config, data, out, *, start_from=None, restart=False, save_every=60, verbose=True):
     """Train on data.train, follow data.heldout, test once on data.test; return (model, card).
 
     Writes `out` and its card. A kill loses at most `save_every` seconds: the state is kept in
@@ -81,39 +79,30 @@ def train(
     state = state_path(out)
     if state.exists():
         run.load(state, restart)
-    last_save = time.perf_counter()
-    for _ in run.steps(verbose):
+    progress = _Progress(run, verbose)
+    started = last_save = time.perf_counter()
+    for record in run.steps():
+        run.seconds += time.perf_counter() - started
+        if record is not None:
+            record["seconds"] = round(run.seconds, 1)
+            run.seconds = 0.0
+        progress.show(run, record)
         if time.perf_counter() - last_save >= save_every:
             run.save(state)
             last_save = time.perf_counter()
+        started = time.perf_counter()
+    progress.bar.close()
     run.save(state)
     card = _finish(run, out)
     state.unlink(missing_ok=True)
     return run.average.eval(), card
 
 
-def _finish(run, out):
-    """Write the checkpoint, in half precision where it is large, and the accuracy of what was written."""
-    large = sum(4 * p.numel() for p in run.average.parameters()) > HALF_ABOVE
-    half = large and checkpoints.round_to_half(run.average)
-    return checkpoints.save_checkpoint(
-        run.average,
-        out,
-        run.data,
-        architecture=run.config.model,
-        result=evaluate(run.average, run.data.test),
-        heldout=evaluate(run.average, run.data.heldout),
-        recipe=run.recipe(),
-        history=run.history,
-        half=half,
-    )
-
-
 def _check_sizes(model, config, data):
     """One image of every phase's size through the network, before hours are spent on it."""
-    shape = tuple(data.train.images[torch.arange(1)].shape[-2:])
+    own = data.train.images[torch.arange(1)].shape[-2:]
     for size in dict.fromkeys(config.sizes()):
-        height, width = (size, size) if size else shape
+        height, width = (size, size) if size else own
         try:
             with torch.inference_mode():
                 model.eval()(torch.zeros(1, 3, height, width, device=device()))
@@ -123,6 +112,56 @@ def _check_sizes(model, config, data):
                 f"{config.model} cannot take images of {width}x{height} pixels ({reason}); "
                 "choose a larger size in the phases"
             ) from None
+
+
+def _finish(run, out):
+    """Write the checkpoint, in half precision where it is large, with the accuracy of just that."""
+    large = sum(4 * p.numel() for p in run.average.parameters()) > HALF_ABOVE
+    half = large and checkpoints.round_to_half(run.average)
+    return checkpoints.save_checkpoint(
+        run.average, out, run.data, architecture=run.config.model, recipe=run.recipe(),
+        history=run.history, half=half, result=evaluate(run.average, run.data.test),
+        heldout=evaluate(run.average, run.data.heldout),
+    )
+
+
+class _Progress:
+    """One line: epoch, image size, step, images a second, time left over all phases (steps count by
+    the pixels of an image, so that it holds for phases of other sizes too).
+    """
+
+    def __init__(self, run, verbose):
+        own = run.data.train.images[torch.arange(1)].shape[-1]
+        self.sizes = run.config.sizes()
+        self.cost = [(size or own) ** 2 for size in self.sizes for _ in range(run.steps_per_epoch)]
+        self.bar = tqdm(
+            total=sum(self.cost), initial=sum(self.cost[: run.steps_done]), smoothing=0,
+            bar_format="{desc} |{bar:20}|{postfix}, {remaining} left", mininterval=1,
+            disable=not verbose,
+        )
+
+    def show(self, run, record):
+        """One step more, or one line of what the epoch that has just ended came to."""
+        if self.bar.disable:
+            return
+        epoch = len(run.history) - (record is not None)
+        size = self.sizes[epoch]
+        place = f"epoch {epoch + 1}/{len(self.sizes)}" + (f" at {size}x{size}" if size else "")
+        if record is not None:
+            followed = len(limited(run.data.heldout, run.config.heldout_images or None))
+            tqdm.write(
+                f"{place}: loss {record['loss']:.3f}, train {record['train_top1']:.2f} %, held out "
+                f"{record['heldout_top1']:.2f} % of {followed:,}, {record['seconds']:.0f} s"
+            )
+            return
+        rate = run.config.batch_size * run.step / max(run.seconds, 1e-9)
+        steps = f"{place}: step {run.steps_done}/{len(self.cost)}"
+        self.bar.set_description_str(steps, refresh=False)
+        self.bar.set_postfix_str(f"{rate:,.0f} images/s", refresh=False)
+        self.bar.update(self.cost[run.steps_done - 1])
+
+
+# ---- The arithmetic ------------------------------------------------------------------------------
 
 
 class _Run:
@@ -141,66 +180,55 @@ class _Run:
             self.average = architectures.build(config.model, len(data.classes)).to(device())
             self.average.load_state_dict(self.model.state_dict())
         self.optimizer = _optimizer(self.model, config)
-        self.history = []
+        self.history = []  # one record an epoch
         self.step = 0  # within the epoch
-        self.seconds = 0.0  # of the epoch, without those spent before a kill and not saved
+        self.seconds = 0.0  # of the epoch, without those before a kill that were not saved
         self.generator = torch.Generator()
         self.loss_sum = torch.zeros((), device=device())
         self.correct = torch.zeros((), device=device(), dtype=torch.int64)
         self.steps_per_epoch = len(data.train) // config.batch_size or 1
 
-    def steps(self, verbose):
-        """Train step by step to the end, yielding after each; the caller decides when to save."""
-        config = self.config
+    @property
+    def steps_done(self):
+        return len(self.history) * self.steps_per_epoch + self.step
+
+    def steps(self):
+        """Train to the end; yields None after every step and, after an epoch's last, its record."""
         forward = _compiled(self.model)
         split = dataclasses.replace(self.data.train, images=_resident(self.data.train.images))
-        sizes = config.sizes()
-        progress = _Progress(self, sizes, verbose)
-        while len(self.history) < config.epochs:
-            epoch = len(self.history)
+        batch = self.config.batch_size
+        for epoch, size in list(enumerate(self.config.sizes()))[len(self.history) :]:
             order = self._begin(epoch, len(split))
-            self.model.train()
             while self.step < self.steps_per_epoch:
-                started = time.perf_counter()
-                rows = slice(self.step * config.batch_size, (self.step + 1) * config.batch_size)
-                self._learn(forward, split, order[rows], sizes[epoch])
+                index = order[self.step * batch : (self.step + 1) * batch]
+                self._learn(forward, split, index, size)
                 self.step += 1
-                self.seconds += time.perf_counter() - started
-                progress.update(self)
-                yield
-            self._end(epoch, sizes[epoch], verbose)
-        progress.close()
+                yield None
+            yield self._end(size)
 
     def _begin(self, epoch, n):
         """The epoch's order of images; its generator goes on to draw the augmentation."""
         generator = torch.Generator().manual_seed(self.config.seed * 100_003 + epoch)
         order = torch.randperm(n, generator=generator)
-        if self.step == 0:
+        if self.step == 0:  # else the generator goes on as it was saved within the epoch
             self.generator = generator
             self.loss_sum.zero_()
             self.correct.zero_()
-            self.seconds = 0.0
+        self.model.train()
         return order
 
     def _learn(self, forward, split, index, size):
         """One step of SGD on the images at `index`."""
         config = self.config
-        done = len(self.history) * self.steps_per_epoch + self.step
+        done = self.steps_done
         _set_learning_rate(self.optimizer, config, done, config.epochs * self.steps_per_epoch)
-        images = augment(
-            split.images[index].to(device()),
-            self.generator,
-            config.crop,
-            config.flip,
-            config.cutout,
-            split.mean,
-        )
+        changes = config.crop, config.flip, config.cutout, split.mean
+        images = augment(split.images[index].to(device()), self.generator, *changes)
         images = resized(split.normalize(images), size)
         labels = split.labels[index].to(device())
-        native = has_bf16()
-        autocast = torch.autocast(device().type, torch.bfloat16) if native else contextlib.nullcontext()
+        bf16 = torch.autocast(device().type, torch.bfloat16)
         try:
-            with autocast:
+            with bf16 if has_bf16() else contextlib.nullcontext():
                 logits = forward(images.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
             self.optimizer.zero_grad()
@@ -215,39 +243,30 @@ class _Run:
         self.loss_sum += loss.detach()
         self.correct += (logits.detach().argmax(1) == labels).sum()
 
-    def _end(self, epoch, size, verbose):
+    def _end(self, size):
         """Record the epoch: mean loss, accuracy on augmented and on held-out images in percent."""
-        started = time.perf_counter()
         config = self.config
-        split = limited(self.data.heldout, config.heldout_images or None)
+        heldout = limited(self.data.heldout, config.heldout_images or None)
 
         def network(images):
             return self.average.eval()(resized(images, size))
 
-        heldout = evaluate(network, split)
         seen = self.steps_per_epoch * min(config.batch_size, len(self.data.train))
-        record = {"epoch": epoch + 1, **({"size": size} if size else {})}
+        record = {"epoch": len(self.history) + 1, **({"size": size} if size else {})}
         record["loss"] = self.loss_sum.item() / self.steps_per_epoch
         record["train_top1"] = 100 * self.correct.item() / seen
-        record["heldout_top1"] = heldout.top1
-        record["seconds"] = round(self.seconds + time.perf_counter() - started, 1)
+        record["heldout_top1"] = evaluate(network, heldout).top1
         self.history.append(record)
         self.step = 0
-        if verbose:
-            at = f" at {size}x{size}" if size else ""
-            tqdm.write(
-                f"epoch {epoch + 1}/{config.epochs}{at}: loss {record['loss']:.3f}, "
-                f"train {record['train_top1']:.2f} %, held out {heldout.top1:.2f} % "
-                f"of {heldout.n:,}, {record['seconds']:.0f} s"
-            )
+        return record
 
     # -- Saved as one safetensors file: tensors, and settings and history as its metadata --
 
     def recipe(self):
         """What the card says: every setting, the arithmetic, and the cycle before this one."""
         arithmetic = "bfloat16 autocast, float32 weights" if has_bf16() else "float32"
-        told = {**dataclasses.asdict(self.config), "arithmetic": arithmetic}
-        return {**told, "start_from": self.first_cycle} if self.first_cycle else told
+        start = {"start_from": self.first_cycle} if self.first_cycle else {}
+        return {**dataclasses.asdict(self.config), "arithmetic": arithmetic, **start}
 
     def settings(self):
         """What a saved state must agree with to be resumed."""
@@ -255,92 +274,60 @@ class _Run:
         start = {"start_from": self.first_cycle["sha256"]} if self.first_cycle else {}
         return json.loads(json.dumps({**dataclasses.asdict(self.config), **data, **start}))
 
-    def save(self, path):
+    def _tensors(self):
+        """What a state holds that is there from the first step on, by name; not copied."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if self.average is not self.model:
             tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        names = {p: n for n, p in self.model.named_parameters()}
-        for parameter, state in self.optimizer.state.items():
-            tensors[f"momentum.{names[parameter]}"] = state["momentum_buffer"]
-        tensors["generator"] = self.generator.get_state()
-        tensors["loss_sum"], tensors["correct"] = self.loss_sum, self.correct
+        return {**tensors, "loss_sum": self.loss_sum, "correct": self.correct}
+
+    def save(self, path):
+        tensors = {**self._tensors(), "generator": self.generator.get_state()}
+        for name, parameter in self.model.named_parameters():
+            if parameter in self.optimizer.state:
+                tensors[f"momentum.{name}"] = self.optimizer.state[parameter]["momentum_buffer"]
         place = {"step": self.step, "seconds": self.seconds, "history": self.history}
         metadata = {"settings": json.dumps(self.settings()), "place": json.dumps(place)}
         save_tensors(path, tensors, metadata)
 
     def load(self, path, restart):
-        """Go on where `path` left off; refuse the state of other settings, unless `restart`."""
+        """Go on where `path` left off. Raises UserError when it is damaged or of other settings;
+        with `restart` the run begins anew instead.
+        """
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                metadata = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-            there, place = json.loads(metadata["settings"]), json.loads(metadata["place"])
-            self.step, self.seconds = place["step"], place["seconds"]
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
+            place, tensors = _read_state(path, self.settings())
+        except UserError:
             if restart:
                 return
-            raise UserError(
-                f"{path} is damaged; delete it to start again, or pass --restart"
-            ) from None
-        asked = self.settings()
-        if there != asked:
-            self.step = 0
-            if restart:
-                return
-            differing = ", ".join(
-                f"{k}: {there.get(k)} there, {asked.get(k)} asked for"
-                for k in {**there, **asked}
-                if there.get(k) != asked.get(k)
-            )
-            raise UserError(
-                f"{path} was trained with other settings ({differing}); "
-                "use those, or pass --restart to begin again"
-            )
-        self.history = place["history"]
-        for prefix, module in (("model.", self.model), ("average.", self.average)):
-            part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            if part:
-                module.load_state_dict(part)
+            raise
+        self.step, self.seconds, self.history = place
+        for name, tensor in self._tensors().items():
+            tensor.copy_(tensors[name])
         for name, parameter in self.model.named_parameters():
             buffer = tensors.get(f"momentum.{name}")
             if buffer is not None:
-                like = torch.empty_like(parameter).copy_(buffer)
+                like = torch.empty_like(parameter).copy_(buffer)  # channels last, on the device
                 self.optimizer.state[parameter]["momentum_buffer"] = like
         self.generator.set_state(tensors["generator"])
-        self.loss_sum.copy_(tensors["loss_sum"])
-        self.correct.copy_(tensors["correct"])
 
 
-class _Progress:
-    """One line: epoch, image size, step, images a second, time left over all phases."""
-
-    def __init__(self, run, sizes, verbose):
-        side = run.data.train.images[torch.arange(1)].shape[-1]
-        self.cost = [(size or side) ** 2 for size in sizes]  # of a step, in pixels of an image
-        self.sizes, self.done, self.started = sizes, 0, time.perf_counter()
-        total = len(sizes) * run.steps_per_epoch
-        first = len(run.history) * run.steps_per_epoch + run.step
-        self.bar = tqdm(
-            total=total, initial=first, unit=" steps", disable=not verbose, mininterval=1,
-            bar_format="{desc}: step {n_fmt}/{total_fmt} |{bar:20}|{postfix}",
+def _read_state(path, asked):
+    """((step, seconds, history), tensors) of an unfinished run with the settings `asked`."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            there, place = (json.loads(file.metadata()[name]) for name in ("settings", "place"))
+        place = [place[name] for name in ("step", "seconds", "history")]
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged; delete it or pass --restart to begin again") from None
+    differing = [k for k in {**there, **asked} if there.get(k) != asked.get(k)]
+    if differing:
+        shown = ", ".join(f"{k}: {there.get(k)} there, {asked.get(k)} asked for" for k in differing)
+        raise UserError(
+            f"{path} was trained with other settings ({shown}); "
+            "use those, or pass --restart to begin again"
         )
-
-    def update(self, run):
-        if self.bar.disable:
-            return
-        epoch, per_epoch = len(run.history), run.steps_per_epoch
-        self.done += self.cost[epoch]
-        left = sum(self.cost[epoch:]) * per_epoch - run.step * self.cost[epoch]
-        seconds = time.perf_counter() - self.started
-        size = f" at {self.sizes[epoch]}x{self.sizes[epoch]}" if self.sizes[epoch] else ""
-        self.bar.set_description_str(f"epoch {epoch + 1}/{len(self.sizes)}{size}", refresh=False)
-        rate = run.config.batch_size * run.step / max(run.seconds, 1e-9)
-        remaining = tqdm.format_interval(seconds * left / self.done)
-        self.bar.set_postfix_str(f"{rate:,.0f} images/s, {remaining} left", refresh=False)
-        self.bar.update(1)
-
-    def close(self):
-        self.bar.close()
+    return place, tensors
 
 
 def _start(model, config, data, start_from):
@@ -358,47 +345,16 @@ def _start(model, config, data, start_from):
     return {name: getattr(card, name) for name in facts}
 
 
-# ---- One batch ------------------------------------------------------------------------------------
-
-
-def resized(images, size):
-    """float32 [B, C, H, W] -> [B, C, size, size], bilinear and antialiased; None: as they are."""
-    if size is None or images.shape[-2:] == (size, size):
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-
-
-def augment(images, generator, crop, flip, cutout, mean):
-    """Random crop of the zero-padded image, mirror and cutout, one draw per image; uint8 [B, 3, H, W] -> uint8 of the same shape."""
-    batch, _, height, width = images.shape
-    rows, columns = (torch.arange(side).expand(batch, side) for side in (height, width))
-    if crop:
-        shift = torch.randint(0, 2 * crop + 1, (2, batch, 1), generator=generator)
-        rows, columns = rows + shift[0], columns + shift[1]
-        images = F.pad(images, [crop] * 4)
-    if flip:
-        mirrored = torch.rand(batch, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    index = (torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :])
-    images = images.permute(0, 2, 3, 1)[tuple(i.to(images.device) for i in index)].permute(0, 3, 1, 2)
-    if cutout:
-        centre = torch.rand(2, batch, 1, generator=generator) * torch.tensor([height, width]).view(2, 1, 1)
-        inside = [(torch.arange(side) - c).abs() < cutout / 2 for side, c in zip((height, width), centre)]
-        hole = (inside[0][:, :, None] & inside[1][:, None, :]).unsqueeze(1).to(images.device)
-        fill = (torch.tensor(mean, device=images.device) * 255).to(torch.uint8).view(1, 3, 1, 1)
-        images = torch.where(hole, fill, images)
-    return images
-
-
 def _optimizer(model, config):
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True)
+    options = dict(lr=config.learning_rate, momentum=config.momentum, nesterov=True)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain}]
+    return torch.optim.SGD(groups, **options)
 
 
 def _set_learning_rate(optimizer, config, step, total):
-    """One cycle: linear up over the first `warmup` share of the steps, linear down to zero over the rest."""
+    """One cycle: linear up over the first `warmup` fraction of the steps, linear down to zero."""
     position = (step + 1) / (total + 1)
     factor = min(position / config.warmup, (1 - position) / (1 - config.warmup))
     for group in optimizer.param_groups:
@@ -407,7 +363,7 @@ def _set_learning_rate(optimizer, config, step, total):
 
 @torch.no_grad()
 def _average(average, model, decay, step):
-    """average <- decay * average + (1 - decay) * model, with a shorter memory in the first steps."""
+    """average <- decay * average + (1 - decay) * model; a shorter memory in the first steps."""
     if average is model:
         return
     decay = min(decay, (step + 1) / (step + 10))
@@ -419,15 +375,20 @@ def _average(average, model, decay, step):
 
 
 def _compiled(model):
-    """torch.compile where it pays and works: on an accelerator with a compiler; the network itself elsewhere."""
+    """torch.compile where it pays, on an accelerator; without a compiler this runs eagerly."""
     if device().type != "cuda":
         return model
-    torch._dynamo.config.suppress_errors = True  # without a compiler the same network runs eagerly
-    return torch.compile(model)
+    compiled = torch.compile(model)
+
+    def forward(images):
+        with torch._dynamo.config.patch(suppress_errors=True):
+            return compiled(images)
+
+    return forward
 
 
 def _resident(images):
-    """The training images as one tensor on the accelerator, where there is one and they are in memory; themselves otherwise."""
+    """Training images that are in memory, as one tensor on the accelerator; else themselves."""
     if device().type == "cpu" or not isinstance(getattr(images, "store", images), torch.Tensor):
         return images
     return images[torch.arange(len(images))].to(device())
