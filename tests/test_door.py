@@ -8,7 +8,7 @@ import pytest
 from conftest import CHECKOUT, read_text
 
 import quantlab as ql
-from quantlab.__main__ import BENCH_SECTIONS
+from quantlab.__main__ import BENCH_SECTIONS, main
 from quantlab.networks.architectures import ARCHITECTURES
 from quantlab.networks.recipe import NETWORKS
 from quantlab.system.errors import check_name
@@ -75,6 +75,12 @@ def test_the_import_loads_no_torch_and_torchvision_is_repaired_when_it_is_import
 def test_help_and_list_load_nothing_heavy(arguments):
     output, errors = python(COMMAND, *arguments)
     assert output.splitlines()[-1] == "0" and not errors
+
+
+def test_list_shows_every_parameter(workbook, capsys):
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out
+    assert "-p weight_bits 4  (int)" in said and "_report" in said
 
 
 @pytest.mark.parametrize("arguments, message", [
