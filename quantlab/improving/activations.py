@@ -1,4 +1,4 @@
-"""The float and the quantized network side by side, cut into units, the activations between units cached for all images."""
+"""The float and the quantized network side by side, unit by unit, with all activations between."""
 
 import pathlib
 import tempfile
@@ -7,25 +7,43 @@ import torch
 
 from quantlab.improving.units import extract, find_units
 from quantlab.quantized import find_quantizer, origin
+from quantlab.system.errors import UserError
 
 BATCH = 128  # images at once where nothing is learned
 
 
-class Cache:
-    """Activations of all images, key (two words) -> float32 [N, ...], at most `max_bytes` of them on the device.
+def stack_images(images, batch_size):
+    """float32 [N, 3, H, W] of such a tensor or an iterable of batches; UserError for fewer than a
+    batch.
+    """
+    if not isinstance(images, torch.Tensor):
+        images = torch.cat(list(images))
+    if len(images) < batch_size:
+        raise UserError(
+            f"{len(images)} calibration images do not fill a batch of {batch_size}; "
+            "give more, or a smaller batch_size")
+    return images
 
-    What does not fit lies in files that are mapped into memory, in a temporary folder that goes with the cache; the values are the same.
-    Four-dimensional values are stored channels last, which CPU convolutions prefer.
+
+class Cache:
+    """Activations of all images, key (two words) -> float32 [N, ...], at most `max_bytes` of them
+    on the device.
+
+    What does not fit lies in files that are mapped into memory, in a temporary folder that goes
+    with the cache; the values are the same. Four-dimensional values are stored channels last, which
+    CPU convolutions prefer.
     """
 
     def __init__(self, max_bytes, device="cpu"):
-        self.max_bytes, self.device, self.values, self.uncounted = max_bytes, device, {}, set()
+        self.max_bytes, self.device = max_bytes, device
+        self.values, self.uncounted = {}, set()
         self.folder = tempfile.TemporaryDirectory(prefix="quantlab-")
 
     @property
     def bytes(self):
         """Bytes that count against max_bytes now."""
-        return sum(v.numel() * v.element_size() for k, v in self.values.items() if k not in self.uncounted)
+        counted = [v for k, v in self.values.items() if k not in self.uncounted]
+        return sum(v.numel() * v.element_size() for v in counted)
 
     def give(self, key, value):
         """Remember the caller's own tensor."""
@@ -36,7 +54,7 @@ class Cache:
         """Room for float32 values of that shape under `key`, not yet set."""
         count = torch.Size(shape).numel()
         if self.bytes + 4 * count > self.max_bytes:
-            flat = torch.from_file(str(self._path(key)), shared=True, size=count, dtype=torch.float32)
+            flat = torch.from_file(str(self._path(key)), True, count, dtype=torch.float32)
             self.uncounted.add(key)
         else:
             flat = torch.empty(count, device=self.device)
@@ -57,8 +75,9 @@ class Cache:
         """The values of those images (int64 [B], on the CPU), on the device."""
         value = self.values[key]
         index = index.to(value.device)
-        if value.dim() == 4:
-            return value.permute(0, 2, 3, 1).index_select(0, index).to(self.device).permute(0, 3, 1, 2)
+        if value.dim() == 4:  # in the order in which they lie in memory
+            rows = value.permute(0, 2, 3, 1).index_select(0, index)
+            return rows.to(self.device).permute(0, 3, 1, 2)
         return value.index_select(0, index).to(self.device)
 
     def _path(self, key):
@@ -66,7 +85,8 @@ class Cache:
 
 
 class Networks:
-    """Walks both networks unit by unit: kind "float" for the folded float graph, "quantized" for qmodel, which may change on the way.
+    """Walks both networks unit by unit: kind "float" for the folded float graph, "quantized" for
+    qmodel, which may change on the way.
 
     Cache keys are (kind, node). images: float32 [N, C, H, W].
     """
@@ -74,7 +94,8 @@ class Networks:
     def __init__(self, graph, qmodel, images, unit="block", max_cache_bytes=2**31):
         self.device = next(qmodel.parameters()).device
         self.graphs = {"float": graph.to(self.device), "quantized": qmodel}
-        self.images, self.units, self.cache = images, find_units(qmodel, unit), Cache(max_cache_bytes, self.device)
+        self.images, self.units = images, find_units(qmodel, unit)
+        self.cache = Cache(max_cache_bytes, self.device)
         nodes = list(qmodel.graph.nodes)
         self.origins = {n.name: origin(qmodel, n).name for n in nodes}
         self.quantizers = {n.name for n in nodes if find_quantizer(qmodel, n) is not None}
@@ -84,14 +105,17 @@ class Networks:
             self.cache.give(("quantized", name), images)
 
     def part(self, kind, i, outputs=None):
-        """Unit i as a GraphModule, the cache keys of its inputs, and the names of its outputs (default: all that later units read)."""
-        unit, graph = self.units[i], self.graphs[kind]
+        """Unit i as a GraphModule, the cache keys of its inputs, and the names of its outputs
+        (default: all that later units read).
+        """
+        unit = self.units[i]
         nodes, inputs, outputs = unit.nodes, unit.inputs, outputs or unit.outputs
         if kind == "float":
             nodes = [n for n in nodes if n not in self.quantizers]
-            inputs, outputs = ([*dict.fromkeys(self.origins[n] for n in names)] for names in (inputs, outputs))
-            outputs = [n for n in outputs if n in nodes]
-        return extract(graph, nodes, inputs, outputs), [(kind, n) for n in inputs], outputs
+            inputs = [*dict.fromkeys(self.origins[n] for n in inputs)]
+            outputs = [n for n in dict.fromkeys(self.origins[n] for n in outputs) if n in nodes]
+        keys = [(kind, n) for n in inputs]
+        return extract(self.graphs[kind], nodes, inputs, outputs), keys, outputs
 
     @torch.no_grad()
     def run(self, kind, i, outputs=None):

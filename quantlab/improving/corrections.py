@@ -2,8 +2,8 @@
 
     qmodel = correct_bias(model, qmodel, batches)
 
-Each returns a network of its own and leaves its arguments alone. Codes stay integers: a weight is scale * code, a bias a multiple of
-s_in * s_w, as `quantize` left them.
+Each returns a network of its own and leaves its arguments alone. Codes stay integers: a weight is
+scale * code, a bias a multiple of s_in * s_w, as `quantize` left them.
 """
 
 import copy
@@ -11,64 +11,69 @@ import dataclasses
 import math
 
 import torch
-from torch import nn
 
 from quantlab.graph import find_kinds, folded, operation_name
 from quantlab.improving.activations import Networks
-from quantlab.improving.equalization import grouped_weight
+from quantlab.improving.equalization import grouped_weight, in_channels
 from quantlab.quantized import find_node
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float
 
-# ---- Biases -----------------------------------------------------------------------------------------------------------------
+# ---- Biases --------------------------------------------------------------------------------------
 
 
 def correct_bias(model, qmodel, batches):
-    """Empirical bias correction: each channel's mean output error on `batches` (float32 [B, C, H, W]) leaves the bias.
+    """Empirical bias correction: the mean output error of each channel leaves the bias.
 
-    b_o <- b_o - (E[y_q] - E[y])_o, y a layer's output before its clamp, E over images and places; layer after layer in order of
-    execution, each on inputs from the network corrected so far.
+    b_o <- b_o - (E[y_q] - E[y])_o, y a layer's output before its clamp, E over the images and
+    places of `batches` (float32 [B, C, H, W]); layer after layer in order of execution, each on
+    inputs from the network corrected so far.
     """
-    network = _walk(model, qmodel, batches)
-    corrected = network.graphs["quantized"]
-    for i, unit in enumerate(network.units):
+    networks, corrected = _side_by_side(model, qmodel, batches)
+    for i, unit in enumerate(networks.units):
         name = unit.layers[0]
-        if _layer(corrected, name).bias is not None:
-            mean, exact = (_moments(network, kind, i)[0] for kind in ("quantized", "float"))
+        if corrected.layers[name].bias is not None:
+            mean, _ = _moments(networks, "quantized", i)
+            exact, _ = _moments(networks, "float", i)
             _shift_bias(corrected, name, mean - exact)
-        network.advance("float", i)
-        network.advance("quantized", i)
-        network.free(i)
+        networks.advance("float", i)
+        networks.advance("quantized", i)
+        networks.free(i)
     return corrected
 
 
 def _shift_bias(qmodel, name, error):
-    layer = _layer(qmodel, name)
+    layer = qmodel.layers[name]
     bias = layer.bias.detach().cpu().double() - error
     qmodel.write(name, qmodel.codes(name), layer.weight_qparams, bias)
 
 
 @torch.no_grad()
 def correct_bias_analytic(model, qmodel):
-    """Bias correction without data: b_o <- b_o - sum_ck (w_hat - w)_ock E[x_c], E[x] from BatchNorm's parameters (arXiv:1906.04721).
+    """Bias correction without data: b_o <- b_o - sum_ck (w_hat - w)_ock E[x_c], with E[x] from
+    BatchNorm's parameters (arXiv:1906.04721).
 
-    A BatchNormed layer gives N(beta, gamma^2); ReLU and ReLU6 make a clipped normal of it; adds add means and variances; a layer without
-    BatchNorm maps them with its weights, as if its inputs were independent. Padding is ignored. The network's input is taken to have
-    mean 0 and variance 1. A layer whose input passes an operation without such a rule is left alone: `corrected.meta["uncorrected"]` names it.
+    A BatchNormed layer gives N(beta, gamma^2); ReLU and ReLU6 make a clipped normal of it; adds add
+    means and variances; a layer without BatchNorm maps them with its weights, as if its inputs were
+    independent. Padding is ignored. The network's input is taken to have mean 0 and variance 1. A
+    layer whose input passes an operation without such a rule is left alone:
+    `corrected.meta["uncorrected"]` names it.
     """
     graph, corrected = folded(model), copy.deepcopy(qmodel)
-    means = _Gaussian(graph).layer_inputs()
-    left = [name for name in means if means[name] is None or _layer(corrected, name).bias is None]
+    layers, means = corrected.layers, _Gaussian(graph).layer_inputs()
+    left = [name for name in means if means[name] is None or layers[name].bias is None]
     corrected.meta["uncorrected"] = left
     for name in [n for n in means if n not in left]:
-        error = (grouped_weight(_layer(corrected, name)) - grouped_weight(_layer(graph, name))).sum(3)
-        _shift_bias(corrected, name, torch.einsum("goc,gc->go", error, means[name].view(len(error), -1)).flatten())
+        exact = grouped_weight(graph.get_submodule(find_node(graph, name).target))
+        error = (grouped_weight(layers[name]) - exact).sum(3)
+        mean = means[name].view(len(error), -1)
+        _shift_bias(corrected, name, torch.einsum("goc,gc->go", error, mean).flatten())
     return corrected
 
 
 def clipped_normal(mean, std, low=0.0, high=math.inf):
     """(mean, variance) of clamp(x, low, high), x ~ N(mean, std^2); tensors float64, elementwise."""
-    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
+    normal = torch.distributions.Normal(*torch.tensor([0.0, 1.0], dtype=torch.float64))
     std = std.clamp(min=1e-12)
     a, b = (low - mean) / std, (torch.full_like(mean, high) - mean) / std
     pdf_a, pdf_b = (normal.log_prob(t).exp() for t in (a, b))
@@ -76,14 +81,17 @@ def clipped_normal(mean, std, low=0.0, high=math.inf):
     inside = 1 - below - above
     b_pdf_b = torch.where(torch.isinf(b), 0.0, b * pdf_b)
     first = inside * mean + std * (pdf_a - pdf_b)  # E[x; inside]
-    second = inside * (mean**2 + std**2) + 2 * mean * std * (pdf_a - pdf_b) + std**2 * (a * pdf_a - b_pdf_b)
+    second = inside * (mean**2 + std**2) + 2 * mean * std * (pdf_a - pdf_b)  # E[x^2; inside]
+    second = second + std**2 * (a * pdf_a - b_pdf_b)
     edge, edge2 = (above * high, above * high**2) if math.isfinite(high) else (0.0, 0.0)
     clipped = first + low * below + edge
     return clipped, (second + low**2 * below + edge2 - clipped**2).clamp(min=0)
 
 
 class _Gaussian:
-    """Mean and variance per channel at every node, from BatchNorm's parameters alone; None where no rule applies."""
+    """Mean and variance per channel at every node, from BatchNorm's parameters alone; None where no
+    rule applies.
+    """
 
     def __init__(self, graph):
         self.graph, self.kinds, self.moments = graph, find_kinds(graph), {}
@@ -99,11 +107,12 @@ class _Gaussian:
         return found
 
     def _input(self, node):
-        layer, moments = self.graph.get_submodule(node.target), self.moments[node.args[0]]
-        channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-        if self.kinds[node.args[0]] == "input":
-            return torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
-        if moments is not None and channels % len(moments[0]) == 0:  # flattened places of a channel are alike
+        before, channels = node.args[0], in_channels(self.graph.get_submodule(node.target))
+        moments = self.moments[before]
+        if self.kinds[before] == "input":
+            return tuple(torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, channels))
+        # flattened places of a channel are alike
+        if moments is not None and channels % len(moments[0]) == 0:
             return tuple(m.repeat_interleave(channels // len(m)) for m in moments)
         return None
 
@@ -120,9 +129,10 @@ class _Gaussian:
         if kind == "concat":
             return tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
         if kind == "clamp":
-            name = operation_name(node, self.graph)
-            if name in ("relu", "relu6"):
-                return clipped_normal(inputs[0][0], inputs[0][1].sqrt(), 0.0, 6.0 if name == "relu6" else math.inf)
+            high = {"relu": math.inf, "relu6": 6.0}.get(operation_name(node, self.graph))
+            if high is not None:
+                mean, variance = inputs[0]
+                return clipped_normal(mean, variance.sqrt(), 0.0, high)
         return None
 
     def _layer(self, node):
@@ -132,41 +142,51 @@ class _Gaussian:
         moments = self._input(node)
         if moments is None:
             return None
-        weight, mean, variance = grouped_weight(layer), *(m.view(getattr(layer, "groups", 1), -1) for m in moments)
+        weight = grouped_weight(layer)
+        mean, variance = (m.view(len(weight), -1) for m in moments)
         bias = 0.0 if layer.bias is None else layer.bias.detach().cpu().double()
         mean = torch.einsum("gock,gc->go", weight, mean).flatten() + bias
         return mean, torch.einsum("gock,gc->go", weight.square(), variance).flatten()
 
 
-# ---- BatchNorm --------------------------------------------------------------------------------------------------------------
+# ---- BatchNorm -----------------------------------------------------------------------------------
 
 
 def reestimate_batchnorm(model, qmodel, batches):
-    """Every formerly BatchNormed layer gets the scale and shift that BatchNorm would have with statistics of the quantized network.
+    """Give every formerly BatchNormed layer the scale and shift that BatchNorm would have with
+    statistics of the quantized network.
 
-    With m, v a channel's mean and variance behind the quantized layer on `batches`, and BatchNorm's gamma, beta and eps:
+    With m, v a channel's mean and variance behind the quantized layer on `batches` (float32 [B, C,
+    H, W]), and BatchNorm's gamma, beta and eps:
         y <- a (y - m) + beta,   a = gamma / sqrt(v + eps') with eps' in units of the folded output
-    which changes the weight's scale to a s_w and the bias; codes stay. Layer after layer, each behind those already done.
-    A step of its own, never hidden in calibration. Raises UserError for a network without folded BatchNorm.
+    which changes the weight's scale to a s_w and the bias; codes stay. Layer after layer, each
+    behind those already done. A step of its own, never hidden in calibration. Raises UserError for
+    a network without folded BatchNorm.
     """
-    graph, network = folded(model), _walk(model, qmodel, batches)
-    corrected = network.graphs["quantized"]
-    if not any(hasattr(module, "folded_batchnorm") for module in graph.modules()):
-        raise UserError("no layer of this network had a BatchNorm folded into it: there are no statistics to re-estimate")
-    for i, unit in enumerate(network.units):
-        bn = getattr(_layer(graph, unit.layers[0]), "folded_batchnorm", None)
+    networks, corrected = _side_by_side(model, qmodel, batches)
+    graph = networks.graphs["float"]
+    batchnorms = {}
+    for unit in networks.units:
+        layer = graph.get_submodule(find_node(graph, unit.layers[0]).target)
+        batchnorms[unit.layers[0]] = getattr(layer, "folded_batchnorm", None)
+    if not any(batchnorms.values()):
+        raise UserError(
+            "no layer of this network had a BatchNorm folded into it: there are no statistics to "
+            "re-estimate")
+    for i, (name, bn) in enumerate(batchnorms.items()):
         if bn is not None:
-            _rescale(corrected, unit.layers[0], bn, *_moments(network, "quantized", i))
-        network.advance("quantized", i)
-        network.free(i)
+            _rescale(corrected, name, bn, *_moments(networks, "quantized", i))
+        networks.advance("quantized", i)
+        networks.free(i)
     return corrected
 
 
 def _rescale(corrected, name, bn, mean, variance):
-    layer, gamma = _layer(corrected, name), bn["gamma"]
+    layer, gamma = corrected.layers[name], bn["gamma"]
     q = layer.weight_qparams
     if q.axis is None:
-        raise UserError("re-estimating BatchNorm rescales channels one by one; quantize with per_channel=True")
+        raise UserError(
+            "re-estimating BatchNorm rescales channels one by one; quantize with per_channel=True")
     ratio = gamma.abs() / torch.sqrt(variance + gamma**2 * bn["eps_share"]).clamp(min=1e-12)
     ratio = torch.where(gamma == 0, 1.0, ratio)
     bias = (layer.bias.detach().cpu().double() - mean) * ratio + bn["mean"]
@@ -174,28 +194,27 @@ def _rescale(corrected, name, bn, mean, variance):
     corrected.write(name, corrected.codes(name), scaled, bias)
 
 
-# ---- Shared -----------------------------------------------------------------------------------------------------------------
+# ---- Shared --------------------------------------------------------------------------------------
 
 
-def _layer(graph, name):
-    return graph.get_submodule(find_node(graph, name).target)
-
-
-def _walk(model, qmodel, batches):
-    """The float network and a copy of the quantized one, to be walked layer by layer."""
+def _side_by_side(model, qmodel, batches):
+    """The float network beside a copy of the quantized one, layer by layer, and that copy."""
     batches = [batches] if isinstance(batches, torch.Tensor) else list(batches)
     if not sum(len(b) for b in batches):
         raise UserError("there are no images to measure the correction on: give at least one batch")
-    copied = copy.deepcopy(qmodel).to(device())
-    return Networks(folded(model), copied, torch.cat(batches), "layer")
+    corrected = copy.deepcopy(qmodel).to(device())
+    return Networks(folded(model), corrected, torch.cat(batches), "layer"), corrected
 
 
-def _moments(network, kind, i):
-    """(mean, variance) per channel of a layer's output over all images and places, float64 [C] on the CPU."""
-    sums = 0.0
+def _moments(networks, kind, i):
+    """(mean, variance) of each channel of a layer's output over all images and places, float64 [C]
+    on the CPU.
+    """
+    count = total = squares = 0.0
     with exact_float():
-        for _, (value,) in network.run(kind, i, outputs=[network.units[i].layers[0]]):
+        for _, (value,) in networks.run(kind, i, outputs=[networks.units[i].layers[0]]):
             flat = value.double().transpose(0, 1).flatten(1)
-            sums = sums + torch.stack([torch.full_like(flat[:, 0], flat.shape[1]), flat.sum(1), flat.square().sum(1)]).cpu()
-    count, total, squares = sums
+            count += flat.shape[1]
+            total += flat.sum(1).cpu()
+            squares += flat.square().sum(1).cpu()
     return total / count, (squares / count - (total / count) ** 2).clamp(min=0)

@@ -7,44 +7,50 @@
 import torch
 from torch import nn
 
-from quantlab.graph import find_kinds, fold, operation_name, readers_of, trace
+from quantlab.graph import find_kinds, folded, operation_name, readers_of
 
 
 @torch.no_grad()
 def equalize(model, rounds=20):
-    """Cross-layer equalisation: the folded float graph with equal weight ranges on both sides of every channel, for collect and quantize.
+    """The folded float graph with equal weight ranges on both sides of every channel.
 
-    For two layers with a ReLU (or nothing) between, relu(s y) = s relu(y) lets a channel i of the first be divided by s_i and the second's
-    input i be multiplied by it: s_i = sqrt(r1_i / r2_i), r the largest |weight| of the channel (Nagel et al. 2019, arXiv:1906.04721, eq.
-    11), repeated until nothing changes. Pairs are found from the graph: the first's value must reach the second alone, through ReLUs,
-    pools and rearranging that keeps channels apart; not through adds, concatenations, or clamps with an upper end. The float output stays.
+    For two layers with a ReLU (or nothing) between, relu(s y) = s relu(y) lets a channel i of the
+    first be divided by s_i and the second's input i be multiplied by it:
+        s_i = sqrt(r1_i / r2_i), r the largest |weight| of the channel
+    repeated until nothing changes (Nagel et al. 2019, arXiv:1906.04721, eq. 11). Pairs are found
+    from the graph: the first's value must reach the second alone, through ReLUs, pools and
+    rearranging that keeps channels apart; not through adds, concatenations, or clamps with an upper
+    end. The float output stays.
     """
-    graph = fold(trace(model)).cpu()
-    pairs = equalizable_pairs(graph)
+    graph = folded(model).cpu()
+    pairs = [tuple(map(graph.get_submodule, pair)) for pair in equalizable_pairs(graph)]
     for _ in range(rounds):
         change = 0.0
         for first, second in pairs:
-            first, second = graph.get_submodule(first), graph.get_submodule(second)
-            r1, r2 = first.weight.abs().flatten(1).amax(1).double(), _input_ranges(second)
-            scale = torch.where((r1 > 0) & (r2 > 0), torch.sqrt(r1 / r2.clamp(min=1e-30)), 1.0).clamp(1e-4, 1e4)
+            r1 = first.weight.abs().flatten(1).amax(1).double()
+            r2 = grouped_weight(second).abs().amax((1, 3)).flatten()
+            scale = torch.sqrt(r1 / r2.clamp(min=1e-30))
+            scale = torch.where((r1 > 0) & (r2 > 0), scale, 1.0).clamp(1e-4, 1e4)
             _divide_outputs(first, scale)
             _multiply_inputs(second, scale)
-            change = max(change, (scale.log().abs()).max().item())
+            change = max(change, scale.log().abs().max().item())
         if change < 1e-3:
             break
     return graph
 
 
 def equalizable_pairs(graph):
-    """(first, second) module names of the layers that `equalize` scales against each other, in order of execution."""
+    """(first, second) module names of the layers that `equalize` scales against each other, in
+    order of execution.
+    """
     kinds, pairs = find_kinds(graph), []
     for node in [n for n in kinds if kinds[n] == "compute"]:
         follower = node
         while len(found := readers_of(follower, kinds)) == 1:
             follower = found[0]
             if kinds[follower] == "compute":
-                first, second = graph.get_submodule(node.target), graph.get_submodule(follower.target)
-                if first.weight.shape[0] == (second.in_features if isinstance(second, nn.Linear) else second.in_channels):
+                channels = len(graph.get_submodule(node.target).weight)
+                if channels == in_channels(graph.get_submodule(follower.target)):
                     pairs.append((node.target, follower.target))
                 break
             if not _keeps_channels(follower, kinds, graph):
@@ -53,19 +59,23 @@ def equalizable_pairs(graph):
 
 
 def _keeps_channels(node, kinds, graph):
-    """True for an operation f with f(s y) = s f(y) for s > 0, channel by channel, in the order they came."""
+    """True for an operation f with f(s y) = s f(y) for s > 0, channel by channel, in the order they
+    came.
+    """
     name = operation_name(node, graph)
-    return kinds[node] in ("maxpool", "average") and name != "mean" or name in ("relu", "flatten", "identity", "contiguous")
+    pooled = kinds[node] in ("maxpool", "average") and name != "mean"
+    return pooled or name in ("relu", "flatten", "identity", "contiguous")
 
 
-def _input_ranges(layer):
-    """Largest |weight| of every input channel, float64 [C_in]; groups counted."""
-    return grouped_weight(layer).abs().amax((1, 3)).flatten()
+def in_channels(layer):
+    """Number of input channels (features) of a convolution or linear layer."""
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
 def grouped_weight(layer):
-    """The weight in double precision as [groups, C_out / groups, C_in / groups, places]."""
-    return layer.weight.detach().cpu().double().unflatten(0, (getattr(layer, "groups", 1), -1)).unsqueeze(-1).flatten(3)
+    """A layer's weight, float64 [groups, C_out / groups, C_in / groups, places]."""
+    weight = layer.weight.detach().cpu().double()
+    return weight.unflatten(0, (getattr(layer, "groups", 1), -1)).unsqueeze(-1).flatten(3)
 
 
 def _divide_outputs(layer, scale):
@@ -77,4 +87,5 @@ def _divide_outputs(layer, scale):
 
 
 def _multiply_inputs(layer, scale):
-    layer.weight.copy_((grouped_weight(layer) * scale.view(getattr(layer, "groups", 1), 1, -1, 1)).view(layer.weight.shape))
+    weight = grouped_weight(layer)
+    layer.weight.copy_((weight * scale.view(len(weight), 1, -1, 1)).view(layer.weight.shape))

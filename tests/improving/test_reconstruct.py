@@ -1,0 +1,395 @@
+"""Reconstruction: units from the graph, rounding that stays beside the weight, gradients against
+formulas, resume, bounded memory; tuning, with the float network as target or with labels.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import quantlab as ql
+from quantlab.graph import folded
+from quantlab.improving import learned as stand_ins
+from quantlab.improving import reconstruct as rc
+from quantlab.improving import units
+from quantlab.improving.activations import Cache
+from quantlab.improving.tune import TuneConfig, Tuner, tune_end_to_end
+from quantlab.quantized import Quantizer, find_node
+
+
+class Tiny(nn.Module):
+    """conv-bn-relu, a residual block with a shortcut convolution, pool, linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv1, self.conv2 = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.shortcut, self.fc = nn.Conv2d(6, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.bn(self.stem(x)).relu()
+        x = (self.conv2(self.conv1(x).relu()) + self.shortcut(x)).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    model, images = Tiny().eval(), torch.randn(48, 3, 8, 8)
+    model.bn.running_mean, model.bn.running_var = torch.randn(6) * 0.1, torch.rand(6) + 0.5
+    return model, ql.collect(model, [images]), images
+
+
+SHORT = rc.ReconstructConfig(iterations=40, batch_size=16, lr=0.05)
+
+
+def run(tiny, config=ql.QuantConfig(3, 3), learning=SHORT, **options):
+    return rc.reconstruct(*tiny, config, learning, verbose=False, **options)
+
+
+@pytest.fixture(scope="module")
+def learned(tiny):
+    return run(tiny)
+
+
+def tensors(qmodel):
+    return {k: v.clone() for k, v in qmodel.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- Units ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "layers", "blocks"), [
+    ("resnet18", 21, 10), ("mobilenet_v2", 53, 33), ("densenet121", 121, 121),
+    ("googlenet", 58, 58),
+])
+def test_units_of_torchvision_networks(name, layers, blocks):
+    import torchvision
+
+    extra = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    model = getattr(torchvision.models, name)(weights=None, **extra).eval()
+    x = torch.randn(1, 3, 32, 32)
+    config = ql.QuantConfig(weight_observer="minmax", observer="minmax")
+    qmodel = ql.quantize(model, ql.collect(model, [x]), config)
+    for kind, count in (("layer", layers), ("block", blocks)):
+        found = units.find_units(qmodel, kind)
+        assert len(found) == count and sum(len(u.layers) for u in found) == layers
+    values = {n.name: x for n in qmodel.graph.nodes if n.op == "placeholder"}
+    for u in found:  # the units one after the other compute what the network does
+        part = units.extract(qmodel, u.nodes, u.inputs, u.outputs)
+        values |= dict(zip(u.outputs, part(*[values[i] for i in u.inputs]), strict=True))
+    assert torch.equal(values[found[-1].output], qmodel(x))
+
+
+def test_units_of_resnet20(resnet20, stats):
+    qmodel = ql.quantize(resnet20, stats, ql.QuantConfig(4, 4))
+    blocks = units.find_units(qmodel, "block")
+    assert [len(u.layers) for u in blocks] == [1, 2, 2, 2, 3, 2, 2, 3, 2, 2, 1]
+    assert all(len(u.inputs) == 1 for u in blocks)
+    assert blocks[4].layers == ("layer2_0_conv1", "layer2_0_conv2", "layer2_0_shortcut_0")
+    assert [len(u.layers) for u in units.find_units(qmodel, "layer")] == [1] * 22
+
+
+def test_a_block_that_holds_another_or_is_read_from_outside_is_taken_layer_by_layer():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 1) for _ in range(4))
+
+        def forward(self, x):
+            inner = (self.b(self.a(x).relu()) + x).relu()
+            outer = self.c(inner) + x  # holds the inner block
+            tapped = self.d(outer).relu()
+            return torch.cat([outer + tapped.sigmoid(), tapped], 1)  # tapped leaves its block
+
+    model = Nested().eval()
+    qmodel = ql.quantize(model, ql.collect(model, [torch.randn(2, 3, 4, 4)]))
+    assert [u.layers for u in units.find_units(qmodel, "block")] == [("a", "b"), ("c",), ("d",)]
+
+
+# ---- Rounding and steps --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["layer", "block"])
+@pytest.mark.parametrize("config", [
+    ql.QuantConfig(3, 3), ql.QuantConfig(2, 4, weight_symmetric=False, per_channel=False),
+], ids=str)
+def test_learned_rounding_never_leaves_floor_and_ceil(tiny, unit, config):
+    settings = dict(unit=unit, iterations=40, batch_size=16, lr=0.1)
+    qmodel = run(tiny, config, rc.ReconstructConfig.preset("adaround", **settings))
+    graph, moved = folded(tiny[0]), 0
+    for name, layer in qmodel.layers.items():
+        exact = graph.get_submodule(find_node(graph, name).target).weight
+        q = layer.weight_qparams
+        scale, zero_point = q.broadcast(exact.dim())
+        codes = (layer.weight / scale).round() + zero_point
+        assert torch.equal(scale * (codes - zero_point), layer.weight)  # exactly on the grid
+        floor = torch.floor(exact * (1 / scale)) + zero_point
+        low, high = (n.clamp(q.qmin, q.qmax) for n in (floor, floor + 1))
+        assert ((codes == low) | (codes == high)).all()
+        moved += int((codes != ql.quantize_tensor(exact, q)).sum())
+    assert moved > 0  # something was learned
+
+
+def test_start_is_the_float_weight_and_the_finished_regulariser_leaves_zeros_and_ones():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(20, 10), torch.randn(64, 20)
+    q = ql.choose_qparams(*layer.weight.detach().aminmax(dim=1), 4, symmetric=True, axis=0)
+    learned = stand_ins.LearnedRounding(layer, layer, q)
+    assert torch.allclose(learned(x), layer(x), atol=1e-5)
+    optimizer = torch.optim.Adam([learned.v], lr=0.05)
+    for i in range(400):
+        optimizer.zero_grad()
+        error = (learned(x) - layer(x).detach()).square().mean()
+        (error + 0.1 * learned.regularizer(20 - 18 * i / 400)).backward()
+        optimizer.step()
+    assert ((learned.h == 0) | (learned.h == 1)).all() and learned.regularizer(2.0) == 0
+    assert 0 < learned.h.mean() < 1
+    assert torch.equal(learned.codes, (learned.floor + learned.h).clamp(q.qmin, q.qmax).int())
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 7), (-4, 3), (-8, 7)])
+def test_values_and_gradients_of_a_learned_step(low, high):
+    torch.manual_seed(1)
+    x, scale = torch.randn(5, 3, 4, 4, requires_grad=True), torch.tensor(0.3, requires_grad=True)
+    upstream, mask = torch.randn(5, 3, 4, 4), (torch.rand(5, 3, 4, 4) < 0.5).float()
+    y = stand_ins.round_to_step(x, scale, low, high, mask)
+    y.backward(upstream)
+    kernel = torch.fake_quantize_per_tensor_affine(x.detach(), 0.3, 0, low, high)
+    # exact without a mask: the next test
+    assert torch.allclose(y.detach(), torch.where(mask == 1, kernel, x.detach()), atol=1e-6)
+    expected_x, expected_s = torch.empty_like(upstream), 0.0
+    for i in range(x.numel()):  # LSQ, eq. 3, one element at a time
+        v, g, m = (t.detach().flatten()[i].item() for t in (x, upstream, mask))
+        v = v / scale.item()
+        inside = low < v < high
+        expected_x.view(-1)[i] = g if not m or inside else 0.0
+        if m:
+            expected_s += g * (round(v) - v if inside else min(max(v, low), high))
+    assert torch.allclose(x.grad, expected_x, atol=1e-6)
+    expected_s /= math.sqrt(x.numel() * high)
+    assert scale.grad.item() == pytest.approx(expected_s, rel=1e-4)
+
+
+def test_a_learned_step_without_masks_is_its_quantizer():
+    quantizer, x = Quantizer(ql.choose_qparams(-0.7, 1.9, 4)), torch.randn(1000)
+    assert torch.equal(stand_ins.LearnedStep(quantizer)(x), quantizer(x))
+
+
+def test_masks_keep_the_fraction_and_differ_between_calls():
+    masks = stand_ins.Masks(0.3, torch.Generator().manual_seed(0))
+    x = torch.empty(8, 4, 16, 16).contiguous(memory_format=torch.channels_last)
+    first, second = masks.like(x), masks.like(x)
+    assert first.shape == x.shape and first.stride() == x.stride()
+    assert set(first.unique().tolist()) == {0.0, 1.0}
+    assert first.mean().item() == pytest.approx(0.7, abs=0.03) and not torch.equal(first, second)
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learning", [
+    *(rc.ReconstructConfig.preset(m, iterations=30, batch_size=16, lr=0.05) for m in rc.PRESETS),
+    dataclasses.replace(SHORT, loss="fisher", iterations=60, weight_lambda=1e-3),
+], ids=["adaround", "brecq", "qdrop", "fisher"])
+def test_no_unit_is_worse_than_nearest_and_some_are_better(tiny, learning):
+    log = run(tiny, learning=learning).meta["reconstruction"]
+    assert (log.learned <= log.nearest).all() and log.learned.sum() < log.nearest.sum()
+    assert log.layers.tolist() == ([1] * 5 if learning.unit == "layer" else [1, 3, 1])
+
+
+def test_a_learning_rate_that_destroys_leaves_the_nearest_rounding(tiny):
+    settings = rc.ReconstructConfig(iterations=5, batch_size=16, lr_bias=1e3, lr_steps=0.0)
+    qmodel = run(tiny, learning=settings)
+    nearest = ql.quantize(tiny[0], tiny[1], ql.QuantConfig(3, 3))
+    assert same(tensors(qmodel), tensors(nearest))
+    assert qmodel.meta["reconstruction"].note.str.contains("nearest rounding kept").all()
+
+
+def test_the_result_is_a_quantized_network(tiny, learned):
+    nearest = ql.quantize(tiny[0], tiny[1], ql.QuantConfig(3, 3))
+    assert ql.weight_bytes(learned) == ql.weight_bytes(nearest)
+    for name, layer in learned.layers.items():
+        codes = layer.bias.double() / learned.bias_scale(name)
+        assert (codes - codes.round()).abs().max() < 1e-3 and codes.round().abs().max() > 0
+
+
+def test_deterministic_under_a_seed(tiny, learned):
+    assert same(tensors(run(tiny)), tensors(learned))
+    other = run(tiny, learning=dataclasses.replace(SHORT, seed=1))
+    assert not same(tensors(learned), tensors(other))
+
+
+def test_resume_after_a_kill_gives_the_same_result(tiny, learned, tmp_path):
+    path = tmp_path / "state.safetensors"
+
+    def kill(record):
+        if record["unit"] == "fc" and record["iteration"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, state=path, callback=kill)
+    seen = []
+    resumed = run(tiny, state=path, callback=lambda record: seen.append(record["unit"]))
+    assert set(seen) == {"fc"} and same(tensors(resumed), tensors(learned))
+    frames = [q.meta["reconstruction"].drop(columns="seconds") for q in (resumed, learned)]
+    assert frames[0].equals(frames[1])
+    with pytest.raises(ql.UserError, match=r"learning.lr 0.05 there, 0.01 now"):
+        run(tiny, state=path, learning=dataclasses.replace(SHORT, lr=0.01))
+    path.write_bytes(b"broken")
+    with pytest.raises(ql.UserError, match="no state of a reconstruction"):
+        run(tiny, state=path)
+
+
+def test_a_bounded_cache_spills_and_changes_nothing(tiny, learned, monkeypatch):
+    counted, spilled, allocate = [], [], Cache.allocate
+
+    def watched(self, key, shape):
+        value = allocate(self, key, shape)
+        counted.append(self.bytes)
+        spilled.append(len(self.uncounted))
+        return value
+
+    monkeypatch.setattr(Cache, "allocate", watched)
+    bound = 80_000  # the stem's target alone has 48 * 6 * 64 float32, 73,728 bytes
+    small = run(tiny, learning=dataclasses.replace(SHORT, max_cache_bytes=bound))
+    assert max(counted) <= bound and sum(spilled) > 0 and same(tensors(small), tensors(learned))
+
+
+def test_a_callback_sees_a_rounding_being_learned(tiny):
+    records = []
+    run(tiny, callback=records.append)
+    stem = [r for r in records if r["unit"] == "stem"]
+    assert [r["iteration"] for r in stem] == list(range(40))
+    first, last = (stem[i]["h"]["stem"] for i in (0, -1))
+    assert first.shape == (6, 3, 3, 3)
+    assert (last - 0.5).abs().mean() > (first - 0.5).abs().mean()
+    assert stem[0]["steps"].keys() == {"quantizers_x", "quantizers_relu"}
+
+
+# ---- Tuning --------------------------------------------------------------------------------------
+
+
+def weight_codes(qmodel):
+    return {name: qmodel.codes(name) for name in qmodel.layers}
+
+
+def distance(tiny, qmodel):
+    """KL(float || quantized) of the class probabilities."""
+    exact = tiny[0](tiny[2]).log_softmax(1)
+    found = qmodel(tiny[2]).log_softmax(1)
+    return F.kl_div(found, exact, log_target=True, reduction="batchmean")
+
+
+@pytest.mark.parametrize("learn_weights", [False, True])
+def test_tuning_comes_closer_to_the_float_network(tiny, learned, learn_weights):
+    config = TuneConfig(
+        iterations=60, batch_size=16, lr=3e-3, lr_weights=1e-2, learn_weights=learn_weights,
+        flip=learn_weights)
+    before = tensors(learned)
+    tuned, again = (
+        tune_end_to_end(tiny[0], learned, images, config, verbose=False)
+        for images in (tiny[2], tiny[2].split(20)))
+    assert same(tensors(learned), before), "a copy is tuned"
+    assert distance(tiny, tuned) < 0.9 * distance(tiny, learned)
+    assert same(tensors(tuned), tensors(again)), "deterministic under a seed"
+    old, new = weight_codes(learned), weight_codes(tuned)  # exactly on the grid of 3 bits
+    assert same(old, new) != learn_weights
+    moves = [(old[name] - new[name]).abs().max() for name in old]
+    assert max(moves) <= 1, "no further than the neighbour in so short a time"
+
+
+def test_tuning_starts_from_the_network_as_it_is(tiny, learned):
+    config = TuneConfig(iterations=1, batch_size=16, lr=1e-9, lr_weights=1e-9, learn_weights=True)
+    tuned = tune_end_to_end(tiny[0], learned, tiny[2], config, verbose=False)
+    assert same(weight_codes(tuned), weight_codes(learned))
+    assert torch.allclose(tuned(tiny[2]), learned(tiny[2]), atol=1e-5)
+
+
+def test_training_with_labels_learns_them_and_what_is_trained_runs_in_integers(tiny, learned):
+    model, _, images = tiny
+    labels = (model(images).argmax(1) + 1) % 4  # never what the float network says
+    config = TuneConfig(40, lr=5e-2, lr_weights=1e-1, learn_weights=True)
+    tuner = Tuner(model, learned, config)
+    losses = list(tuner.steps(itertools.repeat((images, labels)), F.cross_entropy))
+    trained = tuner.quantized()
+    assert len(losses) == 40 and F.cross_entropy(trained(images), labels) < 0.5 * losses[0]
+    with torch.no_grad():
+        assert (tuner.network(images) - trained(images)).abs().max() < 0.1  # biases are rounded
+    assert trained.config == learned.config and trained.plan == learned.plan
+    integer = ql.to_integer(trained)(images)
+    assert torch.allclose(integer, trained(images), atol=1e-3)
+
+
+def test_gradient_of_learned_codes():
+    """Of the latent codes: the weight's gradient times the step, 0 beyond half a code outside the
+    range; of log_scale: the sum of dw * w.
+    """
+    torch.manual_seed(0)
+    layer, exact, x = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)
+    nn.init.normal_(exact.weight)
+    layer.weight_qparams = q = ql.choose_qparams(
+        *exact.weight.detach().flatten(1).aminmax(dim=1), 2, axis=0)
+    layer.requires_grad_(False).weight.copy_(ql.fake_quantize(exact.weight.detach(), q))
+    learned, weight = stand_ins.LearnedCodes(layer, exact), layer.weight.clone().requires_grad_()
+    with torch.no_grad():
+        edges = [q.qmin - 0.6, q.qmin - 0.3, q.qmax + 0.3, q.qmax + 0.6]
+        learned.latent.view(-1)[:4] = torch.tensor(edges)
+        weight.copy_(ql.dequantize(learned.codes, q))
+    y = learned(x)
+    assert torch.equal(y, F.conv2d(x, weight, layer.bias))
+    y.square().sum().backward()
+    F.conv2d(x, weight, layer.bias).square().sum().backward()
+    step = weight.grad * q.scale.view(-1, 1, 1, 1)
+    step.view(-1)[[0, 3]] = 0
+    assert torch.allclose(learned.latent.grad, step, rtol=1e-5)
+    by_scale = (weight.grad * weight).sum((1, 2, 3), keepdim=True)
+    assert torch.allclose(learned.log_scale.grad, by_scale, rtol=1e-4)
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+
+
+def test_bad_input(tiny):
+    model, stats, images = tiny
+    large = rc.ReconstructConfig(batch_size=64)
+    with pytest.raises(ql.UserError, match="48 calibration images do not fill a batch of 64"):
+        rc.reconstruct(model, stats, images, learning=large)
+    with pytest.raises(ql.UserError, match="did you mean adaround"):
+        rc.ReconstructConfig.preset("adaroud")
+    with pytest.raises(ql.UserError, match="use one of mse, fisher"):
+        rc.ReconstructConfig(loss="kl")
+    with pytest.raises(ql.UserError, match="at least 0 and below 1"):
+        rc.ReconstructConfig(drop=1.0)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(batch_size=64), "48 calibration images do not fill a batch of 64"),
+    (dict(lr=0), "lr=0"), (dict(iterations=0), "iterations=0"),
+])
+def test_tuning_refuses(tiny, learned, change, message):
+    with pytest.raises(ql.UserError, match=message):
+        tune_end_to_end(tiny[0], learned, tiny[2], TuneConfig(**dict(batch_size=16) | change))
+
+
+def test_a_unit_of_constant_output_keeps_nearest_rounding():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    nn.init.constant_(model[0].bias, -100.0)
+    images = torch.randn(32, 3, 4, 4)
+    stats = ql.collect(model, [images])
+    qmodel = rc.reconstruct(model, stats, images.split(16), learning=SHORT, verbose=False)
+    assert qmodel.meta["reconstruction"].note.str.contains("constant output").all()
+    assert torch.isfinite(qmodel(images)).all()
+
+
+def test_iteration_cost_names_every_unit(tiny):
+    frame = rc.iteration_cost(*tiny, ql.QuantConfig(4, 4), SHORT, repeats=2)
+    assert frame.unit.tolist() == ["stem", "relu_2", "fc"] and (frame.ratio > 0).all()
