@@ -12,15 +12,18 @@
 #
 # **Question.** What does every range setter decide, on which edge does it matter, and which layer broke?
 #
-# **Cost.** A minute on the digits; on 10,000 test images about five minutes for each calibration seed (three by default), on two CPU cores.
+# **Cost.** A minute on the digits; on 10,000 test images about five minutes for each calibration seed
+# (three by default), on two CPU cores.
 
 # %%
 import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook; Colab keeps its own torch
-    subprocess.check_call("test -d workbook || git clone --depth 1 https://github.com/TimS-ml/Handwritten-Quantization workbook; pip install -q -e workbook", shell=True)
+if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook
+    address = "https://github.com/TimS-ml/Handwritten-Quantization"
+    fetch = f"test -d workbook || git clone --depth 1 {address} workbook"
+    subprocess.check_call(f"{fetch}; pip install -q -e workbook", shell=True)
     os.chdir("workbook")
     sys.path.insert(0, os.getcwd())
 
@@ -30,11 +33,14 @@ import itertools
 import pandas as pd
 import quantlab as ql
 import torch
-from quantlab import edgestats, observers, plots
-from quantlab.analysis import distributions, sensitivity
+from quantlab import observers, plots
+from quantlab.calibration import watch
+from quantlab.edgestats import EdgeStats
+from quantlab.evaluate import decibels
+from quantlab.graph import folded
 from quantlab.plots import panel
-from quantlab.rivals import pytorch as builtin
-from quantlab.workbook import results
+from quantlab.quantized import edge_name, origin
+from quantlab.workbook.study import Study, show
 from tqdm.auto import tqdm
 
 # %% tags=["parameters"]
@@ -43,28 +49,31 @@ model = "resnet20"  # resnet20 or resnet50
 checkpoint = "auto"  # auto, or the path of a .safetensors file
 seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
-bits = 4  # 2 to 8, of the activations in sections 1, 3 and 5 and of everything in section 6
-edge = "auto"  # name of the edge in sections 1 to 3, 7 and 8; auto: the one with the longest tail
+bits = 4  # 2 to 8, of the activations in sections 1, 3, 5 and of everything in section 6
+edge = "auto"  # name of an edge for sections 1 to 3, 7, 8; auto: the one with the longest tail
 observer = "histogram"  # of the figure in section 8
 clip_share = 1.0  # of that observer's range, in section 8; 0.1 to 1.5
 n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
-n_seeds = 0  # calibration seeds in sections 4 and 5; 0: one in a smoke run, three in a full one
+n_seeds = 0  # of sections 4 and 5; 0: one calibration seed in a smoke run, three in a full one
 
 # %%
-images = ql.load_data(data)
-smoke = images.smoke if preset == "auto" else preset == "smoke"
-limit = 1000 if smoke else None  # test images
-n_calibration = n_calibration or min(256 if smoke else 1024, len(images.train))
-n_seeds = n_seeds or (1 if smoke else 3)
-network, card = ql.load_trained(model, images, checkpoint)
-stats = ql.collect(network, images.calibration(n_calibration, seed))
+study = Study(
+    data, model, checkpoint, preset,
+    n_calibration=n_calibration, seed=seed, notebook="04_observers",
+)
+network, images, stats = study.network, study.images, study.stats
+n_seeds = study.choose(n_seeds, smoke=1, full=3)
+n_calibration = study.n_calibration
+seeds = range(seed, seed + n_seeds)
 
 
 # %% [markdown]
 # ## 1. Seven decisions on one edge
-# All of them read the same statistics, collected in one pass. *minmax* clips nothing, *percentile* a fixed share; *histogram* and *mse* search
-# for the least error, the former over both ends, the latter by shrinking; *entropy* wants to keep the distribution's information; the two
-# *aciq* assume a Laplace or a normal distribution and calculate.
+# All of them read the same statistics, collected in one pass. *minmax* clips nothing, *percentile* a
+# fixed fraction; *histogram* and *mse* search for the least error, the former over both ends, the latter
+# by shrinking; *entropy* wants to keep the distribution's information; the two *aciq* assume a Laplace or
+# a normal distribution and calculate.
+
 
 # %%
 def tail(name):
@@ -73,12 +82,12 @@ def tail(name):
 
 edge = max(stats.edges, key=tail) if edge == "auto" else edge
 chosen = stats.edges[edge]
-ranges = [(o, *setter(chosen, bits)) for o, setter in observers.OBSERVERS.items()]
-ranges = pd.DataFrame(ranges, columns=["observer", "low", "high"])
-text = plots.row_caption(images, model, chosen.count,
-                         f"values on edge {edge} from {n_calibration:,} calibration images; ranges for {bits} bits")
+decisions = [(o, *setter(chosen, bits)) for o, setter in observers.OBSERVERS.items()]
+ranges = pd.DataFrame(decisions, columns=["observer", "low", "high"])
+about = f"values on edge {edge} from {n_calibration:,} calibration images"
+text = study.caption(chosen.count, f"{about}; ranges for {bits} bits")
 figure = plots.clip_histogram(chosen, ranges, text, f"Where to clip? Edge {edge}", "activation")
-plots.save(figure, "04_clip_ranges", images, model)
+study.save(figure, "04_clip_ranges")
 
 
 # %%
@@ -86,143 +95,200 @@ def error(observer, width):
     low, high = observers.OBSERVERS[observer](chosen, width)
     return observers.quantization_error(chosen, [low], [high], width).item()
 
-errors = pd.DataFrame({f"{b} bits": {o: error(o, b) for o in observers.OBSERVERS} for b in (8, 6, 4, 3, 2)})
-errors = errors.rename_axis("mean squared error")
-assert (errors.loc["histogram"] <= errors.min() * 1.01).all(), "nobody beats the search on its own criterion"
-errors.style.format("{:.2e}").highlight_min(color="#d7e7d0")
+errors = pd.DataFrame({
+    f"{b} bits": {o: error(o, b) for o in observers.OBSERVERS} for b in (8, 6, 4, 3, 2)
+}).rename_axis("mean squared error")
+best = errors.loc["histogram"] <= errors.min() * 1.01
+assert best.all(), "nobody beats the search on its own criterion"
+show(errors.style.format("{:.2e}").highlight_min(color="#d7e7d0"))
 
 # %% [markdown]
 # ## 2. Clipping against rounding
-# A wide range rounds coarsely, a narrow one clips. The sum has one minimum, and the fewer the bits, the further in it lies.
+# A wide range rounds coarsely, a narrow one clips. The sum has one minimum, and the fewer the bits, the
+# further in it lies.
 
 # %%
-shares = torch.linspace(0.03, 1, 98, dtype=torch.float64)
+fractions = torch.linspace(0.03, 1, 98, dtype=torch.float64)
 
 def split(width):
-    low, high = shares * min(chosen.minimum, 0), shares * chosen.maximum
-    clipping, rounding = distributions.split_error(chosen, low, high, width)
-    return pd.DataFrame({"bits": width, "share": shares, "clipping": clipping, "rounding": rounding})
+    low, high = fractions * min(chosen.minimum, 0), fractions * chosen.maximum
+    clipping, rounding = observers.split_error(chosen, low, high, width)
+    columns = {"bits": width, "share": fractions, "clipping": clipping, "rounding": rounding}
+    return pd.DataFrame(columns)
 
 curve = pd.concat([split(b) for b in (8, 4, 3, 2)], ignore_index=True)
-text = plots.row_caption(images, model, chosen.count, f"values on edge {edge}")
-plots.save(plots.range_tradeoff(curve, text), "04_clipping_rounding", images, model)
+text = study.caption(chosen.count, f"values on edge {edge}")
+study.save(plots.range_tradeoff(curve, text), "04_clipping_rounding")
 
 # %% [markdown]
 # ## 3. The landscape, and where everybody stands in it
-# The same sum over the upper end of the range. Flat around the minimum: there it hardly matters who decides. Steep on the left: clipping too
-# much costs more than clipping too little.
+# The same sum over the upper end of the range. Flat around the minimum: there it hardly matters who
+# decides. Steep on the left: clipping too much costs more than clipping too little.
 
 # %%
-landscape = curve.assign(high=curve.share * chosen.maximum, error=curve.clipping + curve.rounding)
-choices = pd.DataFrame([{"bits": b, "observer": o, "high": f(chosen, b)[1], "error": error(o, b)}
-                        for b in (8, 4, 3, 2) for o, f in observers.OBSERVERS.items()])
-plots.save(plots.error_landscape(landscape, choices, text), "04_landscape", images, model)
+total = curve.clipping + curve.rounding
+landscape = curve.assign(high=curve.share * chosen.maximum, error=total)
+choices = pd.DataFrame([
+    {"bits": b, "observer": o, "high": setter(chosen, b)[1], "error": error(o, b)}
+    for b in (8, 4, 3, 2)
+    for o, setter in observers.OBSERVERS.items()
+])
+study.save(plots.error_landscape(landscape, choices, text), "04_landscape")
+
 
 # %% [markdown]
 # ## 4. The whole network
 # Weights at 8 bits, so that only the activations' ranges differ between the lines.
 
-# %%
-baseline = ql.evaluate(network, images.test, limit=limit)
 
+# %%
 def measure(observer, act_bits, stats, s):
     config = ql.QuantConfig(weight_bits=8, act_bits=act_bits, observer=observer)
     qmodel = ql.quantize(network, stats, config)
-    result = ql.evaluate(qmodel, images.test, limit=limit)
-    return results.make_row(data=images, model=model, card=card, baseline=baseline, result=result, method="by hand",
-                            config=config, n_calibration=n_calibration, seed=s, bytes=ql.weight_bytes(qmodel),
-                            notebook="04_observers")
+    size = ql.weight_bytes(qmodel)
+    return study.row(study.evaluate(qmodel), "by hand", config, seed=s, bytes=size)
 
-
-# %%
-rows = []
-for s in range(seed, seed + n_seeds):
-    statistics = ql.collect(network, images.calibration(n_calibration, s))
-    pairs = list(itertools.product(observers.OBSERVERS, (8, 4, 3)))
-    rows += [measure(o, b, statistics, s) for o, b in tqdm(pairs, desc=f"seed {s}")]
-frame = results.record(rows).assign(bits=lambda f: f.act_bits.astype(int))
+statistics = {s: stats if s == seed else ql.collect(network, study.calibration(s)) for s in seeds}
+grid = list(itertools.product(observers.OBSERVERS, (8, 4, 3), seeds))
+rows = [measure(o, b, statistics[s], s) for o, b, s in tqdm(grid)]
+frame = study.record_rows(rows).assign(bits=lambda f: f.act_bits.astype(int))
 
 # %%
-text = plots.row_caption(images, model, baseline.n,
-                         f"test images, weights 8 bits, {n_calibration:,} calibration images, {n_seeds} seed(s)")
+text = f"test images, weights 8 bits, {n_calibration:,} calibration images, {n_seeds} seed(s)"
+text = study.caption(study.baseline.n, text)
 figure = plots.accuracy_by_bits(frame, text, "bits of the activations (weights 8)")
-plots.save(figure, "04_accuracy_by_observer", images, model)
+study.save(figure, "04_accuracy_by_observer")
 
 # %%
-summary = frame.groupby(["observer", "bits"], sort=False).top1.agg(["mean", "std"]).unstack("bits").round(2)
-summary
+groups = frame.groupby(["observer", "bits"], sort=False)
+show(groups.top1.agg(["mean", "std"]).unstack("bits").round(2))
 
 
 # %% [markdown]
 # ## 5. How many calibration images are enough?
 # On the held-out images, because the answer is a choice. The band is the spread between seeds.
 
+
 # %%
 def heldout_top1(observer, n, s):
-    statistics = ql.collect(network, images.calibration(n, s))
-    qmodel = ql.quantize(network, statistics, ql.QuantConfig(weight_bits=8, act_bits=bits, observer=observer))
-    top1 = ql.evaluate(qmodel, images.heldout, limit=limit).top1
+    statistics = ql.collect(network, study.calibration(s, n=n))
+    config = ql.QuantConfig(weight_bits=8, act_bits=bits, observer=observer)
+    top1 = study.evaluate(ql.quantize(network, statistics, config), images.heldout).top1
     return {"observer": observer, "n": n, "seed": s, "top1": top1}
 
 counts = [n for n in (4, 16, 64, 256, 1024) if n <= n_calibration]
-grid = list(itertools.product(("minmax", "percentile", "histogram"), counts, range(seed, seed + n_seeds)))
-enough = pd.DataFrame(heldout_top1(*g) for g in tqdm(grid))
-n_heldout = min(limit or len(images.heldout), len(images.heldout))
-text = plots.row_caption(images, model, n_heldout, f"held-out images, W8A{bits}, {n_seeds} seed(s)")
-plots.save(plots.accuracy_by_images(enough, text), "04_calibration_images", images, model)
+grid = list(itertools.product(("minmax", "percentile", "histogram"), counts, seeds))
+enough = pd.DataFrame(heldout_top1(*case) for case in tqdm(grid))
+n_heldout = min(study.limit or len(images.heldout), len(images.heldout))
+text = study.caption(n_heldout, f"held-out images, W8A{bits}, {n_seeds} seed(s)")
+study.save(plots.accuracy_by_images(enough, text), "04_calibration_images")
 
 # %% [markdown]
 # ## 6. Which layer broke?
-# The ratio of signal to quantization noise at every rounded value, in decibels: on its way through the network (*sqnr*) and if this edge
-# alone were rounded (*own_sqnr*). `added_db` is the noise that a step adds to what reached it; its largest values name the culprits.
+# Run the same images through both networks, and compare every value that is rounded, $x$ in the float
+# network with $\hat x$ in the quantized one. The ratio of signal to noise, in decibels:
+#
+# $$\mathrm{sqnr} = 10 \log_{10} \frac{\sum x^2}{\sum (\hat x - x)^2}$$
+#
+# On its way through the network (*sqnr*) a value carries the noise of all layers before; *own_sqnr* is
+# what it would have if this edge alone were rounded.
 
 # %%
 qmodel = ql.quantize(network, stats, ql.QuantConfig(weight_bits=bits, act_bits=bits))
-report = sensitivity.edge_errors(network, qmodel, images.calibration(64 if smoke else 256, seed + 100))
-report.sort_values("added_db", ascending=False).head(8).round(1)
+quantizers = qmodel.quantizer_nodes  # node -> Quantizer, in order of execution
+origins = {node: origin(qmodel, node).name for node in quantizers}
+sums = {node: torch.zeros(3, dtype=torch.float64) for node in quantizers}
+n_images = 64 if study.smoke else 256
+graph = folded(network)
+for batch in study.calibration(seed + 100, n=n_images):
+    exact, rounded = {}, {}
+    watch(graph, set(origins.values()), exact.__setitem__, [batch])
+    watch(qmodel, {node.name for node in quantizers}, rounded.__setitem__, [batch])
+    for node, quantizer in quantizers.items():
+        x, x_hat = exact[origins[node]], rounded[node.name]
+        parts = x, x_hat - x, quantizer(x) - x
+        sums[node] += torch.stack([p.double().square().sum() for p in parts]).cpu()
+
+# %% [markdown]
+# `added_db` is the noise that a step adds to the most that reached it from the steps before; its largest
+# values name the culprits.
 
 # %%
-text = plots.row_caption(images, model, 64 if smoke else 256,
-                         f"training images of another seed, W{bits}A{bits}, residual stream 8 bits")
-plots.save(plots.edge_report(report, text), "04_edge_report", images, model)
+noise = {node: (n / s).item() for node, (s, n, _) in sums.items()}
+before, added = {}, {}  # node -> the Quantizers whose codes its value comes from
+for node in qmodel.graph.nodes:
+    before[node] = set().union(*(before[n] for n in node.all_input_nodes))
+    if node in quantizers:
+        most = max((noise[n] for n in before[node]), default=0.0)
+        added[node] = decibels(noise[node], most) if most and noise[node] else float("nan")
+        before[node] = {node}
+report = pd.DataFrame([
+    {
+        "edge": edge_name(node), "role": qmodel.plan.stores.get(origins[node], "read"),
+        "bits": quantizer.qparams.bits, "sqnr": decibels(*sums[node][:2]),
+        "own_sqnr": decibels(*sums[node][::2]), "added_db": added[node],
+    }
+    for node, quantizer in quantizers.items()
+]).rename_axis("order").reset_index()
+
+# %%
+show(report.sort_values("added_db", ascending=False).head(8).round(1))
+text = f"training images of another seed, W{bits}A{bits}, residual stream 8 bits"
+study.save(plots.edge_report(report, study.caption(n_images, text)), "04_edge_report")
 
 # %% [markdown]
 # ## 7. Levels and order: PyTorch's observers
-# PyTorch's `HistogramObserver` searches for the range with the least squared error, as *histogram* does. Two things differ, and both are
-# measured here on this edge's raw values: its search counts 256 levels whatever the width, and its histogram depends on the order of the
-# batches, because old bins are spread over new ones whenever the range grows.
+# PyTorch's `HistogramObserver` searches for the range with the least squared error, as *histogram* does.
+# Two things differ, and both are measured here on this edge's raw values: its search counts 256 levels
+# whatever the width, and its histogram depends on the order of the batches, because old bins are spread
+# over new ones whenever the range grows.
 
 # %%
-batches = images.calibration(min(256, n_calibration), seed, batch_size=8)
-values = distributions.edge_values(network, edge, batches)
-seen = edgestats.EdgeStats()
+values = []
+batches = study.calibration(n=min(256, n_calibration), batch_size=8)
+watch(folded(network), [edge], lambda name, value: values.append(value.cpu()), batches)
+seen = EdgeStats()
 for batch in values:
     seen.update(batch)
-eager = builtin.backends()[0]
-print(f"{len(values)} batches of 8 images, {seen.count:,} values; PyTorch's side: {eager.note}")
+try:
+    from torch.ao.quantization import HistogramObserver
+except ImportError:  # a torch that no longer has it
+    HistogramObserver = None
+state = "ready" if HistogramObserver else "missing: its columns are left out"
+print(f"{len(values)} batches of 8 images, {seen.count:,} values; torch.ao {state}")
 
 
 # %%
-def chosen_range(setter, width):
-    if setter == "PyTorch":
-        return builtin.torch_histogram_range(values, width)
-    return observers.histogram(seen, width)
+def torch_range(batches, width):
+    """(low, high) that torch.ao's observer chooses after these batches, in this order."""
+    top = 2**width - 1
+    observer = HistogramObserver(dtype=torch.quint8, quant_min=0, quant_max=top)
+    for batch in batches:
+        observer(batch)
+    scale, zero_point = observer.calculate_qparams()
+    return -(scale * zero_point).item(), (scale * (top - zero_point)).item()
 
 def measured(setter, width):
-    low, high = chosen_range(setter, width)
+    ours = setter == "ours"
+    low, high = observers.histogram(seen, width) if ours else torch_range(values, width)
     q = ql.choose_qparams(low, high, width)
-    mse = sum((ql.fake_quantize(x, q) - x).square().sum().item() for x in values) / seen.count
+    lost = sum((ql.fake_quantize(x, q) - x).square().sum().item() for x in values)
+    mse = lost / seen.count
     return {"bits": width, "by": setter, "upper end": high, "mean squared error": mse}
 
-setters = ("ours", "PyTorch") if eager.available else ("ours",)
-levels = pd.DataFrame(measured(s, b) for b in (8, 4, 3, 2) for s in setters).pivot(index="bits", columns="by")
-levels.sort_index(ascending=False).style.format("{:.3g}")
+# %%
+setters = ("ours", "PyTorch") if HistogramObserver else ("ours",)
+levels = pd.DataFrame(measured(s, b) for b in (8, 4, 3, 2) for s in setters)
+levels = levels.pivot(index="bits", columns="by")
+show(levels.sort_index(ascending=False).style.format("{:.3g}"))
 
 
 # %% [markdown]
-# A moving average of each batch's extremes is the one setter that cannot work from mergeable statistics: it is sequential by its definition.
-# With PyTorch's c = 0.01 the first batch alone decides most of it. The same batches in four orders, and a second case for whoever expects order
-# not to matter: 16 batches of a heavy-tailed tensor whose spread grows.
+# A moving average of each batch's extremes is the one setter that cannot work from mergeable statistics:
+# it is sequential by its definition. With PyTorch's c = 0.01 the first batch alone decides most of it.
+# The same batches in four orders, and a second case for whoever expects order not to matter: 16 batches
+# of a heavy-tailed tensor whose spread grows.
+
 
 # %%
 def moving_average(batches, c=0.01):  # as torch.ao's MovingAverageMinMaxObserver
@@ -232,39 +298,46 @@ def moving_average(batches, c=0.01):  # as torch.ao's MovingAverageMinMaxObserve
     return low.item(), high.item()
 
 def upper_ends(batches):
-    together = edgestats.EdgeStats()
+    together = EdgeStats()
     for x in batches:
         together.update(x)
-    theirs = {"PyTorch": builtin.torch_histogram_range(batches, 8)[1]} if eager.available else {}
-    own = {"ours": observers.histogram(together, 8)[1], "moving average": moving_average(batches)[1]}
-    return own | theirs
+    own = observers.histogram(together, 8)[1]
+    ends = {"ours": own, "moving average": moving_average(batches)[1]}
+    return ends | ({"PyTorch": torch_range(batches, 8)[1]} if HistogramObserver else {})
 
 
 # %%
 generator = torch.Generator().manual_seed(0)
 growing = [torch.randn(2000, generator=generator) ** 3 * 2 ** (i / 4) for i in range(16)]
 cases = {edge: values, "heavy tail": growing}
-orders = {"as drawn": lambda b: b, "reversed": lambda b: b[::-1],
-          "largest batch first": lambda b: sorted(b, key=lambda x: -x.max()),
-          "largest batch last": lambda b: sorted(b, key=lambda x: x.max())}
-upper = {(case, name): upper_ends(order(b)) for case, b in cases.items() for name, order in orders.items()}
-order_table = pd.DataFrame(upper).T.rename_axis(["upper end of the range at 8 bits", "order"])
-assert (order_table.ours.groupby(level=0).nunique() == 1).all(), "ours: the same range in every order"
-order_table.style.format("{:.4g}")
+orders = {
+    "as drawn": lambda batches: batches,
+    "reversed": lambda batches: batches[::-1],
+    "largest batch first": lambda batches: sorted(batches, key=lambda x: -x.max()),
+    "largest batch last": lambda batches: sorted(batches, key=lambda x: x.max()),
+}
+pairs = itertools.product(cases, orders)
+ends = {(case, order): upper_ends(orders[order](cases[case])) for case, order in pairs}
+names = ["upper end of the range at 8 bits", "order"]
+order_table = pd.DataFrame(ends).T.rename_axis(names)
+assert (order_table.ours.groupby(level=0).nunique() == 1).all(), "ours: one in every order"
+show(order_table.style.format("{:.4g}"))
 
 # %% [markdown]
 # ## 8. Turn the knobs
-# First the figure for the parameters at the top, then the same figure under four controls: any edge, width and observer, and a slider that
-# scales the observer's range. The controls need a running kernel (JupyterLab or Colab). Try 3 bits and a range below 1, then 8 bits.
+# First the figure for the parameters at the top, then the same figure under four controls: any edge,
+# width and observer, and a slider that scales the observer's range. The controls need a running kernel
+# (JupyterLab or Colab). Try 3 bits and a range below 1, then 8 bits.
 
 # %%
-text = plots.row_caption(images, model, n_calibration, "calibration images")
+text = study.caption(n_calibration, "calibration images")
 decided = observers.find_observer(observer)(chosen, bits)
 figure = panel.range_figure(chosen, edge, bits, observer, decided, clip_share, text)
-plots.save(figure, "04_panel", images, model)
+study.save(figure, "04_panel")
 
 # %%
-panel.range_panel(stats.edges, text, edge=edge, bits=bits, observer=observer, share=clip_share)
+knobs = dict(edge=edge, bits=bits, observer=observer, share=clip_share)
+panel.range_panel(stats.edges, text, **knobs)
 
 # %% [markdown]
 # ## What we learned
@@ -273,26 +346,28 @@ panel.range_panel(stats.edges, text, edge=edge, bits=bits, observer=observer, sh
 lost = frame.groupby(["bits", "observer"])["drop"].mean()
 for b in (8, 4, 3):
     best, worst = lost[b].idxmin(), lost[b].idxmax()
-    print(f"- Activations at {b} bits, weights at 8: {lost[b].min():+.2f} points lost with {best}, "
-          f"{lost[b].max():+.2f} with {worst}.")
+    print(f"- Activations at {b} bits, weights at 8, points lost: ", end="")
+    print(f"{lost[b].min():+.2f} with {best}, {lost[b].max():+.2f} with {worst}.")
 last = enough[enough.observer == "histogram"].groupby("n").top1.mean()
-print(f"- With histogram, {last.index[0]} images give {last.iloc[0]:.2f} % on held-out images, "
-      f"{last.index[-1]:,} give {last.iloc[-1]:.2f} %.")
+print(f"- With histogram, {last.index[0]} images give {last.iloc[0]:.2f} % on held-out images, ", end="")
+print(f"{last.index[-1]:,} give {last.iloc[-1]:.2f} %.")
 low = report.loc[report.sqnr.idxmin()]
-print(f"- At W{bits}A{bits} the noisiest edge is {low.edge} ({low.role}, {low.bits} bits): {low.sqnr:.1f} dB, "
-      f"{low.own_sqnr:.1f} dB of its own.")
+print(f"- At W{bits}A{bits} the noisiest edge is {low.edge} ({low.role}, {low.bits} bits): ", end="")
+print(f"{low.sqnr:.1f} dB, {low.own_sqnr:.1f} dB of its own.")
 
 # %%
-if eager.available:
+if HistogramObserver:
     ratio = levels["mean squared error"].PyTorch / levels["mean squared error"].ours
-    print(f"- On {edge}, PyTorch's observer leaves {ratio[8]:.2f} times our squared error at 8 bits, "
-          f"{ratio[4]:.1f} times at 4 and {ratio[3]:.1f} times at 3, where it still counts 256 levels.")
-apart = (order_table.groupby(level=0).max() / order_table.groupby(level=0).min() - 1).drop(columns="ours")
+    print(f"- On {edge}, PyTorch's observer leaves {ratio[8]:.2f} times our squared error at ", end="")
+    print(f"8 bits, {ratio[4]:.1f} times at 4 and {ratio[3]:.1f} times at 3.")
+largest, smallest = (getattr(order_table.groupby(level=0), f)() for f in ("max", "min"))
+apart = (largest / smallest - 1).drop(columns="ours")
 for case, row in apart.iterrows():
-    by = ", ".join(f"{share:.1%} ({name})" for name, share in row.items())
-    print(f"- {case}: the order of the batches moves the upper end by {by}; ours does not move.")
+    moved = ", ".join(f"{fraction:.1%} ({name})" for name, fraction in row.items())
+    print(f"- {case}: the order of batches moves the upper end by {moved}; ours stays.")
 weight = 0.99 ** (len(values) - 1)
-print(f"- After {len(values)} batches the first one holds {weight:.0%} of a moving average with c = 0.01.")
+print(f"- After {len(values)} batches the first holds {weight:.0%} of a moving average, c = 0.01.")
 
 # %% [markdown]
-# Next: [05_activation_histograms](05_activation_histograms.ipynb), every layer's distribution and what its shape costs.
+# Next: [05_activation_histograms](05_activation_histograms.ipynb), every layer's distribution and what its
+# shape costs.
