@@ -1,91 +1,115 @@
-"""Figures of notebook 10: learning curves of a fine-tuned network, calibration sources, the source map."""
+"""Beyond static quantization: curves of fine-tuning, sources of calibration, the source map."""
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
-from quantlab.plots.style import COLOURS, DATA_COLOUR, ERROR_COLOUR, caption
+from quantlab.plots.page import caption, distinct, panels
+from quantlab.plots.parts import bars, in_order, legend, name_rows
+from quantlab.plots.style import BLUE, DASHED, GREY, INK, colour_of, method_style, styled
 
-SOURCE_COLOURS = {"real images": COLOURS["histogram"], "distilled images": COLOURS["mse"], "noise images": COLOURS["minmax"]}
-SOURCE_MARKERS = {"real images": "o", "distilled images": "D", "noise images": "s"}
 
-
+@styled
 def fine_tuning(history, levels, text):
-    """history: images (seen), heldout (top-1, %), loss; levels: name -> accuracy in %, drawn as lines."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-    left.plot(history.images, history.loss, color=DATA_COLOUR)
-    left.set(xlabel="images seen", ylabel="cross-entropy, training images", title="Loss", ylim=(0, None))
-    right.plot(history.images, history.heldout, "-o", color=ERROR_COLOUR, markersize=4, label="fine-tuned, learned steps")
-    for (name, level), style in zip(levels.items(), ("--", ":")):
-        right.axhline(level, linestyle=style, color=COLOURS["float"], label=f"{name}: {level:.2f} %")
-    right.set(xlabel="images seen", ylabel="top-1 accuracy, held-out images, %", title="Accuracy")
-    right.legend(loc="center right")
+    """history: images (seen), heldout (top-1, %), loss; levels: name -> accuracy in %, as lines."""
+    figure, (left, right) = panels(2, 12, 3.6)
+    left.plot(history.images, history.loss, color=BLUE)
+    left.set(ylabel="cross-entropy, training images", title="Loss", ylim=(0, None))
+    look = dict(markersize=4, label="fine-tuned, learned steps") | method_style("QAT")
+    right.plot(history.images, history.heldout, **look)
+    for (name, level), line in zip(levels.items(), ("--", ":", "-.", (0, (1, 4)))):
+        right.axhline(level, linestyle=line, color=INK, label=f"{name}: {level:.2f} %")
+    right.set(ylabel="top-1 accuracy, held-out images, %", title="Accuracy")
+    legend(right)
+    for panel in (left, right):
+        panel.set_xlabel("images seen")
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.xaxis.set_major_formatter("{x:,.0f}")
     return caption(figure, text)
 
 
+@styled
 def calibration_sources(table, ranges, text):
-    """table: source, images, top1 and float (%), a row a seed; ranges: source, order (of the edge), ratio (to real images' range)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=[2, 3])
-    lost = table.assign(lost=table.float - table.top1)
-    means = lost.groupby(["source", "images"], sort=False).lost.agg(["mean", "min", "max"])
-    names = [f"{source}, {images:,}" for source, images in means.index]
-    error = np.stack([means["mean"] - means["min"], means["max"] - means["mean"]])
-    colours, whiskers = [SOURCE_COLOURS[s] for s, _ in means.index], dict(capsize=3, lw=1, ecolor="#444444")
-    left.barh(names, means["mean"], xerr=error, height=0.6, color=colours, error_kw=whiskers)
-    for i, (value, end) in enumerate(zip(means["mean"], means["max"])):
-        left.annotate(f"{value:+.2f}", (max(end, 0), i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-    left.axvline(0, color=COLOURS["float"], linewidth=0.8)
-    ends = min(0, 1.3 * means["min"].min()), 1.3 * max(means["max"].max(), 0.5)
-    left.set(xlabel="points lost against float", xlim=ends, title="Lost, by what it was calibrated on")
-    left.invert_yaxis()
-    left.grid(axis="y", visible=False)
-    for source, part in ranges.groupby("source", sort=False):
-        style = dict(marker=SOURCE_MARKERS[source], color=SOURCE_COLOURS[source], linewidth=0.8, markersize=4)
-        right.plot(part.order, part.ratio, label=source, **style)
-    right.axhline(1, color=COLOURS["float"], linestyle="--", linewidth=1)
-    right.set(yscale="log", xlabel="edges, in order of execution", ylabel="range / that of real images", title="Which ranges come out")
+    """table: source, images, top1 and float (%), a row a seed; ranges: source, order (of the edge),
+    ratio (to real images' range).
+    """
+    figure, (left, right) = panels(2, 11, 3.8, width_ratios=[2, 3])
+    lost = (table.float - table.top1).groupby([table.source, table.images], sort=False)
+    means, lengths = lost.mean(), [lost.mean() - lost.min(), lost.max() - lost.mean()]
+    bars(left, range(len(means)), means, lengths, [colour_of(source) for source, _ in means.index])
+    left.set(xlabel="points lost against float", title="Lost, by what it was calibrated on")
+    name_rows(left, [f"{source}, {images:,}" for source, images in means.index])
+    for source in distinct(ranges.source):
+        part = ranges[ranges.source == source]
+        look = dict(linewidth=0.8, markersize=4, label=source) | method_style(source)
+        right.plot(part.order, part.ratio, **look)
+    right.axhline(1, **DASHED)
+    right.set(yscale="log", title="Which ranges come out", ylabel="range / that of real images")
+    in_order(right, "edges")
     right.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
     right.minorticks_off()
     right.legend()
     return caption(figure, text)
 
 
+@styled
 def source_map(packages, text, strongest=16):
-    """packages: name -> (topics, edges) of sourcemap: circles (area: lines), arrows from who uses to who is used (width: names taken)."""
-    figure, axes = plt.subplots(1, len(packages), figsize=(8.4 * len(packages), 8), squeeze=False)
-    for panel, (name, (topics, edges)) in zip(axes[0], packages.items()):
-        place = dict(zip(topics.topic, _oval(len(topics))))
-        radius = dict(zip(topics.topic, 4 + 26 * np.sqrt(topics.lines / topics.lines.max())))  # in points
+    """packages: name -> (topics, edges) of sourcemap: circles (area: lines), arrows from who uses
+    to who is used (width: names taken).
+    """
+    figure, axes = panels(len(distinct(packages)), 8.4 * len(packages), 8)
+    for panel, (name, (topics, edges)) in zip(axes, packages.items()):
+        places = dict(zip(topics.topic, _oval(len(topics))))
+        sizes = 4 + 26 * np.sqrt(topics.lines / topics.lines.max())  # radius in points
+        radius = dict(zip(topics.topic, sizes))
         for edge in edges.head(strongest).itertuples():
-            (x0, y0), (x1, y1) = place[edge.importer], place[edge.imported]
-            bend = -0.4 * np.sign(x0) * np.sign(y1 - y0) if x0 * x1 > 0 else 0.15  # along one side: inwards, past the circles between
             width = 0.6 + 3.5 * np.sqrt(edge.uses / edges.uses.max())
-            gaps = dict(shrinkA=radius[edge.importer] + 2, shrinkB=radius[edge.imported] + 2, connectionstyle=f"arc3,rad={bend}")
-            style = dict(arrowstyle="-|>", mutation_scale=13, color="#666666", alpha=0.7, linewidth=width, **gaps)
-            panel.annotate("", (x1, y1), (x0, y0), arrowprops=style, zorder=1)
+            start, end = edge.importer, edge.imported
+            gaps = dict(shrinkA=radius[start] + 2, shrinkB=radius[end] + 2, linewidth=width)
+            _arrow(panel, places[start], places[end], **gaps)
         for row in topics.itertuples():
-            panel.scatter(*place[row.topic], s=(2 * radius[row.topic]) ** 2, color=DATA_COLOUR, edgecolor="white", zorder=2)
-            _topic_label(panel, row, place[row.topic], radius[row.topic] + 5)
+            look = dict(s=(2 * radius[row.topic]) ** 2, color=BLUE, edgecolor="white", zorder=2)
+            panel.scatter(*places[row.topic], **look)
+            _topic_label(panel, row, places[row.topic], radius[row.topic] + 5)
         panel.set(xlim=(-2.1, 2.1), ylim=(-1.4, 1.4))
         panel.set_title(name, fontsize=13, pad=18)
         panel.axis("off")
     return caption(figure, text)
 
 
+def _arrow(panel, start, end, **options):
+    """From circle to circle; along one side it bends inwards, past the circles between."""
+    bend = 0.15
+    if start[0] * end[0] > 0:
+        bend = -0.4 * np.sign(start[0]) * np.sign(end[1] - start[1])
+    look = dict(arrowstyle="-|>", mutation_scale=13, color=GREY, alpha=0.7)
+    look |= dict(connectionstyle=f"arc3,rad={bend}", **options)
+    panel.annotate("", end, start, arrowprops=look, zorder=1)
+
+
 def _oval(count):
-    """Places on an oval, clockwise from the top, at equal distances in height, so that the labels beside it do not meet."""
-    right, left = (np.linspace(0.8, -0.8, n) for n in (-(-(count - 2) // 2), (count - 2) // 2))
-    bulge = [(1.2 * np.sqrt(1 - (0.85 * y) ** 2), y) for y in right], [(-1.2 * np.sqrt(1 - (0.85 * y) ** 2), y) for y in left[::-1]]
-    return [(0.0, 1.0), *bulge[0], (0.0, -1.0), *bulge[1]]
+    """Places on an oval, clockwise from the top, at equal distances in height, so that the labels
+    beside it do not meet.
+    """
+    if count == 1:
+        return [(0.0, 1.0)]
+    right = np.linspace(0.8, -0.8, (count - 1) // 2)
+    left = np.linspace(-0.8, 0.8, (count - 2) // 2)
+    x, y = 1.2 * np.sqrt(1 - (0.85 * right) ** 2), 1.2 * np.sqrt(1 - (0.85 * left) ** 2)
+    return [(0.0, 1.0), *zip(x, right), (0.0, -1.0), *zip(-y, left)]
 
 
 def _topic_label(panel, row, place, distance):
-    """A topic's name, size and most used names beside its circle, on the side that looks outwards; distance in points."""
+    """A topic's name, size and most used names beside its circle, on the side that looks outwards;
+    distance in points.
+    """
     lines = [f"{row.modules} file{'s' * (row.modules > 1)}, {row.lines:,} lines", *row.used]
     height = 15 + 10.5 * len(lines)
     x, y = place
-    above, centred = abs(x) < 0.2, "center" if abs(x) < 0.2 else "left" if x > 0 else "right"
-    right = 0 if above else distance * np.sign(x)
-    top = height / 2 if not above else distance + height if y > 0 else -distance
-    options = dict(xy=place, textcoords="offset points", ha=centred, va="top", zorder=3)
-    panel.annotate(row.topic, xytext=(right, top), fontsize=11, fontweight="bold", **options)
-    panel.annotate("\n".join(lines), xytext=(right, top - 15), fontsize=8, color="#444444", **options)
+    across, top, side = distance * np.sign(x), height / 2, "left" if x > 0 else "right"
+    if abs(x) < 0.2:  # the circles at the top and at the bottom
+        across, side = 0, "center"
+        top = distance + height if y > 0 else -distance
+    options = dict(xy=place, textcoords="offset points", ha=side, va="top", zorder=3)
+    panel.annotate(row.topic, xytext=(across, top), fontsize=11, fontweight="bold", **options)
+    below = dict(xytext=(across, top - 15), fontsize=8, color=GREY)
+    panel.annotate("\n".join(lines), **below, **options)

@@ -1,175 +1,226 @@
-"""Every layer's distribution at a glance: ridges, small multiples, tails, the spread between channels, weights beside activations."""
+"""Every layer's distribution at a glance: ridges, small multiples, tails, the spread between
+channels, weights beside activations.
+"""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
-from quantlab.plots.style import COLOURS, DATA_COLOUR, ERROR_COLOUR, caption
+from quantlab.plots.page import caption, distinct, panels
+from quantlab.plots.parts import in_order, note, open_rows
+from quantlab.plots.style import BLUE, DASHED, GREY, INK, PALE, POINT_COLOURS, RED, styled
 
-PALE = "#c9ced6"  # what a ReLU takes away
-POINT_COLOURS = {"weight": "#8c6bb1", "before": PALE, "after": DATA_COLOUR}
 ROWS = 36  # layers a column of ridges
+HEIGHT = 1.7  # of a ridge, in rows
 OUTLINED = 0.08  # height from which a ridge has a white outline, which would hide its tail
+BIT_DB = 20 * np.log10(2)  # a bit more halves the step
 
 
+@styled
 def ridges(density, text, ranges=None, title="Every layer before and after its ReLU"):
-    """One ridge a layer, from the input (top) to the output: coloured what a ReLU lets through, pale what it takes away.
+    """One ridge a layer, from the input (top) to the output: coloured what a ReLU lets through,
+    pale what it takes away.
 
-    density: frame of distributions.densities with points "before" and "after"; ranges: layer, low, high: the clip range, a bar on the line.
-    Heights are the square root of the density, so that tails can be seen; horizontally all layers share one scale in real units.
+    density: frame of distributions.densities with points "before" and "after"; ranges: layer, low,
+    high: the clip range, a bar on the line. Heights are the square root of the density, so that
+    tails can be seen; horizontally all layers share one scale in real units.
     """
-    layers = list(dict.fromkeys(density[density.point == "before"].layer))
+    before = density[density.point == "before"]
+    layers = distinct(before.layer)
     columns = -(-len(layers) // ROWS)
     rows = -(-len(layers) // columns)
-    figure, axes = plt.subplots(1, columns, figsize=(9.5 if columns == 1 else 7 * columns, 0.27 * rows + 1.2), sharex=True, squeeze=False)
+    width = 9.5 if columns == 1 else 7 * columns
+    figure, axes = panels(columns, width, 0.27 * rows + 1.2, sharex=True)
     colours = sns.color_palette("crest", len(layers))
-    extents = density[density.point == "before"].groupby("layer").x.agg(["min", "max"])
+    extents = before.groupby("layer").x.agg(["min", "max"])
     limits = extents["min"].quantile(0.05), extents["max"].quantile(0.95) * 1.12
     for i, layer in enumerate(layers):
-        panel, base = axes[0][i // rows], -(i % rows)
-        _ridge(panel, density[density.layer == layer], base, colours[i], limits)
+        panel, base = axes[i // rows], -(i % rows)
+        _layer_ridge(panel, density[density.layer == layer], base, colours[i], limits[1])
         if ranges is not None:
             row = ranges[ranges.layer == layer].iloc[0]
-            ends = np.clip([row.low, row.high], *limits)
-            panel.plot(ends, [base, base], color=ERROR_COLOUR, linewidth=2, solid_capstyle="butt", zorder=1000)
-    for column, panel in enumerate(axes[0]):
+            look = dict(color=RED, linewidth=2, solid_capstyle="butt", zorder=1000)
+            panel.plot(np.clip([row.low, row.high], *limits), [base, base], **look)
+    for column, panel in enumerate(axes):
         named = layers[column * rows : (column + 1) * rows]
         panel.set_yticks([-i for i in range(len(named))], named, fontsize=7.5)
         panel.set(xlim=limits, ylim=(-rows + 0.6, 1.9), xlabel="value")
-        panel.grid(axis="y", visible=False)
-        panel.spines["left"].set_visible(False)
-        panel.tick_params(axis="y", length=0)
-        panel.axvline(0, color=COLOURS["float"], linewidth=0.6, alpha=0.5)
+        panel.axvline(0, color=INK, linewidth=0.6, alpha=0.5)
+        open_rows(panel)
     if ranges is not None:
-        axes[0][-1].plot([], [], color=ERROR_COLOUR, linewidth=2, label="clip range")
+        axes[-1].plot([], [], color=RED, linewidth=2, label="clip range")
         figure.legend(loc="outside upper right", fontsize=8)
     figure.suptitle(title, fontsize=11)
     return caption(figure, text)
 
 
-def _ridge(panel, part, base, colour, limits):
-    before, after = (part[part.point == point] for point in ("before", "after"))
-    peak = np.sqrt(max(before.density.max(), 1e-300))
-    for points, face in ((before, PALE if len(after) else colour), (after, colour)):
-        height = (1.7 * np.sqrt(points.density) / peak).clip(upper=1.7)
-        panel.fill_between(points.x, base, base + height, color=face, linewidth=0, zorder=10 - base)
-        panel.plot(points.x, (base + height).where(height > OUTLINED), color="white", linewidth=0.8, zorder=10 - base)
-    zeros, top = (after if len(after) else before).zeros.iloc[0], before.x.max()
-    note = f"{zeros:.0%} zeros, max {top:.1f}" if len(after) else f"max {top:.1f}, no ReLU"
-    place = dict(xytext=(4, 1), textcoords="offset points", annotation_clip=False)
-    panel.annotate(note, (limits[1], base), fontsize=6.5, color="#666666", **place)
+def _layer_ridge(panel, part, base, colour, right):
+    """A layer before and after its ReLU on one scale, and its zeros and maximum in words."""
+    before, after = part[part.point == "before"], part[part.point == "after"]
+    peak = before.density.max()
+    _ridge(panel, before.x, before.density, peak, base, PALE if len(after) else colour)
+    _ridge(panel, after.x, after.density, peak, base, colour)
+    words = f"max {before.x.max():.3g}, no ReLU"
+    if len(after):
+        words = f"{after.zeros.iloc[0]:.0%} zeros, max {before.x.max():.3g}"
+    note(panel, words, right, base, 4, fontsize=6.5, color=GREY, va="bottom")
 
 
-def layer_histograms(density, ranges, text, columns=5, unit="value"):
-    """Small multiples: the logarithmic density of every layer with a ReLU, before (pale) and after (filled), the clip range dashed.
+def _ridge(panel, x, density, peak, base, colour):
+    """The square root of a density above the line `base`, lower ridges before those above them."""
+    height = HEIGHT * np.sqrt(density / max(peak, 1e-300)).clip(upper=1)
+    panel.fill_between(x, base, base + height, color=colour, linewidth=0, zorder=10 - base)
+    outline = (base + height).where(height > OUTLINED)
+    panel.plot(x, outline, color="white", linewidth=0.8, zorder=10 - base)
+
+
+@styled
+def layer_histograms(density, ranges, text, columns=5):
+    """Small multiples: the logarithmic density of every layer with a ReLU, before (pale) and after
+    (filled), the clip range dashed.
 
     density as for ridges; ranges: frame with layer, low, high of the value behind the ReLU.
     """
-    layers = list(ranges.layer)
+    layers = distinct(ranges.layer)
     rows = -(-len(layers) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.3 * columns, 1.55 * rows + 0.6), squeeze=False)
+    size = (2.3 * columns, 1.55 * rows + 0.8)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for panel, row in zip(axes.flat, ranges.itertuples()):
         part = density[(density.layer == row.layer) & (density.point != "weight")]
-        seen = part.density[part.density > 0]
-        panel.set_title(row.layer if len(seen) else f"{row.layer}: only zeros", fontsize=8)
-        if not len(seen):
-            continue
-        floor = seen.min() / 2
-        for point in ("before", "after"):
-            points = part[part.point == point]
-            height, colour = points.density.clip(lower=floor), POINT_COLOURS[point]
-            panel.fill_between(points.x, floor, height, step="mid", color=colour, alpha=0.9, linewidth=0, label=point)
-        for end in {row.low, row.high}:
-            panel.axvline(end, color=ERROR_COLOUR, linestyle="--", linewidth=1.1, label="clip range" if end == row.high else None)
-        panel.set(yscale="log", ylim=(floor, part.density.max() * 2))
-        panel.tick_params(labelsize=7)
-        panel.minorticks_off()
+        panel.set_title(row.layer, fontsize=8)
+        _layer_histogram(panel, part, row)
     for panel in axes.flat[len(layers) :]:
         panel.axis("off")
+    for panel in axes.flat[max(0, len(layers) - columns) : len(layers)]:
+        panel.set_xlabel("value", fontsize=8)
     figure.supylabel("density (log scale)", fontsize=9)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=3, fontsize=8, title=None)
+    for point in ("before", "after"):
+        axes.flat[0].fill_between([], [], color=POINT_COLOURS[point], label=point)
+    axes.flat[0].plot([], [], label="clip range", **DASHED | {"color": RED})
+    figure.legend(loc="outside upper right", ncols=3, fontsize=8)
     return caption(figure, text)
 
 
+def _layer_histogram(panel, part, row):
+    positive = part.density[part.density > 0]
+    panel.tick_params(labelsize=7)
+    if not len(positive):
+        panel.set_title(f"{row.layer}: only zeros", fontsize=8)
+        return
+    floor = positive.min() / 2
+    for point in ("before", "after"):
+        points = part[part.point == point]
+        look = dict(step="mid", color=POINT_COLOURS[point], alpha=0.9, linewidth=0)
+        panel.fill_between(points.x, floor, points.density.clip(lower=floor), **look)
+    for end in (row.low, row.high):
+        panel.axvline(end, **DASHED | {"color": RED})
+    panel.set(yscale="log", ylim=(floor, part.density.max() * 2))
+    panel.minorticks_off()
+
+
+@styled
 def tails(table, text, expected):
     """How many values lie far from the mean, and how far the largest is from nearly all others.
 
-    table: order, layer, max_over_p and beyond_K (distributions.outliers), one row a layer. expected: {K: share of a normal distribution
-    beyond K sigma}, dashed for comparison.
+    table: order, layer, max_over_p and beyond_K (distributions.outliers), one row a layer.
+    expected: {K: fraction of a normal distribution beyond K sigma}, dashed for comparison.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    markers = dict(zip(expected, "osD^"))
-    colours = dict(zip(expected, sns.color_palette("flare", len(expected)).as_hex()))
-    for k, normal in expected.items():
-        share = table[f"beyond_{k}"].where(table[f"beyond_{k}"] > 0)
-        left.plot(table.order, share, marker=markers[k], color=colours[k], linewidth=1, markersize=4, label=f"beyond {k} σ")
+    names = distinct(table.layer)
+    figure, (left, right) = panels(2, max(12, 0.2 * len(names)), 3.8)
+    colours = sns.color_palette("flare", len(expected)).as_hex()
+    for (k, normal), colour, marker in zip(expected.items(), colours, "osD^vP"):
+        fraction = table[f"beyond_{k}"].where(table[f"beyond_{k}"] > 0)
+        look = dict(color=colour, linewidth=1, marker=marker, markersize=4)
+        left.plot(table.order, fraction, label=f"beyond {k} σ", **look)
         if normal > 1e-7:
-            left.axhline(normal, color=colours[k], linestyle="--", linewidth=1, label=f"normal distribution, {k} σ")
-    left.set(yscale="log", ylabel="share of all values (log scale)", title="Before the ReLU: far from the mean")
-    left.legend(fontsize=7.5)
-    right.bar(table.order, table.max_over_p - 1, bottom=1, color=DATA_COLOUR, width=0.8)
-    row = table.loc[table.max_over_p.idxmax()]
-    place = dict(xytext=(0, 3), textcoords="offset points", ha="center")
-    right.annotate(row.layer, (row.order, row.max_over_p), fontsize=8, color=ERROR_COLOUR, **place)
-    right.set(ylabel="largest / 99.99 % quantile", title="As stored: the largest value against nearly all")
+            look = DASHED | {"color": colour}
+            left.axhline(normal, label=f"normal distribution, {k} σ", **look)
+    left.set(yscale="log", ylabel="fraction of all values (log scale)")
+    left.set_title("Before the ReLU: far from the mean")
+    figure.legend(loc="outside right upper", fontsize=8)
+    right.bar(table.order, table.max_over_p - 1, bottom=1, color=BLUE, width=0.8)
+    right.set(ylabel="largest / 99.99 % quantile")
+    right.set_title("As stored: the largest value against nearly all")
+    if table.max_over_p.notna().any():
+        row = table.loc[table.max_over_p.idxmax()]
+        above = dict(xytext=(0, 3), textcoords="offset points", ha="center", color=RED)
+        right.annotate(row.layer, (row.order, row.max_over_p), fontsize=8, **above)
+        right.set_ylim(1, 1 + max(row.max_over_p - 1, 1e-3) * 1.3)
     for panel in (left, right):
-        panel.set_xlabel("layer, in order of execution")
-    right.set_ylim(1, 1 + (table.max_over_p.max() - 1) * 1.3)
+        in_order(panel, "layers")
     return caption(figure, text)
 
 
+@styled
 def channel_spread(channels, costs, text, bits):
-    """Above: every channel's largest value over its layer's, as boxes, dead channels counted. Below: what one range for all of them costs.
+    """Above: every channel's largest value over its layer's, as boxes, dead channels counted.
+    Below: what one range for all of them costs.
 
-    channels: layer, share (0 to 1), one row a channel; costs: layer, gain_db, in the same order of layers; bits: the width of the costs.
+    channels: layer, share (0 to 1), one row a channel; costs: layer, gain_db, in the same order of
+    layers; bits: the width of the costs.
     """
-    layers = list(costs.layer)
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(max(10, 0.26 * len(layers)), 6), sharex=True, height_ratios=(3, 2))
-    groups = [channels[channels.layer == layer].share.to_numpy() for layer in layers]
-    top.boxplot(groups, positions=range(len(layers)), widths=0.6, whis=(0, 100), patch_artist=True, showfliers=False,
-                boxprops={"facecolor": DATA_COLOUR, "alpha": 0.5, "linewidth": 0.8}, medianprops={"color": COLOURS["float"]})
-    jitter = np.random.default_rng(0)
-    for i, group in enumerate(groups):
-        x = i + jitter.uniform(-0.22, 0.22, len(group))
-        top.scatter(x, group, s=4, color=COLOURS["float"], alpha=0.35, linewidths=0, zorder=3, rasterized=True)
-        if dead := int((group <= 0).sum()):
-            top.text(i, -0.03, f"{dead} dead", ha="center", va="top", fontsize=7, color=ERROR_COLOUR)
-    top.set(ylim=(-0.12, 1.05), ylabel="channel's largest / layer's largest", title="How much of the layer's range does a channel use?")
-    bottom.bar(range(len(layers)), costs.gain_db, color=ERROR_COLOUR, width=0.6)
+    layers = distinct(costs.layer)
+    places = range(len(layers))
+    size = dict(figsize=(max(10, 0.26 * len(layers)), 6), height_ratios=(3, 2))
+    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, **size)
+    _draw_channels(top, [channels[channels.layer == layer].share.to_numpy() for layer in layers])
+    top.set(ylim=(-0.12, 1.05), ylabel="channel's largest / layer's largest")
+    top.set_title("How much of the layer's range does a channel use? Red: dead channels, counted")
+    bottom.bar(places, costs.gain_db, color=RED, width=0.6)
     bottom.set_ylabel(f"dB lost at {bits} bits")
-    bottom.set_xticks(range(len(layers)), layers, rotation=60, ha="right", rotation_mode="anchor", fontsize=7.5)
-    bottom.set_title("What one range for all channels costs, against a range for each", fontsize=11)
-    in_bits = bottom.secondary_yaxis("right", functions=(lambda v: v / (20 * np.log10(2)), lambda v: v * (20 * np.log10(2))))
-    in_bits.set_ylabel("the same, in bits")
+    bottom.set_xlim(-0.7, len(layers) - 0.3)
+    slanted = dict(rotation=60, ha="right", rotation_mode="anchor", fontsize=7.5)
+    bottom.set_xticks(places, layers, **slanted)
+    bottom.set_title("What one range for all channels costs, against a range for each")
+    scales = (lambda db: db / BIT_DB, lambda bits: bits * BIT_DB)
+    bottom.secondary_yaxis("right", functions=scales).set_ylabel("the same, in bits")
     for panel in (top, bottom):
         panel.grid(axis="x", visible=False)
     return caption(figure, text)
 
 
-def weights_beside_activations(density, text, sigmas=8):
-    """Two columns of ridges on one scale, standard deviations: weights left, the values that the layer makes of them right.
+def _draw_channels(axes, groups):
+    box = dict(facecolor=BLUE, alpha=0.5, linewidth=0.8)
+    options = dict(widths=0.6, whis=(0, 100), patch_artist=True, showfliers=False)
+    look = dict(boxprops=box, medianprops={"color": INK})
+    axes.boxplot(groups, positions=range(len(groups)), **options, **look)
+    jitter = np.random.default_rng(0)
+    dots = dict(s=4, color=INK, alpha=0.35, linewidths=0, zorder=3, rasterized=True)
+    for i, group in enumerate(groups):
+        axes.scatter(i + jitter.uniform(-0.22, 0.22, len(group)), group, **dots)
+        dead = int((group <= 0).sum())
+        if dead:
+            axes.text(i, -0.03, dead, ha="center", va="top", fontsize=8, color=RED)
 
-    density: frame of distributions.densities with an added column z = x / std; points "weight" and "before".
+
+@styled
+def weights_beside_activations(density, text, sigmas=8):
+    """Two columns of ridges on one scale, standard deviations: weights left, the values that the
+    layer makes of them right.
+
+    density: frame of distributions.densities with an added column z = x / std; points "weight" and
+    "before".
     """
-    layers = list(dict.fromkeys(density[density.point == "weight"].layer))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.27 * len(layers) + 1.3), sharey=True)
-    for panel, point, title in zip(axes, ("weight", "before"), ("weights", "what the layer makes of them")):
+    layers = distinct(density[density.point == "weight"].layer)
+    figure, axes = panels(2, 10, 0.27 * len(layers) + 1.3, sharey=True)
+    sides = (("weight", POINT_COLOURS["weight"], "weights"),
+             ("before", POINT_COLOURS["after"], "what the layer makes of them"))
+    for panel, (point, colour, title) in zip(axes, sides):
         for i, layer in enumerate(layers):
             part = density[(density.layer == layer) & (density.point == point)]
-            height = 1.7 * np.sqrt(part.density / max(part.density.max(), 1e-300))
-            colour = POINT_COLOURS["weight" if point == "weight" else "after"]
-            panel.fill_between(part.z, -i, height - i, color=colour, linewidth=0, zorder=10 + i)
-            panel.plot(part.z, (height - i).where(height > OUTLINED), color="white", linewidth=0.8, zorder=10 + i)
-            ends = np.clip([part.z.min(), part.z.max()], -sigmas, sigmas)
-            panel.plot(ends, [-i, -i], "|", color=ERROR_COLOUR, markersize=6, zorder=1000)
-            for end, side in ((-part.z.min(), "left"), (part.z.max(), "right")):
-                if end > sigmas:
-                    x = sigmas if side == "right" else -sigmas
-                    panel.text(x, 0.1 - i, f"to {end:.0f} σ", ha=side, fontsize=6.5, color=ERROR_COLOUR, zorder=2000)
+            _ridge(panel, part.z, part.density, part.density.max(), -i, colour)
+            _mark_ends(panel, part.z.min(), part.z.max(), -i, sigmas)
         panel.set(xlim=(-sigmas, sigmas), xlabel="standard deviations", title=title)
-        panel.grid(axis="y", visible=False)
-        panel.spines["left"].set_visible(False)
-        panel.tick_params(axis="y", length=0)
+        open_rows(panel)
     axes[0].set_yticks([-i for i in range(len(layers))], layers, fontsize=7.5)
     return caption(figure, text)
+
+
+def _mark_ends(panel, low, high, base, sigmas):
+    """Where the values end, as strokes; in numbers where that is beyond the picture."""
+    ends = np.clip([low, high], -sigmas, sigmas)
+    panel.plot(ends, [base, base], "|", color=RED, markersize=6, zorder=1000)
+    for value, side in ((low, "left"), (high, "right")):
+        if abs(value) > sigmas:
+            look = dict(fontsize=6.5, color=RED, zorder=2000, ha=side)
+            panel.text(np.sign(value) * sigmas, base + 0.1, f"to {abs(value):.0f} σ", **look)

@@ -1,56 +1,87 @@
-"""One palette, one colour and one marker a method everywhere; every caption names data set, model and n."""
+"""How every figure looks: one palette, one colour and one marker a method. Nothing is set at
+import, and drawing leaves matplotlib as it was.
+"""
 
-import textwrap
+from types import MappingProxyType
 
 import matplotlib.pyplot as plt
 import seaborn as sns
 
-from quantlab.system.files import atomic_path, root
+STYLE = MappingProxyType({
+    "figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.grid": True, "legend.frameon": False,
+    "font.size": 10, "axes.titlesize": 11, "svg.hashsalt": "quantlab",
+})
 
-COLOURS = dict(zip(
-    ["float", "minmax", "percentile", "histogram", "mse", "entropy", "eager int8", "PT2E int8", "aciq_laplace", "aciq_gauss"],
-    ["#333333", *sns.color_palette("colorblind", 9).as_hex()], strict=True,
-))
-MARKERS = dict(zip(COLOURS, "sovD^P*X<>", strict=True))
-DATA_COLOUR, ERROR_COLOUR = "#7f9fbf", "#c44e52"
-STYLE = {
-    "figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "font.size": 10, "axes.titlesize": 11, "svg.hashsalt": "quantlab",
-    "legend.frameon": False,
+# Decorator of every function here that draws: the style while it runs, the reader's own afterwards.
+styled = plt.rc_context(STYLE)
+
+
+# ---- Colours -------------------------------------------------------------------------------------
+
+INK, GREY, PALE = "#333333", "#666666", "#c9ced6"  # references; side notes; what a ReLU takes away
+BLUE, RED, GREEN = "#7f9fbf", "#c44e52", "#029e73"  # data; errors and losses; gains
+DASHED = MappingProxyType(dict(color=INK, linestyle="--", linewidth=1))
+
+# Colours may return from one group to another, as the two never share a figure; a pair never does.
+_METHODS = {
+    "float": (INK, "s"),
+    # range setters
+    "minmax": ("#0173b2", "o"), "percentile": ("#de8f05", "v"), "histogram": ("#029e73", "D"),
+    "mse": ("#d55e00", "^"), "entropy": ("#cc78bc", "P"),
+    "aciq_laplace": ("#949494", "<"), "aciq_gauss": ("#56b4e9", ">"),
+    # tools, and an LSTM's dynamic quantization
+    "eager int8": ("#ca9161", "*"), "PT2E int8": ("#fbafe4", "X"),
+    "ONNX Runtime int8": ("#c2185b", "d"),
+    "dynamic int8 by hand": ("#5b8c5a", "p"), "quantize_dynamic": ("#b07aa1", "h"),
+    # what improves a network after its ranges are set
+    "nearest": ("#7f7f7f", "o"), "equalisation": ("#b8860b", "v"),
+    "bias correction": ("#4aa3a2", "s"), "analytic bias correction": ("#9fd0cf", "p"),
+    "BatchNorm re-estimation": ("#8c6bb1", "D"), "AdaRound": ("#d95f02", "^"),
+    "BRECQ": ("#2b6cb0", "P"), "QDrop": ("#1b7f3b", "*"), "QDrop + Fisher": ("#66c2a5", "<"),
+    "QDrop + end to end": ("#7fbf4d", "h"), "QDrop + fine-tuning": ("#0b3d1b", "H"),
+    "mixed precision": (RED, "d"), "QAT": ("#6a3d9a", "o"),
+    # roundings of the integer executor
+    "single": ("#4c72b0", "o"), "double": ("#dd8452", "^"),
+    # the original experiment
+    "the original's": (INK, "X"), "ours, its way": (RED, "D"),
+    "ours, the right way": (GREEN, "o"),
+    "hist": (RED, "s"), "fake-hist": ("#de8f05", "d"), "ours": (GREEN, "H"),
+    # what a network is calibrated on
+    "real images": (GREEN, "8"), "distilled images": ("#d55e00", "D"),
+    "noise images": ("#0173b2", "s"),
 }
+COLOURS = MappingProxyType({name: colour for name, (colour, _) in _METHODS.items()})
+MARKERS = MappingProxyType({name: marker for name, (_, marker) in _METHODS.items()})
+
+POINT_COLOURS = MappingProxyType({"weight": "#8c6bb1", "before": PALE, "after": BLUE})
+KIND_COLOURS = MappingProxyType({
+    "conv": "#7f9fbf", "linear": "#4c72b0", "add": "#dd8452", "average": "#55a868",
+    "requantize": "#b0b0b0", "affine": "#8172b3",
+})
+WIDTH_COLOURS = MappingProxyType({8: "#dfeaf5", 16: "#e7efdc", 32: "#fdf0d5", 64: "#f8dcd6"})
+VARIANT_COLOURS = tuple(sns.color_palette("colorblind", 10).as_hex())
 
 
-def set_style():
-    """The workbook's style for every figure that follows."""
-    plt.rcParams.update(STYLE)
+def find_method(label):
+    """The method of the palette that a label ends with, as in "W4A4 histogram, QDrop, 500
+    iterations" (QDrop) or "percentile(q=99.9)"; None where it names none.
+    """
+    if label in COLOURS:
+        return label
+    if label == "fp32 original":
+        return "float"
+    named = [name for name in COLOURS if name in label and name != "float"]  # "residual float"
+    return max(named, key=lambda name: (label.rfind(name) + len(name), len(name)), default=None)
 
 
-def save(figure, name, data=None, model=None):
-    """Write pic/NAME_MODEL_DATA.png (200 dpi) and .svg and return the figure; names that begin with images_ and digits stay out of git."""
-    full = "_".join(part for part in (name, model, getattr(data, "name", data)) if part)
-    for suffix, extra in ((".png", {}), (".svg", {"metadata": {"Date": None}})):
-        with atomic_path(root() / "pic" / (full + suffix)) as temporary:
-            figure.savefig(temporary, format=suffix[1:], **extra)
-    return figure
+def method_style(label):
+    """dict(color, marker) of a method or of a label that names it; red circles for unknown ones."""
+    name = find_method(label)
+    return dict(color=COLOURS.get(name, RED), marker=MARKERS.get(name, "o"))
 
 
-def caption(figure, text):
-    """A line under the finished figure that says what was measured; closed, so that a notebook shows it once, as the value of its cell."""
-    width = int(figure.get_figwidth() * 15)
-    plt.close(figure)
-    figure.supxlabel(textwrap.fill(text, width), fontsize=8, color="#555555", x=0.01, ha="left")
-    return figure
-
-
-def data_label(data):
-    """A data set's name; a smoke run says that it is one."""
-    name = getattr(data, "name", data)
-    return f"{name} (smoke run)" if name == "digits" else name
-
-
-def row_caption(data, model, n, more=""):
-    """What every caption says: data set, model and number of images."""
-    return f"{data_label(data)}, {model}, n = {n:,}{'; ' + more if more else ''}"
-
-
-set_style()
+def colour_of(label):
+    """The colour of `method_style`."""
+    return method_style(label)["color"]

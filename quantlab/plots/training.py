@@ -5,45 +5,59 @@ import seaborn as sns
 import torch
 from matplotlib.ticker import MaxNLocator
 
-from quantlab.plots.style import COLOURS, DATA_COLOUR, ERROR_COLOUR, caption
+from quantlab.plots.page import caption, distinct, panels
+from quantlab.plots.style import BLUE, INK, RED, styled
 
 
+@styled
 def training_curves(history, text):
     """history: frame with epoch, loss, train_top1, heldout_top1 (percent)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    left.plot(history.epoch, history.loss, color=COLOURS["float"])
+    figure, (left, right) = panels(2, 9, 3.4)
+    dots = dict(marker=".", markersize=4)  # a run of one epoch is seen too
+    left.plot(history.epoch, history.loss, color=INK, **dots)
     left.set(xlabel="epoch", ylabel="cross-entropy, training images", title="Loss", ylim=(0, None))
-    right.plot(history.epoch, history.train_top1, color=DATA_COLOUR, label="training images, augmented")
-    right.plot(history.epoch, history.heldout_top1, color=COLOURS["float"], label="held-out images")
+    lines = ((history.train_top1, BLUE, "training images, augmented"),
+             (history.heldout_top1, INK, "held-out images"))
+    for top1, colour, label in lines:
+        right.plot(history.epoch, top1, color=colour, label=label, **dots)
     right.set(xlabel="epoch", ylabel="top-1 accuracy, %", title="Accuracy")
     right.legend(loc="lower right")
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return caption(figure, text)
 
 
+@styled
 def confusion(labels, predictions, classes, text):
-    """Share of each true class (rows) that was predicted as each class (columns), in percent; labels and predictions int64 [n]."""
-    table = torch.zeros(len(classes), len(classes)).index_put_((labels, predictions), torch.ones(len(labels)), accumulate=True)
-    share = 100 * table / table.sum(1, keepdim=True)
-    figure, axes = plt.subplots(figsize=(6.6, 5.6))
+    """Fraction of each true class (rows) that was predicted as each class (columns), in percent;
+    labels and predictions int64 [n]. Rows of classes without an image are empty.
+    """
+    table = torch.zeros(len(classes), len(classes))
+    table.index_put_((labels, predictions), torch.ones(len(labels)), accumulate=True)
+    percent = (100 * table / table.sum(1, keepdim=True)).numpy()
     few = len(classes) <= 20
-    sns.heatmap(share.numpy(), ax=axes, cmap="Blues", annot=few, fmt=".0f", xticklabels=classes, yticklabels=classes, vmin=0, vmax=100,
-                annot_kws={"fontsize": 8}, cbar_kws={"label": "% of the true class"})
+    figure, (axes,) = panels(1, 6.6, 5.6)
+    numbers = dict(annot=few, fmt=".0f", annot_kws={"fontsize": 8})
+    scale = dict(cmap="Blues", vmin=0, vmax=100, cbar_kws={"label": "% of the true class"})
+    names = classes if few else "auto"  # of many classes as many as there is room for
+    sns.heatmap(percent, ax=axes, xticklabels=names, yticklabels=names, **numbers, **scale)
     axes.set(xlabel="predicted", ylabel="true", title="Where the network errs")
     axes.grid(False)
-    axes.tick_params(axis="x", rotation=45)
+    axes.tick_params(axis="y", rotation=0)
+    plt.setp(axes.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
     return caption(figure, text)
 
 
+@styled
 def image_grid(images, titles, wrong, text):
     """images: uint8 [N, 3, H, W]; titles: N strings, in red where `wrong`."""
-    columns = 8
+    columns = min(8, len(distinct(range(len(images)))))
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.5 * rows))
+    size = (1.25 * columns, 1.5 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for cell, image, title, bad in zip(axes.flat, images, titles, wrong):
         cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-        cell.set_title(title, fontsize=8, color=ERROR_COLOUR if bad else "#222222")
+        cell.set_title(title, fontsize=8, color=RED if bad else INK)
     for cell in axes.flat:
         cell.axis("off")
     return caption(figure, text)

@@ -1,0 +1,67 @@
+"""How a figure begins and ends: panels, the caption that names data set, model and n, its files."""
+
+import textwrap
+
+import matplotlib.pyplot as plt
+
+from quantlab.plots.style import styled
+from quantlab.system.errors import UserError
+from quantlab.system.files import atomic_path, root
+
+
+def distinct(column):
+    """The values of a column in order of appearance; UserError when there is none."""
+    if not len(column):
+        raise UserError("there is nothing to draw: the table has no rows; measure or select some")
+    return list(dict.fromkeys(column))
+
+
+def panels(count, width, height, **options):
+    """(figure, [axes]) with `count` panels side by side; width and height of it all in inches."""
+    figure, axes = plt.subplots(1, count, figsize=(width, height), squeeze=False, **options)
+    return figure, list(axes[0])
+
+
+def facets(table, column, width, height, extra=0, **options):
+    """(figure, [(axes, value, its rows)]): a panel for every value of a column, each `width` inches
+    wide, with `extra` for names or a legend beside them all.
+    """
+    values = distinct(table[column])
+    figure, axes = panels(len(values), width * len(values) + extra, height, **options)
+    parts = [table[table[column] == value].reset_index(drop=True) for value in values]
+    return figure, list(zip(axes, values, parts))
+
+
+@styled
+def save(figure, name, data=None, model=None):
+    """Write pic/NAME_MODEL_DATA.png (200 dpi) and .svg and return the figure; names that begin with
+    images_ and digits stay out of git.
+    """
+    full = "_".join(part for part in (name, model, getattr(data, "name", data)) if part)
+    for suffix, extra in ((".png", {}), (".svg", {"metadata": {"Date": None}})):
+        with atomic_path(root() / "pic" / (full + suffix)) as temporary:
+            figure.savefig(temporary, format=suffix[1:], **extra)
+    return figure
+
+
+def caption(figure, text):
+    """A line under the finished figure that says what was measured; closed, so that a notebook
+    shows it once, as the value of its cell.
+    """
+    plt.close(figure)
+    for axes in figure.axes:  # ticks are made when the figure is shown: the style has ended by then
+        axes.tick_params(grid_color="#ececec")
+    lines = textwrap.fill(text, int(figure.get_figwidth() * 15))
+    figure.supxlabel(lines, fontsize=8, color="#555555", x=0.01, ha="left")
+    return figure
+
+
+def data_label(data):
+    """A data set's name; a smoke run says that it is one."""
+    name = getattr(data, "name", data)
+    return f"{name} (smoke run)" if name == "digits" else name
+
+
+def row_caption(data, model, n, more=""):
+    """What every caption says: data set, model and number of images."""
+    return f"{data_label(data)}, {model}, n = {n:,}{'; ' + more if more else ''}"
