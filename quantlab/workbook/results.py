@@ -1,11 +1,18 @@
-"""One tidy row per measured configuration: results/results.csv (local, grows) and results/published.csv (committed, what the README shows).
+"""One tidy row per measured configuration: results/results.csv (local), results/published.csv.
 
-A row carries everything its number depends on. `run_key` identifies the configuration; a table takes the newest row per (run_key, seed).
+    results.record([results.make_row(...)])     # in a notebook
+    results.current(results.load())             # in the report
+
+A row carries everything its number depends on. `config_key` names its configuration, `run` the run
+of a notebook that measured it. Each file has one row a (config_key, seed): a new one replaces the
+old. What a run records counts when the run is complete; recorded by hand, it counts at once.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
+import os
 import pathlib
 
 import filelock
@@ -16,16 +23,28 @@ from quantlab.config import QuantConfig
 from quantlab.evaluate import paired_drop
 from quantlab.observers import observer_name
 from quantlab.system.errors import UserError
-from quantlab.system.files import PACKAGE, atomic_path, commit, root, write_text
+from quantlab.system.files import atomic_path, commit, root, write_text
+from quantlab.workbook.keys import code_hash, digest
 
 CONFIGURATION = [
-    "dataset", "data_sha", "n_test", "model", "checkpoint_sha", "trained_on", "method", "weight_bits", "act_bits", "first_last_bits",
-    "residual_bits", "input_bits", "placement", "granularity", "symmetric", "observer", "weight_observer", "corrections", "n_calibration",
+    "dataset", "data_sha", "n_test", "model", "checkpoint_sha", "trained_on", "method",
+    "weight_bits", "act_bits", "levels", "first_last_bits", "residual_bits", "input_bits",
+    "placement", "granularity", "symmetric", "observer", "weight_observer", "corrections",
+    "n_calibration",
 ]
-MEASURED = ["fp32_top1", "top1", "drop", "drop_low", "drop_high", "bytes", "seconds", "images_per_s"]
+MEASURED = [
+    "fp32_top1", "top1", "drop", "drop_low", "drop_high", "bytes", "seconds", "images_per_s",
+]
 PROVENANCE = ["seed", "device", "torch", "commit", "notebook", "created"]
-COLUMNS = ["run_key", *CONFIGURATION, *MEASURED, *PROVENANCE]
+COLUMNS = ["config_key", "run", *CONFIGURATION, *MEASURED, *PROVENANCE]
+INTEGERS = [
+    "n_test", "weight_bits", "act_bits", "levels", "first_last_bits", "residual_bits",
+    "input_bits", "n_calibration", "bytes", "seed",
+]
+FLOATS = [column for column in MEASURED if column != "bytes"]
+TEXTS = [column for column in COLUMNS if column not in [*INTEGERS, *FLOATS]]
 SMOKE = "digits"
+ARITHMETIC = ("improving", "analysis")  # rooms that decide the numbers of `once`, besides the core
 
 
 def local_path():
@@ -36,23 +55,35 @@ def published_path():
     return root() / "results" / "published.csv"
 
 
-def make_row(*, data, model, card, baseline, result, method, notebook, config=None, n_calibration=0, seed=0, bytes=0, corrections="", **more):
-    """A dict with every column: `result` (an Evaluation) beside `baseline`, the float network on the same images.
+# ---- A row --------------------------------------------------------------------------------------
 
-    data: Dataset. model: its name. card: of the checkpoint. config: the QuantConfig, None for float and built-in methods, whose columns
-    `more` may fill. bytes: size of the weights as stored. top1 and drop in percent and points, seconds of wall clock.
+
+def make_row(
+    *, data, model, card, baseline, result, method, notebook,
+    config=None, n_calibration=0, seed=0, bytes=0, corrections="", **more,
+):
+    """A dict with every column: `result` (an Evaluation) beside `baseline`, the float network on
+    the same images.
+
+    data: Dataset. model: its name. card: of the checkpoint. config: the QuantConfig, None for float
+    and built-in methods, whose columns `more` may fill. bytes: size of the weights as stored. top1
+    and drop in percent and points, seconds of wall clock.
     """
     drop, low, high = paired_drop(baseline.correct, result.correct)
     row = {
-        "dataset": data.name, "data_sha": data.fingerprint[:12], "n_test": result.n, "model": model, "checkpoint_sha": card.sha256[:12],
-        "trained_on": card.trained_on, "method": method, "corrections": corrections, "n_calibration": n_calibration,
+        "dataset": data.name, "data_sha": data.fingerprint[:12], "n_test": result.n,
+        "model": model, "checkpoint_sha": card.sha256[:12], "trained_on": card.trained_on,
+        "method": method, "corrections": corrections, "n_calibration": n_calibration,
         **describe(config), **more,
-        "fp32_top1": baseline.top1, "top1": result.top1, "drop": drop, "drop_low": low, "drop_high": high, "bytes": bytes,
-        "seconds": round(result.seconds, 3), "images_per_s": round(result.images_per_s, 1), "seed": seed, "device": result.device,
-        "torch": torch.__version__, "commit": commit(), "notebook": notebook,
+        "fp32_top1": baseline.top1, "top1": result.top1,
+        "drop": drop, "drop_low": low, "drop_high": high, "bytes": bytes,
+        "seconds": round(result.seconds, 3), "images_per_s": round(result.images_per_s, 1),
+        "seed": seed, "device": result.device, "torch": torch.__version__,
+        "commit": commit(), "notebook": notebook,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
     }
-    row["run_key"] = run_key(row)
+    row.setdefault("levels", levels(row))
+    row["config_key"] = config_key(row)
     return {column: row.get(column) for column in COLUMNS}
 
 
@@ -60,68 +91,138 @@ def describe(config):
     """The columns that a QuantConfig decides."""
     if config is None:
         return {}
-    names = ("weight_bits", "act_bits", "first_last_bits", "residual_bits", "input_bits", "placement")
-    symmetric = {(True, True): "both", (True, False): "weights", (False, True): "activations", (False, False): "neither"}
+    widths = ("weight_bits", "act_bits", "first_last_bits", "residual_bits", "input_bits")
+    both = (config.weight_symmetric, config.act_symmetric)
+    names = {(1, 1): "both", (1, 0): "weights", (0, 1): "activations", (0, 0): "neither"}
+    lp = f"lp(p={config.weight_norm:g})"
     return {
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in widths},
+        "placement": "fused",
         "granularity": "channel" if config.per_channel else "tensor",
-        "symmetric": symmetric[config.weight_symmetric, config.act_symmetric],
+        "symmetric": names[both],
         "observer": observer_name(config.observer),
-        "weight_observer": f"lp(p={config.weight_norm:g})" if config.weight_observer == "lp" else config.weight_observer,
+        "weight_observer": lp if config.weight_observer == "lp" else config.weight_observer,
     }
 
 
-def is_default(frame, free=("weight_bits", "act_bits")):
-    """bool Series: the rows by hand whose configuration is QuantConfig()'s, but for the columns in `free`."""
-    like = {"method": "by hand"} | {k: v for k, v in describe(QuantConfig()).items() if k not in free}
-    same = [frame[k].isna() if v is None else frame[k].eq(v).fillna(False).astype(bool) for k, v in like.items()]
-    return pd.concat(same, axis=1).all(axis=1)
+def levels(row):
+    """Values that a weight can take: 2^b - 1 where symmetric (the narrow range), 2^b where not.
+
+    None where the row does not say: float, other tools, several widths.
+    """
+    bits, symmetric = row.get("weight_bits"), row.get("symmetric")
+    if pd.isna(bits) or not symmetric:
+        return None
+    return 2 ** int(bits) - (symmetric in ("weights", "both"))
 
 
-def run_key(row):
-    """Twelve hex digits of everything but the seed that decides a number."""
-    settings = json.dumps([str(row.get(column)) for column in CONFIGURATION])
+def config_key(row):
+    """Twelve hex digits of everything but the seed that decides a number.
+
+    The same for a row that was just made and for one read from a file.
+    """
+    values = (row.get(column) for column in CONFIGURATION)
+    settings = json.dumps(["" if pd.isna(value) else str(value) for value in values])
     return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
-def record(rows, path=None):
-    """Append rows (dicts of make_row) to results.csv and return them as a frame; safe against a kill and against several writers."""
-    path = pathlib.Path(path or local_path())
-    new = pd.DataFrame(rows, columns=COLUMNS)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path.with_suffix(".lock"))
-        with lock:
-            old = load(path)
-            write(pd.concat([old, new]) if len(old) else new, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space there or set QUANTLAB_ROOT") from None
+def is_default(frame, free=("weight_bits", "act_bits")):
+    """bool Series: rows by hand of QuantConfig()'s configuration, but for the columns in `free`."""
+    wanted = {"method": "by hand", **describe(QuantConfig())}
+    same = [_equal(frame[name], value) for name, value in wanted.items() if name not in free]
+    return pd.concat(same, axis=1).all(axis=1)
+
+
+def _equal(column, value):
+    """bool Series: where a column has this value; None: where it has none."""
+    return column.isna() if value is None else column.eq(value).fillna(False).astype(bool)
+
+
+# ---- Recording ----------------------------------------------------------------------------------
+
+
+def record(rows):
+    """Record rows (dicts of make_row) and return them as a frame.
+
+    In a run of `python -m quantlab run` they are kept apart until the run is complete. Safe against
+    a kill at any moment and against several writers; UserError where nothing can be written.
+    """
+    new = _stamped(rows)
+    _replace(new, _path_of_run() or local_path())
     return new
 
 
-ARITHMETIC = (".", "images", "networks", "improving", "analysis")  # the rooms that decide a number
-
-
 def once(settings, measure):
-    """The row that measure(state) returns, recorded at once; with the same settings a later call returns it again and measures nothing.
+    """The row that measure(state) returns, recorded at once; with the same settings a later call
+    records and returns it again and measures nothing.
 
-    settings: a dict of everything but the code that decides the number; the modules that compute and torch's version are added here. state:
-    a path for what a long measurement keeps to resume after a kill; deleted when the row is recorded. Rows are kept in results/rows.
+    settings: whatever decides the number besides the code; the modules that compute and torch's
+    version are added here. state: a path for what a long measurement keeps to resume after a kill;
+    deleted when it is done. The row is complete in itself: it counts also if its run is stopped.
     """
-    code = hashlib.sha256(b"".join(f.read_bytes() for room in ARITHMETIC for f in sorted((PACKAGE / room).glob("[a-z]*.py"))))
-    key = hashlib.sha256(json.dumps([settings, code.hexdigest(), torch.__version__], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    key = digest(settings, code_hash(ARITHMETIC), torch.__version__)
     file = root() / "results" / "rows" / f"{key}.json"
-    if file.is_file():
-        row = json.loads(file.read_text(encoding="utf-8"))
-        if row["created"] not in set(load().created):
-            record([row])
-        return row
     state = file.with_suffix(".safetensors")
-    row = measure(state)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):  # a second run waits and finds the row
+        if not file.is_file():
+            write_text(file, json.dumps(measure(state)))
+            state.unlink(missing_ok=True)
+    row = json.loads(file.read_text(encoding="utf-8"))
     record([row])
-    write_text(file, json.dumps(row))
-    state.unlink(missing_ok=True)
+    _replace(_stamped([row]), local_path())
     return row
+
+
+@contextlib.contextmanager
+def rows_of_run(key, file):
+    """While open, what is recorded by this process and those it starts belongs to the run `key`.
+
+    It goes to a file of this execution alone, which becomes `file`, and counts, when the block
+    succeeds; a killed or failed run leaves nothing that is read.
+    """
+    with atomic_path(file) as own:
+        write(_typed(pd.DataFrame(columns=COLUMNS)), own)
+        os.environ |= {"QUANTLAB_RUN": key, "QUANTLAB_ROWS": str(own)}
+        try:
+            yield
+        finally:
+            del os.environ["QUANTLAB_RUN"], os.environ["QUANTLAB_ROWS"]
+    count_again(file)
+
+
+def count_again(file):
+    """Put a complete run's rows into results.csv, as when it ran."""
+    _replace(_read(file), local_path())
+
+
+def _path_of_run():
+    return pathlib.Path(os.environ["QUANTLAB_ROWS"]) if "QUANTLAB_ROWS" in os.environ else None
+
+
+def _stamped(rows):
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    return _typed(frame.assign(run=os.environ.get("QUANTLAB_RUN", "")))
+
+
+def _replace(rows, path):
+    """Write rows into a file, each in place of the one with its configuration and seed."""
+    try:
+        local_path().parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(local_path().with_suffix(".lock")):
+            write(_unique(_read(path), rows), path)
+    except OSError as error:
+        why = f"{error.strerror}; free space there or set QUANTLAB_ROOT"
+        raise UserError(f"cannot write {path}: {why}") from None
+
+
+def _unique(*frames):
+    """Several frames as one, of every configuration and seed the last row."""
+    frames = [frame for frame in frames if len(frame)] or frames[:1]
+    return pd.concat(frames).drop_duplicates(["config_key", "seed"], keep="last")
+
+
+# ---- Files --------------------------------------------------------------------------------------
 
 
 def write(frame, path):
@@ -131,57 +232,96 @@ def write(frame, path):
 
 
 def load(path=None):
-    """All rows of a results file as a frame; empty when there is none yet; UserError when its columns are not ours."""
-    path = pathlib.Path(path or local_path())
+    """All rows of a results file that count, as a frame; empty where there is none yet.
+
+    path: None for results.csv, in a run with the run's own rows so far. Missing texts are "".
+    Files from before `config_key`, `run` and `levels` are brought up to date: old local rows need
+    no command then. UserError when columns are missing.
+    """
+    if path is None and _path_of_run():
+        return _unique(_read(local_path()), _read(_path_of_run()))
+    return _read(pathlib.Path(path or local_path()))
+
+
+def _read(path):
     if not path.is_file() or not path.stat().st_size:
-        return pd.DataFrame(columns=COLUMNS)
-    frame = pd.read_csv(path, dtype={"checkpoint_sha": str, "data_sha": str, "run_key": str, "commit": str})
-    if set(COLUMNS) - set(frame.columns):
-        missing = ", ".join(sorted(set(COLUMNS) - set(frame.columns)))
-        raise UserError(f"{path} lacks the columns {missing}; move it away and run the notebooks again")
-    for column in ("weight_bits", "act_bits", "first_last_bits", "residual_bits", "input_bits", "n_calibration", "bytes"):
-        frame[column] = frame[column].astype("Int64")
+        return _typed(pd.DataFrame(columns=COLUMNS))
+    texts = dict.fromkeys([*TEXTS, "run_key"], str)  # a sha of digits alone is no number
+    frame = pd.read_csv(path, dtype=texts)
+    if is_old := "run_key" in frame.columns:  # it named the configuration
+        frame = frame.assign(config_key="", run="", levels=pd.NA)
+    if missing := ", ".join(sorted(set(COLUMNS) - set(frame.columns))):
+        raise UserError(f"{path} lacks the columns {missing}; move it away and run the notebooks")
+    return _upgraded(_typed(frame)) if is_old else _typed(frame)
+
+
+def _upgraded(frame):
+    """Rows of an old file, with levels and today's keys."""
+    frame["levels"] = pd.array([levels(row) for row in frame.to_dict("records")], "Int64")
+    keys = [config_key(row) for row in frame.to_dict("records")]
+    return _typed(frame.assign(config_key=keys))
+
+
+def _typed(frame):
+    """The columns in order, whole numbers that may be missing as Int64, missing texts as ""."""
+    frame = frame[COLUMNS]
+    frame = frame.astype(dict.fromkeys(FLOATS, "float64") | dict.fromkeys(INTEGERS, "Int64"))
+    for column in TEXTS:
+        frame[column] = frame[column].astype(object).where(frame[column].notna(), "")
     return frame
 
 
+# ---- Choosing rows ------------------------------------------------------------------------------
+
+
 def newest(frame):
-    """The newest row per (run_key, seed), in order of creation."""
-    return frame.sort_values("created").drop_duplicates(["run_key", "seed"], keep="last")
+    """The newest row per (config_key, seed), in order of creation."""
+    return _unique(frame.sort_values("created", kind="stable"))
 
 
 def current(frame):
-    """The rows that belong together: of every data set and network the newest checkpoint and test set, of every label the newest run_key."""
+    """The rows that belong together: of every data set and network the newest checkpoint and test
+    set, of every label the newest configuration."""
     frame = newest(frame).reset_index(drop=True)
     frame = frame.assign(label=[label(row) for _, row in frame.iterrows()])
-    for columns, kept in ((["dataset", "model"], ["checkpoint_sha", "n_test"]), (["dataset", "model", "label"], ["run_key"])):
-        for name in kept:
-            frame = frame[frame[name] == frame.groupby(columns)[name].transform("last")]
+    latest = {
+        "checkpoint_sha": ["dataset", "model"], "n_test": ["dataset", "model"],
+        "config_key": ["dataset", "model", "label"],
+    }
+    for name, columns in latest.items():
+        frame = frame[frame[name] == frame.groupby(columns)[name].transform("last")]
     return frame
 
 
 def equal_widths(frame):
-    """Rows by hand with as many bits for weights as for activations, of the observers that were measured at several such widths.
+    """Rows by hand with as many bits for weights as for activations, of the observers that were
+    measured at several such widths.
 
-    Without corrections and in the default convention: what learned rounding and other conventions give has tables of its own.
+    Without corrections and in the default convention: what learned rounding and other conventions
+    give has tables of its own.
     """
-    plain = (frame.corrections.isna() | frame.corrections.eq("")) & frame.first_last_bits.isna()
+    plain = _equal(frame.method, "by hand") & _equal(frame.corrections, "")
+    plain &= frame.first_last_bits.isna() & _equal(frame.weight_bits, frame.act_bits)
     for name in ("residual_bits", "input_bits"):
-        plain &= frame[name].eq(8).fillna(False).astype(bool)
-    same = frame[(frame.method == "by hand") & (frame.weight_bits == frame.act_bits).fillna(False).astype(bool) & plain]
+        plain &= _equal(frame[name], 8)
+    same = frame[plain]
     widths = same.groupby(["dataset", "model", "observer"]).weight_bits.transform("nunique")
     return same[widths > 1]
 
 
 def summarize(frame):
-    """One row a configuration: the newest rows of every seed, averaged; `seeds` and the deviation `top1_std` added.
+    """One row a configuration: the newest rows of every seed, averaged; `seeds` and the deviation
+    `top1_std` added.
 
-    drop_low and drop_high are the means of the seeds' intervals: the uncertainty from the test images, which seeds do not reduce.
+    drop_low and drop_high are the means of the seeds' intervals: the uncertainty from the test
+    images, which seeds do not reduce.
     """
-    groups = newest(frame).groupby("run_key", sort=False)
+    groups = newest(frame).groupby("config_key", sort=False)
     table = groups.first()
     for column in MEASURED:
         table[column] = groups[column].mean()
-    return table.assign(seeds=groups.size(), top1_std=groups["top1"].std(ddof=1)).reset_index()
+    deviation = groups["top1"].std(ddof=1)
+    return table.assign(seeds=groups.size(), top1_std=deviation).reset_index()
 
 
 def label(row):
@@ -189,10 +329,15 @@ def label(row):
     if row.method == "float":
         return "fp32 original"
     if row.method != "by hand":
-        return f"{row.method}: {row.corrections}" if isinstance(row.corrections, str) and row.corrections else row.method
-    words = [f"W{'*' if pd.isna(row.weight_bits) else row.weight_bits}A{'*' if pd.isna(row.act_bits) else row.act_bits} {row.observer}"]
-    words += [f"weights {row.weight_observer}"] + ([] if pd.isna(row.first_last_bits) else [f"first/last {row.first_last_bits}"])
+        return f"{row.method}: {row.corrections}" if row.corrections else row.method
+    weights, acts = ("*" if pd.isna(b) else b for b in (row.weight_bits, row.act_bits))
+    words = [f"W{weights}A{acts} {row.observer}", f"weights {row.weight_observer}"]
+    if not pd.isna(row.first_last_bits):
+        words.append(f"first/last {row.first_last_bits}")
     for name in ("residual", "input"):
         bits = row[f"{name}_bits"]
-        words += [f"{name} float"] if pd.isna(bits) else [f"{name} {bits}"] if bits != 8 else []
-    return ", ".join(words + ([] if pd.isna(row.corrections) or not row.corrections else [row.corrections]))
+        if pd.isna(bits):
+            words.append(f"{name} float")
+        elif bits != 8:
+            words.append(f"{name} {bits}")
+    return ", ".join([*words, row.corrections] if row.corrections else words)

@@ -1,0 +1,104 @@
+"""What decides a number, as a hash of contents: code, notebook, parameters, weights, data.
+
+No path, date or machine enters: two clones agree, and touching a file changes nothing.
+"""
+
+import ast
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+
+from quantlab.images import datasets
+from quantlab.system.files import PACKAGE, root, sha256
+
+ROOMS = ("system", "images", "networks")  # that every number depends on, besides the core
+
+
+def digest(*parts):
+    """Sixteen hex digits of anything that JSON can write."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_hash(rooms=()):
+    """Hash of the core, of ROOMS and of `rooms`: every .py and .c in them, by its place there."""
+    files = [file for file in PACKAGE.glob("*.py") if file.name != "__main__.py"]
+    for room in {*ROOMS, *rooms}:
+        files += [*(PACKAGE / room).rglob("*.py"), *(PACKAGE / room).rglob("*.c")]
+    return digest({f.relative_to(PACKAGE).as_posix(): f.read_text("utf-8") for f in files})
+
+
+def run_key(notebook, parameters):
+    """Sixteen hex digits of everything that decides what a notebook computes.
+
+    parameters: those that differ from the notebook's own. `data` counts as the data's fingerprint,
+    `checkpoint` as the weights; what has no `data` reads the recorded rows, in any order.
+    """
+    settings = {**notebook.parameters, **parameters}
+    settings["environment"] = [os.environ.get(name) for name in ("QUANTLAB_SIZE", "DATA_NAME")]
+    if "checkpoint" in settings:
+        settings["checkpoint"] = _weights(settings["checkpoint"], settings.get("model", ""))
+    if "data" in settings:
+        settings["data"] = datasets.find_fingerprint(settings["data"])
+    else:
+        files = sorted((root() / "results").glob("[a-z]*.csv"))
+        settings["rows"] = [sorted(file.read_text("utf-8").splitlines()) for file in files]
+    code = "\n".join(source for kind, source in notebook.cells if kind == "code")
+    return digest(notebook.cells, settings, code_hash(rooms_reached(code)))
+
+
+def _weights(named, model):
+    """sha256 of the checkpoint at a path; for "auto", of all that the notebook may choose from."""
+    if named != "auto":
+        return sha256(named) if pathlib.Path(named).is_file() else None
+    files = (root() / "checkpoint").glob(f"{model}-*.safetensors")
+    return sorted([f.name, sha256(f)] for f in files if not f.stem.endswith(".training"))
+
+
+# ---- Which rooms --------------------------------------------------------------------------------
+
+
+def rooms_reached(source):
+    """Names of the rooms whose modules a Python source imports, itself or through other modules."""
+    found, waiting = set(), [source]
+    while waiting:
+        names = _names(waiting.pop())
+        for file in {file for name in names for file in _files(name)} - found:
+            found.add(file)
+            waiting.append(file.read_text("utf-8"))
+    return sorted({f.relative_to(PACKAGE).parts[0] for f in found if f.parent != PACKAGE})
+
+
+@functools.cache
+def _names(source):
+    """What a source imports of the package, as dotted names, and quantlab.NAME for its ql.NAME."""
+    names, aliases = set(), {}
+    nodes = list(ast.walk(ast.parse(source)))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+            aliases |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names.add(f"{aliases.get(node.value.id)}.{node.attr}")
+    return {name for name in names if name.startswith("quantlab.")}
+
+
+def _files(name):
+    """The module that a dotted name leads to; for quantlab.NAME, all that define NAME."""
+    parts = name.split(".")[1:]
+    for n in range(len(parts), 0, -1):
+        place = PACKAGE.joinpath(*parts[:n])
+        if place.with_suffix(".py").is_file():
+            return [place.with_suffix(".py")]
+        if place.is_dir():
+            return [place / "__init__.py"]
+    # the door hands names of rooms through, so a notebook may reach a room by the name alone
+    defined = re.compile(rf"^(def|class) {parts[0]}\b", re.MULTILINE)
+    files = [f for f in PACKAGE.rglob("*.py") if defined.search(f.read_text("utf-8"))]
+    return [f for f in files if f.parent == PACKAGE] or files

@@ -1,0 +1,36 @@
+"""Speed as ratios: measured in turns, round by round."""
+
+import types
+
+from quantlab.__main__ import main
+from quantlab.system import timing
+from quantlab.workbook import bench
+
+
+def test_ratios_are_taken_round_by_round(monkeypatch):
+    now = [0.0]
+    durations = {"a": iter([9, 1, 2, 1]), "b": iter([9, 3, 4, 4])}  # the first is the warm-up
+
+    def network(name):
+        return lambda images: now.__setitem__(0, now[0] + next(durations[name]))
+
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    networks = {name: network(name) for name in durations}
+    frame = bench.compare("toy", "a", networks, [0] * 6, rounds=3).set_index("what")
+    assert frame.images_per_s.tolist() == [6.0, 1.5]
+    ratios = frame.loc["b", ["time_ratio", "time_ratio_least", "time_ratio_most"]]
+    assert tuple(ratios) == (3.0, 2.0, 4.0)
+    assert "3.00x [2.00, 4.00]" in bench.table(frame.reset_index())
+
+
+def test_its_sections_run_and_others_are_refused(workbook, capsys):
+    sections = ["collect", "fakequant", "integer", "reconstruct"]
+    frame = bench.bench(sections, model="resnet20", batch=2, rounds=1, compiled=False)
+    assert set(frame.section) == set(sections)
+    assert {"float", "collect", "fake-quant", "learning units"} <= set(frame.what)
+    said = capsys.readouterr().out
+    assert (workbook / "results" / "bench.csv").exists() and "time against float" in said
+    assert "where the time goes: " in said
+    assert main(["bench", "speed"]) == 1
+    said = capsys.readouterr().err
+    assert "bench section 'speed' is unknown" in said and ", fakequant, int8, integer" in said

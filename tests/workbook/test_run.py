@@ -1,0 +1,114 @@
+"""The runner on one tiny notebook: skips what is complete, survives kill -9, limits time."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pandas as pd
+import pytest
+from conftest import CHECKOUT
+
+from quantlab.system.errors import UserError
+from quantlab.workbook import notebooks, results, run
+
+RECORDING = """
+import time
+from quantlab.workbook import results
+root = results.root()
+results.record([{"config_key": f"k{n}", "seed": s, "notebook": "98_tiny"} for s in (0, 1)])
+(root / "recorded").touch()
+while (root / "wait").exists():
+    time.sleep(0.05)
+"""
+
+
+def write_notebook(place, code):
+    cells = [
+        nbformat.v4.new_markdown_cell("# 98 · Tiny"),
+        nbformat.v4.new_code_cell("n = 1\ndata = 'digits'", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(code),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=notebooks.KERNEL)
+    nbformat.write(notebook, place / "notebooks" / "98_tiny.ipynb")
+
+
+def start_runner(place):
+    environment = {**os.environ, "QUANTLAB_ROOT": str(place), "PYTHONPATH": str(CHECKOUT)}
+    command = [sys.executable, "-m", "quantlab", "run", "98"]
+    return subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL)
+
+
+def test_a_kill_between_recording_and_finishing_leaves_every_row_once(workbook):
+    write_notebook(workbook, RECORDING)
+    (workbook / "wait").touch()
+    killed = start_runner(workbook)
+    deadline = time.monotonic() + 120
+    while not (workbook / "recorded").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    runs = workbook / "results" / "runs"
+    assert (workbook / "recorded").exists() and not list(runs.glob("98_*"))
+    assert not len(results.load()), "recorded, but its run is not complete"
+    (workbook / "wait").unlink()
+    assert run.run(["98"]).status.tolist() == ["done"]
+    assert results.load().seed.tolist() == [0, 1]
+    (out,) = runs.glob("98_*.ipynb")
+    raw = pd.read_csv(results.local_path())
+    assert len(raw) == 2 and set(raw.run) == {out.stem.removeprefix("98_tiny-")}
+
+
+def test_what_is_complete_is_skipped_and_its_rows_are_there_again(workbook):
+    write_notebook(workbook, "import os; os.environ['QUANTLAB_RUN']")
+    assert run.run(["98"]).status.tolist() == ["done"]
+    (rows,) = (workbook / "results" / "runs").glob("98_*.csv")
+    row = {"config_key": "k", "run": "r", "seed": 3, "notebook": "98_tiny"}
+    pd.DataFrame([row], columns=results.COLUMNS).to_csv(rows, index=False)
+    assert run.run(["98"]).status.tolist() == ["skipped"]
+    assert results.load().seed.tolist() == [3]
+    results.local_path().unlink()
+    frame = run.run(["98"])
+    assert (frame.status[0], frame.message[0]) == ("skipped", f"complete: {rows.stem}.ipynb")
+    assert results.load().run.tolist() == ["r"], "though results.csv was moved away"
+    rows.unlink()
+    assert run.run(["98"]).status.tolist() == ["done"], "a run without its rows is not complete"
+    assert not {"QUANTLAB_RUN", "QUANTLAB_ROWS"} & set(os.environ)
+
+
+def test_time_limit_and_failing_cell(workbook):
+    write_notebook(workbook, "import time; time.sleep(60)")
+    started = time.perf_counter()
+    frame = run.run(["98"], time_limit=3)
+    assert frame.status[0] == "failed" and "time limit of 3 s reached" in frame.message[0]
+    assert time.perf_counter() - started < 40
+    write_notebook(workbook, "raise ValueError('too green')")
+    frame = run.run(["98"])
+    assert frame.message[0].startswith("ValueError: too green (cell 2")
+    kept = [p.name for p in (workbook / "results" / "runs").glob("*") if p.suffix != ".lock"]
+    assert kept == ["98_tiny.failed.ipynb"], "kept to look at, under a name that says so"
+
+
+def test_results_that_cannot_be_written(workbook):
+    write_notebook(workbook, "1")
+    (workbook / "results").write_text("a file where the folder should be")
+    frame = run.run(["98"])
+    assert frame.status[0] == "failed" and "cannot write" in frame.message[0]
+    assert "name another folder" in frame.message[0]
+
+
+def test_mistaken_parameters_and_names_are_refused_at_once(workbook):
+    write_notebook(workbook, "1")
+    texts = []
+    mistakes = ((["98"], {"m": 1}), (["98"], {"n": "x"}), (["99"], {}), ([], {"sede": 1}))
+    for numbers, overrides in mistakes:
+        with pytest.raises(UserError) as caught:
+            run.run(numbers, overrides)
+        texts.append(str(caught.value))
+    assert texts[0] == "98_tiny has no parameter 'm'; it accepts: n, data"
+    assert texts[1] == "parameter n='x' of 98_tiny is not int; its default is 1"
+    assert "notebook '99' is unknown" in texts[2] and "98_tiny" in texts[2]
+    assert "did you mean seed?" in texts[3]
+    assert not (workbook / "results").exists()
