@@ -10,6 +10,8 @@ import math
 import scipy.optimize
 import scipy.special
 import torch
+import torch.nn.functional as F
+from torch.special import xlogy
 
 from quantlab.affine import choose_qparams, fake_quantize
 from quantlab.system.errors import UserError, did_you_mean
@@ -122,33 +124,30 @@ def entropy(stats, bits, symmetric=False, bins=2048):
 
     P: the first i of `bins` bins, everything beyond added to the last. Q: the first i bins, merged
     into one group a level on one side of zero, each group's count spread over its occupied bins.
+    As log Q is constant in a group, sums over groups give the divergence of every i at once.
     """
     centers, counts = stats.histogram()
     if not len(counts):
         return 0.0, 0.0
     top = max(-stats.minimum, stats.maximum)
-    signed = stats.minimum < 0
     index = (centers.abs() * (bins / (top * (1 + 1e-9)))).long().clamp(max=bins - 1)
     x = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, counts.double())
-    levels = 2 ** (bits - 1) if signed else 2**bits
-    beyond = x.sum() - x.cumsum(0)
-    best, threshold = math.inf, bins
-    for i in range(levels, bins + 1):
-        q = x[:i]
-        group = torch.arange(i) * levels // i
-        occupied = q > 0
-        total = torch.zeros(levels, dtype=torch.float64).index_add_(0, group, q)
-        size = torch.zeros(levels, dtype=torch.float64).index_add_(0, group, occupied.double())
-        expanded = torch.where(occupied, (total / size.clamp(min=1))[group], 0.0)
-        p = q.clone()
-        p[-1] += beyond[i - 1]
-        if expanded.sum() == 0 or (p[-1] > 0 and expanded[-1] == 0):
-            continue  # the divergence is infinite
-        p, expanded = p / p.sum(), expanded / expanded.sum()
-        divergence = float(torch.special.xlogy(p, p / expanded.clamp(min=1e-300)).sum())
-        if divergence < best:
-            best, threshold = divergence, i
-    t = top * threshold / bins
+    levels = 2 ** (bits - 1) if stats.minimum < 0 else 2**bits
+    kept = torch.arange(levels, bins + 1)  # every i
+    first = -(-torch.arange(levels + 1) * kept[:, None] // levels)  # bin of each group of each i
+
+    def group_sums(values):
+        return F.pad(values.cumsum(0), (1, 0))[first].diff()
+
+    total, occupied = group_sums(x), group_sums((x > 0).double())
+    last, beyond = x[kept - 1], x.sum() - x.cumsum(0)[kept - 1]
+    p_log_p = xlogy(x, x).cumsum(0)[kept - 1] - xlogy(last, last)
+    p_log_p += xlogy(last + beyond, last + beyond)
+    spread = total / occupied.clamp(min=1)
+    p_log_q = xlogy(total, spread).sum(1) + xlogy(beyond, spread[:, -1])
+    divergence = (p_log_p - p_log_q) / x.sum() + torch.log(total.sum(1) / x.sum())
+    divergence[((last == 0) & (beyond > 0)) | (total.sum(1) == 0)] = math.inf
+    t = top * int(kept[divergence.argmin()]) / bins
     return max(-t, min(stats.minimum, 0.0)), min(t, max(stats.maximum, 0.0))
 
 
