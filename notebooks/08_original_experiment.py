@@ -259,11 +259,12 @@ def measure(settings, bits, s, name, method="ablation"):
 # The rows below 8 bits over all seeds. The right way is this workbook's default at the same width.
 
 # %%
-FLOAT, BUILT_IN = tables.ORIGINAL_FLOAT, tables.ORIGINAL["8bit built-in"]  # top-1 in %, of ResNet-50 on the official files, all from its README
-PUBLISHED = {name: top1 for name, top1 in tables.ORIGINAL.items() if "built-in" not in name}
+published = tables.original().top1  # in %, of ResNet-50 on the official files, from its README
+FLOAT = published["fp32 original"]
+PUBLISHED = published.drop(["fp32 original", "8bit built-in"])
 WAYS = list(plots.ladder.WAYS)
 ways = {("fp32 original", way): [baseline] for way in WAYS[1:]}
-for name, s in tqdm([(n, s) for n in PUBLISHED for s in (seeds[:1] if n[0] == "8" else seeds)]):
+for name, s in tqdm([(n, s) for n in PUBLISHED.index for s in (seeds[:1] if n[0] == "8" else seeds)]):
     ranges = {"hist": hist, "fake-hist": fake_hist}[name[5:]]
     ways.setdefault((name, WAYS[1]), []).append(measure({**ORIGINAL, "ranges": ranges}, int(name[0]), s, name, "original"))
     ways.setdefault((name, WAYS[2]), []).append(measure(OURS, int(name[0]), s, "", "by hand"))
@@ -291,8 +292,7 @@ def mean(pairs):
     lost = [(after.top1, *ql.paired_drop(before.correct, after.correct)) for before, after in pairs]
     return dict(zip(("top1", "drop", "low", "high"), np.mean(lost, axis=0)))
 
-NAMES = ["fp32 original", "8bit built-in", *PUBLISHED]
-published = {"fp32 original": FLOAT, "8bit built-in": BUILT_IN, **PUBLISHED}
+NAMES = list(published.index)
 table = [{"quantization": n, "way": WAYS[0], "top1": published[n], "drop": FLOAT - published[n]} for n in NAMES]
 table += [{"quantization": n, "way": w, **mean((baseline, e) for e in ways[n, w])} for n in NAMES for w in WAYS[1:] if (n, w) in ways]
 table = pd.DataFrame(table)
@@ -474,7 +474,7 @@ print(f"{len(rows)} rows recorded")
 
 # %%
 lost = table.set_index(["quantization", "way"])["drop"]
-for name in PUBLISHED:
+for name in PUBLISHED.index:
     print(f"- {name}: the original lost {lost[name, WAYS[0]]:.2f} points with its ResNet-50, our {model} {lost[name, WAYS[1]]:.2f} its way "
           f"and {lost[name, WAYS[2]]:.2f} the right way.")
 w, kept = (why[f"BatchNorm {b}"].to_dict() for b in ("moved", "kept"))

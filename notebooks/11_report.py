@@ -51,9 +51,9 @@ if (rows.dataset == results.SMOKE).all():
 # The original's table, as published in 2021 for ResNet-50 on the official CIFAR-10 files (93.62 % in float, 10,000 test images, one run):
 
 # %%
-top1 = {"fp32 original": tables.ORIGINAL_FLOAT} | tables.ORIGINAL
-original = pd.DataFrame({"Quantization": top1.keys(), "Top-1 %": [f"{v:.2f}" for v in top1.values()],
-                         "Points lost": [f"{tables.ORIGINAL_FLOAT - v:.2f}" for v in top1.values()]})
+top1 = tables.original().top1
+original = pd.DataFrame({"Quantization": top1.index, "Top-1 %": [f"{v:.2f}" for v in top1],
+                         "Points lost": [f"{top1.iloc[0] - v:.2f}" for v in top1]})
 Markdown(tables.markdown(original))
 
 # %% [markdown]
@@ -96,4 +96,4 @@ for dataset, model in shown:
 
 # %%
 facts = ["dataset", "data_sha", "model", "checkpoint_sha", "trained_on", "n_calibration", "device", "torch", "commit", "notebook"]
-rows.groupby(facts, dropna=False, sort=False).agg(rows=("run_key", "size"), seeds=("seed", "nunique"), newest=("created", "max")).reset_index()
+rows.groupby(facts, dropna=False, sort=False).agg(rows=("config_key", "size"), seeds=("seed", "nunique"), newest=("created", "max")).reset_index()
