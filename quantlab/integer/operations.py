@@ -1,10 +1,11 @@
-"""Every operation of a quantized network in integers: codes in, an int32 accumulator, codes out. The reference, made to be read.
+"""Every operation of a quantized network in integers: codes in, an int32 accumulator, codes out.
 
-    acc  = accumulate(*codes)                                       exact: bounds are checked before anything runs
-    code = clamp(zero_point + round(acc * M), low, high)            M in fixed point, see fixedpoint.py
+    acc  = accumulate(*codes)                            exact: bounds are checked beforehand
+    code = clamp(zero_point + round(acc * M), low, high)      M in fixed point, see fixedpoint.py
 
-A clamp behind the operation (ReLU, ReLU6, hard tanh) is nothing but tighter `low` and `high`: rounding is monotone, so clamping the codes
-and clamping the reals give the same. Jacob et al. 2018 (arXiv:1712.05877).
+This is the reference, made to be read. A clamp behind the operation (ReLU, ReLU6, hard tanh) is
+nothing but tighter `low` and `high`: rounding is monotone, so clamping the codes and clamping the
+reals give the same. Jacob et al. 2018 (arXiv:1712.05877).
 """
 
 import dataclasses
@@ -14,15 +15,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from quantlab.affine import QParams, quantize_tensor
-from quantlab.integer.fixedpoint import INT32_MAX, fixed_point, multiply, requantize, signed_bits
+from quantlab.integer.fixedpoint import Requantization, fixed_point, multiply, signed_bits
 from quantlab.system.errors import UserError
 
-ADD_SHIFT = 20  # fractional bits of an add's operands, as in TensorFlow Lite: 9-bit differences of codes stay below 2^28
+# fractional bits of an add's operands, as in TensorFlow Lite: 9-bit differences of codes times 2^20
+# stay below 2^28
+ADD_SHIFT = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Codes as an operation stores them: those of `q`, less `offset` (128 where unsigned 8-bit codes sit in an int8), within low..high."""
+    """Codes as an operation stores them: those of `q`, less `offset`, within low..high.
+
+    offset: 128 where unsigned 8-bit codes sit in an int8, else 0.
+    """
 
     q: QParams
     offset: int
@@ -43,51 +49,68 @@ class Grid:
 
     @property
     def extent(self):
-        """(least, largest) value of code - zero_point."""
-        return self.q.qmin - self.offset - self.zero_point, self.q.qmax - self.offset - self.zero_point
+        """(min, max) of code - zero_point; min <= 0 <= max."""
+        zero_point = self.q.zero_point.item()
+        return self.q.qmin - zero_point, self.q.qmax - zero_point
+
+    def code(self, real):
+        """The code of a real number."""
+        return quantize_tensor(torch.tensor(float(real)), self.q).item() - self.offset
 
     def clamped(self, low, high):
-        """The same codes after a clamp of the reals to [low, high]: both ends are coded as any other value is."""
-        low, high = (int(quantize_tensor(torch.tensor(float(end)), self.q)) - self.offset for end in (low, high))
-        return dataclasses.replace(self, low=max(self.low, low), high=min(self.high, high))
+        """The same codes after a clamp of the reals to [low, high]."""
+        low, high = max(self.low, self.code(low)), min(self.high, self.code(high))
+        return dataclasses.replace(self, low=low, high=high)
 
 
 class Operation(nn.Module):
     """What all operations share: the requantization behind the accumulator.
 
-    out: Grid of the result, None for the logits, which stay int32. unit: float64, what 1 in the accumulator stands for, broadcast against
-    it. extent: (least, largest) possible accumulator and partial sum, ints or tensors per channel. Raises UserError where 32 bits are too few.
+    out: Grid of the result, None for the logits, which stay int32. acc_scale: float64, the real
+    value of 1 in the accumulator, broadcast against it. extent: (min, max) of accumulators and
+    partial sums, ints or tensors per channel. UserError where 32 bits are too few.
     """
 
     kind, weight_bits, bias_bits = "", None, None
 
-    def __init__(self, name, out, unit, extent, rounding):
+    def __init__(self, name, out, acc_scale, extent, rounding):
         super().__init__()
         self.name, self.out, self.rounding = name, out, rounding
-        self.unit = torch.as_tensor(unit, dtype=torch.float64)
-        low, high = (torch.as_tensor(end, dtype=torch.float64) for end in extent)
+        self.acc_scale = torch.as_tensor(acc_scale, dtype=torch.float64)
+        low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in extent)
         self.accumulator_bits = signed_bits(int(low.min()), int(high.max()))
         if self.accumulator_bits > 32:
-            raise UserError(f"{name}: the accumulator needs {self.accumulator_bits} bits and has 32; use fewer bits or split the layer")
+            raise UserError(f"{name}: the accumulator needs {self.accumulator_bits} bits and has "
+                            "32; use fewer bits or split the layer")
         if out is not None:
             self._set_multiplier(torch.maximum(-low, high))
 
     def _set_multiplier(self, largest):
-        real = self.unit / self.out.scale
+        """M = acc_scale / s_out; largest: the largest |acc|, float64 [1] or [C]."""
         try:
-            multiplier, shift = fixed_point(real)
+            multiplier, shift = fixed_point(self.acc_scale / self.out.scale)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
-        if (largest.view(-1, *[1] * (real.dim() - 1)) * 2.0 ** shift.clamp(min=0) > INT32_MAX).any():
-            raise UserError(f"{self.name}: requantized values leave int32; its output scale {self.out.scale:g} is too small")
+        largest = largest.view(-1, *[1] * (shift.dim() - 1))
+        # double rounding first shifts to the left, which must not leave int32
+        if (largest * 2.0 ** shift.clamp(min=0) > 2**31 - 1).any():
+            raise UserError(f"{self.name}: requantized values leave int32; its output scale "
+                            f"{self.out.scale:g} is too small")
         self.register_buffer("multiplier", multiplier)
         self.register_buffer("shift", shift)
-        for end in ("zero_point", "low", "high"):
-            self.register_buffer(end, torch.tensor(getattr(self.out, end), dtype=torch.int32))
+        for name in ("zero_point", "low", "high"):
+            value = torch.tensor(getattr(self.out, name), dtype=torch.int32)
+            self.register_buffer(name, value)
+
+    @property
+    def requantization(self):
+        """The Requantization of this operation's accumulators."""
+        return Requantization(
+            self.multiplier, self.shift, self.zero_point, self.low, self.high, self.rounding)
 
     def store(self, acc):
         """int32 accumulator -> int32 codes."""
-        return requantize(acc, self.multiplier, self.shift, self.zero_point, self.low, self.high, self.rounding)
+        return self.requantization(acc)
 
     def forward(self, *codes):
         acc = self.accumulate(*codes)
@@ -98,34 +121,40 @@ class Operation(nn.Module):
         return 0
 
 
-# ---- Layers -----------------------------------------------------------------------------------------------------------------
+# ---- Layers --------------------------------------------------------------------------------------
 
 
 class Layer(Operation):
-    """acc = sum (code - zero_point) * weight + bias; weight of at most 9 bits and bias are int32, bias in units of s_in * s_w."""
+    """acc = sum (code - zero_point) * weight + bias; weight and bias are int32.
 
-    def __init__(self, name, layer, grid_in, out, rounding):
-        q, scale_in, real = layer.weight_qparams.to("cpu"), grid_in.scale, layer.weight.detach().cpu()
-        scale, zero_point = q.broadcast(real.dim())
-        weight = quantize_tensor(real, q) - zero_point
-        if not torch.allclose(scale * weight, real, rtol=1e-4, atol=0):
-            raise UserError(f"{name}: its weights are not the values of its codes; give to_integer what quantize returned")
-        unit = (scale_in * q.scale.double()).expand(len(weight))
-        bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().cpu()
-        bias = torch.round(bias.double() / unit)
-        if not (bias.abs() <= INT32_MAX).all():
-            raise UserError(f"{name}: a bias of {bias.abs().max():.3g} units of s_in * s_w does not fit in int32; its weights are too small")
-        negative, positive = (weight.clamp(**end).flatten(1).sum(1, dtype=torch.int64) for end in ({"max": 0}, {"min": 0}))
-        least, most = grid_in.extent  # least <= 0 <= most
-        low, high = positive * least + negative * most + bias.clamp(max=0), positive * most + negative * least + bias.clamp(min=0)
-        super().__init__(name, out, unit.view(-1, *[1] * (weight.dim() - 2)), (low, high), rounding)
+    layer: its module, which gives geometry and `weight_qparams`. codes: int32 codes of the weight;
+    less their zero point they have at most 9 bits. bias: int32 codes at s_in * s_w, or None.
+    """
+
+    def __init__(self, name, layer, codes, bias, grid_in, out, rounding):
+        q = layer.weight_qparams.to("cpu")
+        weight = codes - q.broadcast(codes.dim())[1]
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        acc_scale = (grid_in.scale * q.scale.double()).expand(len(weight))
+        acc_scale = acc_scale.view(-1, *[1] * (weight.dim() - 2))
+        super().__init__(name, out, acc_scale, _bounds(weight, bias, grid_in.extent), rounding)
         self.zero_point_in, self.weight_bits = grid_in.zero_point, q.bits
         self.bias_bits = signed_bits(int(bias.min()), int(bias.max()))
         self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias.int())
+        self.register_buffer("bias", bias)
 
     def macs(self, out_shape):
         return out_shape[1:].numel() * self.weight[0].numel()
+
+
+def _bounds(weight, bias, extent):
+    """(min, max) float64 [C] of every partial sum, whatever the order of its terms."""
+    low, high = extent
+    negative = weight.clamp(max=0).flatten(1).sum(1, dtype=torch.int64)
+    positive = weight.clamp(min=0).flatten(1).sum(1, dtype=torch.int64)
+    smallest = positive * low + negative * high + bias.clamp(max=0)
+    largest = positive * high + negative * low + bias.clamp(min=0)
+    return smallest, largest
 
 
 class Conv(Layer):
@@ -139,7 +168,8 @@ class Conv(Layer):
         self.dilation = layer.dilation
 
     def accumulate(self, x):
-        return F.conv2d(x.int() - self.zero_point_in, dilate(self.weight, self.dilation), self.bias, **self.options)
+        weight = dilate(self.weight, self.dilation)
+        return F.conv2d(x.int() - self.zero_point_in, weight, self.bias, **self.options)
 
 
 def dilate(weight, dilation):
@@ -158,24 +188,28 @@ class Linear(Layer):
 
 
 class Affine(Operation):
-    """A BatchNorm that cannot be folded: acc = (code - zero_point) * weight + bias, all of them per channel (dimension 1).
+    """A BatchNorm that cannot be folded: acc = (code - zero_point) * weight + bias, by channel.
 
-    One unit a channel, the finest that keeps |weight| <= 2^20 and |bias| <= 2^30, so that neither costs accuracy.
+    The scale of a channel's accumulator is the finest that keeps |weight| <= 2^20 and |bias| <=
+    2^30, so that neither costs accuracy. dim: of the input, whose dimension 1 is the channels.
     """
 
     kind = "affine"
 
     def __init__(self, name, bn, grid_in, out, rounding, dim=4):
         mean, variance = bn.running_mean.double().cpu(), bn.running_var.double().cpu()
-        factor = (variance + bn.eps).rsqrt() * (1 if bn.weight is None else bn.weight.detach().double().cpu())
-        bias = (0 if bn.bias is None else bn.bias.detach().double().cpu()) - mean * factor
+        gamma = 1 if bn.weight is None else bn.weight.detach().double().cpu()
+        beta = 0 if bn.bias is None else bn.bias.detach().double().cpu()
+        factor = (variance + bn.eps).rsqrt() * gamma
+        offset = beta - mean * factor
         step = grid_in.scale * factor
-        unit = torch.maximum(step.abs() / 2**20, bias.abs() / 2**30).clamp(min=2.0**-100)
-        weight, bias = (torch.round(v / unit).long() for v in (step, bias))
-        ends = torch.stack([weight * end for end in grid_in.extent])
+        acc_scale = torch.maximum(step.abs() / 2**20, offset.abs() / 2**30).clamp(min=2.0**-100)
+        weight = torch.round(step / acc_scale).long()
+        bias = torch.round(offset / acc_scale).long()
+        products = torch.stack([weight * bound for bound in grid_in.extent])
+        extent = (products.amin(0) + bias.clamp(max=0), products.amax(0) + bias.clamp(min=0))
         shape = [-1] + [1] * (dim - 2)
-        extent = (ends.amin(0) + bias.clamp(max=0), ends.amax(0) + bias.clamp(min=0))
-        super().__init__(name, out, unit.view(shape), extent, rounding)
+        super().__init__(name, out, acc_scale.view(shape), extent, rounding)
         self.zero_point_in = grid_in.zero_point
         self.bias_bits = signed_bits(int(bias.min()), int(bias.max()))
         self.weight_bits = signed_bits(int(weight.min()), int(weight.max()))
@@ -186,7 +220,7 @@ class Affine(Operation):
         return (x.int() - self.zero_point_in) * self.weight + self.bias
 
 
-# ---- Without weights --------------------------------------------------------------------------------------------------------
+# ---- Without weights -----------------------------------------------------------------------------
 
 
 class Requantize(Operation):
@@ -202,26 +236,34 @@ class Requantize(Operation):
         return x.int() - self.zero_point_in
 
 
-def add_rescaled(a, b, zero_points, multipliers, shifts, rounding):
-    """Both operands with 20 fractional bits on the common scale 2 * max(s_a, s_b), and their sum; int32."""
-    terms = [multiply((x.int() - z) << ADD_SHIFT, q, s, rounding) for x, z, q, s in zip((a, b), zero_points, multipliers, shifts)]
-    return (terms[0] + terms[1]).int()
-
-
 class Add(Operation):
-    """The residual add as TensorFlow Lite computes it: operands shifted left by 20, rescaled to 2 * max(s_a, s_b), added, requantized."""
+    """The residual add as TensorFlow Lite computes it.
+
+    Operands are shifted left by 20, rescaled to 2 * max(s_a, s_b), added, requantized.
+    """
 
     kind = "add"
 
     def __init__(self, name, grids_in, out, rounding):
-        scales = [g.scale for g in grids_in]
-        common = 2 * max(scales)
-        largest = sum(max(-g.extent[0], g.extent[1]) * 2**ADD_SHIFT * g.scale / common + 1 for g in grids_in)
+        scales = torch.tensor([grid.scale for grid in grids_in], dtype=torch.float64)
+        common = 2 * scales.max().item()
+        largest = sum(max(-g.extent[0], g.extent[1]) * 2**ADD_SHIFT * g.scale / common + 1
+                      for g in grids_in)
         super().__init__(name, out, common / 2**ADD_SHIFT, (-largest, largest), rounding)
-        multipliers, shifts = fixed_point(torch.tensor(scales, dtype=torch.float64) / common)
+        zero_points = torch.tensor([grid.zero_point for grid in grids_in], dtype=torch.int32)
+        multipliers, shifts = fixed_point(scales / common)
         self.register_buffer("multipliers", multipliers)
         self.register_buffer("shifts", shifts)
-        self.register_buffer("zero_points", torch.tensor([g.zero_point for g in grids_in], dtype=torch.int32))
+        self.register_buffer("zero_points", zero_points)
 
     def accumulate(self, a, b):
         return add_rescaled(a, b, self.zero_points, self.multipliers, self.shifts, self.rounding)
+
+
+def add_rescaled(a, b, zero_points, multipliers, shifts, rounding):
+    """int32 sum of codes of both operands on the scale 2 * max(s_a, s_b) / 2^20."""
+    total = 0
+    for i, x in enumerate((a, b)):
+        wide = (x.int() - zero_points[i]) << ADD_SHIFT
+        total = total + multiply(wide, multipliers[i], shifts[i], rounding)
+    return total.int()

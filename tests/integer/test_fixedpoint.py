@@ -1,4 +1,6 @@
-"""Fixed-point multiplication against exact rational arithmetic, over the whole int32 range, and gemmlowp's published vectors."""
+"""Fixed-point multiplication against exact rational arithmetic, over the whole int32 range, and
+gemmlowp's published vectors.
+"""
 
 import math
 from fractions import Fraction
@@ -9,16 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import quantlab as ql
-from quantlab.integer.fixedpoint import (
-    INT32_MAX,
-    INT32_MIN,
-    divide_by_power_of_two,
-    doubling_high_mul,
-    fixed_point,
-    multiply,
-    requantize,
-    signed_bits,
-)
+from quantlab.integer import fixedpoint
+from quantlab.integer.fixedpoint import INT32_MAX, INT32_MIN, fixed_point, multiply, signed_bits
 
 int32 = st.integers(INT32_MIN, INT32_MAX)
 mantissa = st.integers(2**30, 2**31 - 1)
@@ -63,10 +57,12 @@ def test_double_rounding_is_the_exact_product_rounded_twice(x, q, shift):
 @example(-(2**30), 1)
 @settings(max_examples=800, deadline=None)
 def test_doubling_high_mul(a, b):
-    assert doubling_high_mul(tensor(a), tensor(b)).item() == min(ties_up(Fraction(a * b, 2**31)), INT32_MAX)
-    product, nudge = a * b, 2**30 if a * b >= 0 else 1 - 2**30  # gemmlowp's own formula: nudge, then division that truncates
-    truncated = abs(product + nudge) // 2**31 * (1 if product + nudge >= 0 else -1)
-    assert a == b == INT32_MIN or doubling_high_mul(tensor(a), tensor(b)).item() == truncated
+    found = fixedpoint.doubling_high_mul(tensor(a), tensor(b)).item()
+    assert found == min(ties_up(Fraction(a * b, 2**31)), INT32_MAX)
+    # gemmlowp's own formula: a nudge, then a division that truncates
+    nudged = a * b + (2**30 if a * b >= 0 else 1 - 2**30)
+    truncated = abs(nudged) // 2**31 * (1 if nudged >= 0 else -1)
+    assert a == b == INT32_MIN or found == truncated
 
 
 @given(int32, st.integers(0, 31))
@@ -74,14 +70,16 @@ def test_doubling_high_mul(a, b):
 @example(-3, 1)
 @settings(max_examples=800, deadline=None)
 def test_division_by_a_power_of_two_rounds_ties_away_from_zero(x, exponent):
-    assert divide_by_power_of_two(tensor(x), tensor(exponent)).item() == ties_away(Fraction(x, 2**exponent))
+    found = fixedpoint.divide_by_power_of_two(tensor(x), tensor(exponent)).item()
+    assert found == ties_away(Fraction(x, 2**exponent))
 
 
 def test_the_published_vector():
     """TensorFlow Lite's example of the two modes disagreeing: the exact product is 11.499."""
     x, q, shift = tensor(7984), tensor(1583594044), tensor(-9)
     assert 11.4985 < float(Fraction(7984 * 1583594044, 2**40)) < 11.4995
-    assert multiply(x, q, shift, "double").item() == 12 and multiply(x, q, shift, "single").item() == 11
+    assert multiply(x, q, shift, "double").item() == 12
+    assert multiply(x, q, shift, "single").item() == 11
 
 
 @given(st.floats(2.0**-33, 2.0**30 - 1, exclude_max=True, allow_nan=False))
@@ -116,11 +114,12 @@ def test_a_multiplier_without_fixed_point_form(real):
         fixed_point(real)
 
 
-def test_requantize_broadcasts_per_channel_and_clamps():
+def test_requantization_broadcasts_per_channel_and_clamps():
     acc = torch.tensor([[1000, -1000, 7], [100000, -100000, 8]])
     q, shift = fixed_point(torch.tensor([0.01, 0.02, 0.5], dtype=torch.float64))
-    codes = requantize(acc, q, shift, 10, 0, 255)
-    assert codes.dtype == torch.int32 and codes.tolist() == [[20, 0, 14], [255, 0, 14]], "3.5 goes up, ends are clamped"
+    codes = fixedpoint.Requantization(q, shift, zero_point=10, low=0, high=255)(acc)
+    assert codes.dtype == torch.int32
+    assert codes.tolist() == [[20, 0, 14], [255, 0, 14]], "3.5 goes up, the bounds are clamped"
 
 
 @given(int32, int32)

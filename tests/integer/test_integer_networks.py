@@ -1,0 +1,86 @@
+"""Other networks in integers: every kind of operation, and five of torchvision's, untrained, so
+that the measure is codes.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import equal_codes
+from examples import torchvision_network
+from torch import nn
+
+import quantlab as ql
+from quantlab.integer import proof
+from quantlab.integer.network import to_integer
+
+
+class Tangle(nn.Module):
+    """Functional and module forms, reused ReLUs, concat of what is stored and what is not, chunk,
+    shuffles, BatchNorm that cannot be folded.
+    """
+
+    def __init__(self):
+        super().__init__()
+        first = nn.Conv2d(3, 8, 3, padding="same", bias=False)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU6(inplace=True))
+        self.pre = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.a = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.b = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2)
+        self.c = nn.Conv2d(16, 16, (1, 3), stride=(1, 2))
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.relu(self.a(self.relu(self.pre(x))))
+        y += x
+        z = F.relu(self.b(F.max_pool2d(y, 3, 2, 1)))
+        z = torch.cat([z, F.avg_pool2d(y, 3, 2, 1)], 1)
+        first, second = z.chunk(2, 1)
+        z = F.channel_shuffle(torch.cat([second, first + first], dim=1), 4)
+        z = F.hardtanh(F.max_pool2d(self.c(z), 2, ceil_mode=True), -0.5, 0.75)
+        return self.fc(F.adaptive_max_pool2d(z, 1).view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("config", [
+    ql.QuantConfig(8, 8, weight_observer="minmax"), ql.QuantConfig(3, 4, residual_bits=5)], ids=str)
+def test_a_network_of_everything(config):
+    x = torch.randn(4, 3, 15, 15)
+    model = Tangle().train()
+    with torch.no_grad():
+        model(x)  # BatchNorm statistics
+    qmodel = ql.quantize(model.eval(), ql.collect(model, [x]), config)
+    frame = proof.per_operation(qmodel, to_integer(qmodel), [x[:2]])
+    narrowed = {"requantize"} if config.act_bits == 4 else set()
+    assert set(frame.kind) == {"conv", "affine", "add", "cat", "maxpool"} | narrowed
+    assert frame.max_difference.max() <= 1 and frame.share.max() < 2e-3
+    for rounding in ("single", "double"):
+        reference = to_integer(qmodel, rounding).codes(x[:2])
+        for compile in (False, None):
+            imodel = to_integer(qmodel, rounding, "fast", compile=compile)
+            assert equal_codes(imodel.codes(x[:2]), reference)
+    loss = (to_integer(qmodel)(x[:2]) - qmodel(x[:2])).abs().max() / qmodel(x[:2]).abs().max()
+    assert loss < 0.1
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vgg11_bn", "mobilenet_v2", "densenet121", "googlenet"])
+def test_torchvision_networks(name):
+    """Each operation fed the same codes, two images of 64 x 64."""
+    x = torch.randn(4, 3, 64, 64)
+    model = torchvision_network(name, x)
+    if name == "vgg11_bn":  # a narrower classifier: its own has 120 million weights
+        narrow = nn.Linear(25088, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+        model.classifier[0], model.classifier[3], model.classifier[6] = narrow
+    config = ql.QuantConfig(8, 8, weight_observer="minmax")
+    qmodel = ql.quantize(model, ql.collect(model, [x]), config)
+    imodel = to_integer(qmodel, executor="fast")
+    frame = proof.per_operation(qmodel, imodel, [x[:2]])
+    assert frame.max_difference.max() <= 1, frame.nlargest(3, "share").to_string()
+    # the average of four codes on their own grid is a tie every fourth time
+    unexplained = (frame.differing - frame.ties) / frame["values"]
+    farthest = frame.nlargest(3, "from_tie").to_string()
+    assert unexplained.max() < 1e-3 and frame.from_tie.max() < 1e-4, farthest
+    assert set(frame.edge) | {"x"} == {edge for edge, _ in qmodel.quantizers.named_children()}
+    assert equal_codes(imodel.codes(x[:1]), to_integer(qmodel).codes(x[:1]))
+    assert imodel.report((3, 64, 64)).accumulator_bits.max() <= 32
