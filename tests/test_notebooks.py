@@ -57,14 +57,14 @@ def test_every_notebook_with_data_has_the_common_parameters():
 
 def test_badges_and_clone_addresses_come_from_one_place(workbook):
     pyproject = workbook / "pyproject.toml"
-    fork = "https://github.com/somebody/fork"
-    pyproject.write_text(read_text(pyproject).replace(repository_url(), fork))
+    old, fork = repository_url(), "https://github.com/somebody/fork"
+    pyproject.write_text(read_text(pyproject).replace(old, fork))
     files.sync()
     for path in NOTEBOOKS:
         text = read_text(workbook / "notebooks" / path.name)
         badge = "colab.research.google.com/github/somebody/fork/blob/main/notebooks/"
         assert badge + path.name in text
-        assert "https://github.com/somebody/fork workbook" in text
+        assert fork in text and old.removeprefix("https://") not in text
     assert files.sync() == []
 
 

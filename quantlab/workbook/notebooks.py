@@ -148,7 +148,8 @@ def with_address(text, stem=None):
     slug = url.removeprefix("https://github.com/")
     badge = r"(colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+(/blob/)"
     text = re.sub(badge, rf"\g<1>{slug}\g<2>", text)
-    text = re.sub(r"(git clone (?:--?[\w-]+(?: \d+)? )*)https://\S+", rf"\g<1>{url}", text)
+    clone = r"(git clone (?:--?[\w-]+(?: \d+)? )*|address = \")https://[^\s\"]+"
+    text = re.sub(clone, rf"\g<1>{url}", text)
     if stem is None:
         return text
     return re.sub(r"(/blob/main/notebooks/)\w+(\.ipynb)", rf"\g<1>{stem}\g<2>", text)
