@@ -10,26 +10,34 @@
 # # 05 · Activation histograms: what has to fit into a range
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/05_activation_histograms.ipynb)
 #
-# **Question.** What do the values of every layer look like, before and after the ReLU, and what does their shape cost at low bits?
+# **Question.** What do the values of every layer look like, before and after the ReLU, and what does
+# their shape cost at low bits?
 #
-# **Cost.** Half a minute on the digits; with 1,024 calibration images a few minutes on two CPU cores. No test image is looked at.
+# **Cost.** Half a minute on the digits; with 1,024 calibration images a few minutes on two CPU cores. No
+# test image is looked at.
 
 # %%
 import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook; Colab keeps its own torch
-    subprocess.check_call("test -d workbook || git clone --depth 1 https://github.com/TimS-ml/Handwritten-Quantization workbook; pip install -q -e workbook", shell=True)
+if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook
+    address = "https://github.com/TimS-ml/Handwritten-Quantization"
+    fetch = f"test -d workbook || git clone --depth 1 {address} workbook"
+    subprocess.check_call(f"{fetch}; pip install -q -e workbook", shell=True)
     os.chdir("workbook")
     sys.path.insert(0, os.getcwd())
 
 # %%
 import pandas as pd
 import quantlab as ql
-from IPython.display import display
+import torch
 from quantlab import observers, plots
-from quantlab.analysis import distributions
+from quantlab.calibration import collect_edges, watch
+from quantlab.edgestats import EdgeStats
+from quantlab.evaluate import decibels
+from quantlab.graph import find_kinds, folded
+from quantlab.workbook.study import Study, show
 from scipy import stats as statistics
 
 # %% tags=["parameters"]
@@ -40,124 +48,260 @@ seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 bits = 4  # 2 to 8, of the ranges drawn and of the costs in sections 4 and 5
 n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
-n_costs = 0  # images of section 4, which tries 20 ranges on every channel; 0: 32 in a smoke run, 128 in a full one
+n_costs = 0  # images of section 4, with 20 ranges a channel; 0: 32 in a smoke run, 128 in a full one
 n_panels = 20  # layers in section 2, evenly chosen where there are more
 
 # %%
-images = ql.load_data(data)
-smoke = images.smoke if preset == "auto" else preset == "smoke"
-n_calibration = n_calibration or min(256 if smoke else 1024, len(images.train))
-n_costs = n_costs or min(32 if smoke else 128, n_calibration)
-network, card = ql.load_trained(model, images, checkpoint)
+study = Study(
+    data, model, checkpoint, preset,
+    n_calibration=n_calibration, seed=seed, notebook="05_activation_histograms",
+)
+network, n_calibration = study.network, study.n_calibration
+n_costs = min(study.choose(n_costs, smoke=32, full=128), n_calibration)
 
 # %% [markdown]
-# One pass over the folded network. `observe_layers` looks at every convolution and linear layer, found from the graph, and at whatever else a
-# ReLU reads, such as the sum of a residual block. `collect` sees stored values only, which lie behind the ReLU; here each layer has an exact
-# histogram (`EdgeStats`, the same as in `collect`) of its weights, of its values before the ReLU and of those after it, and every channel its
-# extremes and moments.
+# The layers are found from the graph, BatchNorm folded: every convolution and linear layer, and whatever
+# else a ReLU reads, such as the sum of a residual block. Of each we want the values *before* its ReLU and
+# those *after* it.
 
 # %%
-edges, channels = distributions.observe_layers(network, images.calibration(n_calibration, seed), verbose=True)
-relus = channels[channels.point == "after"].drop_duplicates("layer").set_index("layer").relu
-collected = ql.collect(network, images.calibration(n_calibration, seed)).edges
+graph = folded(network)
+kinds = find_kinds(graph)
+clamps = [node for node in reversed(kinds) if kinds[node] == "clamp"]  # of several, the first
+relus = {clamp.args[0].name: clamp.name for clamp in clamps}
+layers = [n.name for n in kinds if kinds[n] == "compute" or n.name in relus]
+modules = {n.name: graph.get_submodule(n.target) for n in kinds if kinds[n] == "compute"}
+weights = {name: module.weight.detach() for name, module in modules.items()}
+stored = {layer: relus.get(layer, layer) for layer in layers}  # the node whose value is stored
+print(f"{len(layers)} layers, {len(relus)} of them with a ReLU")
+
+# %% [markdown]
+# One pass counts them all. `EdgeStats` is an exact histogram: its bins are powers of two wide and merge
+# when the range grows. `ql.collect` sees stored values only; on those both must agree in every bin.
+
+# %%
+names = [*layers, *relus.values()]
+found, _ = collect_edges(graph, names, study.calibration(), verbose=True)
+edges = {}
+for layer in layers:
+    if layer in weights:
+        edges[layer, "weight"] = EdgeStats().update(weights[layer])
+    edges[layer, "before"] = found[layer]
+    if layer in relus:
+        edges[layer, "after"] = found[relus[layer]]
+
+collected = study.stats.edges
 shared = [layer for layer, relu in relus.items() if relu in collected]
-assert shared and all(edges[layer, "after"].bins.equal(collected[relus[layer]].bins) for layer in shared)
-print(f"{channels.layer.nunique()} layers, {len(relus)} of them with a ReLU; "
-      f"{len(shared)} histograms agree with collect's in every bin")
+pairs = [(edges[layer, "after"], collected[relus[layer]]) for layer in shared]
+assert pairs and all(a.bins.equal(b.bins) for a, b in pairs)
+print(f"{len(shared)} histograms agree with collect's in every bin")
+
 
 # %% [markdown]
 # ## 1. Every layer
-# From the input (top) to the logits (bottom), all on one scale in real units. Pale is what the ReLU takes away, coloured what it lets through:
-# the codes are for that part only. The red bar is the range that the squared-error search gives to it.
+# From the input (top) to the logits (bottom), all on one scale in real units. Pale is what the ReLU takes
+# away, coloured what it lets through: the codes are for that part only. The red bar is the range that the
+# squared-error search gives to it.
+
 
 # %%
-density = distributions.densities(edges)
-stored = {layer: edges.get((layer, "after"), edges[layer, "before"]) for layer in channels.layer.unique()}
-ranges = [(layer, *observers.histogram(e, bits)) for layer, e in stored.items()]
+def density(stats, bins=160):
+    """Middle and density of every bin, neighbours added until about `bins` remain."""
+    centers, counts = stats.histogram()
+    size = max(1, len(counts) // bins)
+    group = (stats.first + torch.arange(len(counts))) // size  # aligned: zero is an edge
+    group = group - group[0]
+    total = torch.zeros(int(group[-1]) + 1, dtype=torch.float64)
+    total.index_add_(0, group, counts.double())
+    x = (torch.arange(len(total)) + stats.first // size + 0.5) * size * stats.width
+    return x, total / (size * stats.width * stats.count)
+
+def density_rows(layer, point, bins):
+    stats = edges[layer, point]
+    x, y = density(stats, bins)
+    zeros = stats.zeros / stats.count
+    row = {"order": layers.index(layer), "layer": layer, "point": point}
+    return pd.DataFrame({**row, "x": x, "density": y, "zeros": zeros})
+
+# %%
+densities = pd.concat([density_rows(*key, 160) for key in edges], ignore_index=True)
+as_stored = {layer: found[stored[layer]] for layer in layers}
+ranges = [(layer, *observers.histogram(e, bits)) for layer, e in as_stored.items()]
 ranges = pd.DataFrame(ranges, columns=["layer", "low", "high"])
-text = plots.row_caption(images, model, n_calibration, f"calibration images; {bits}-bit clip ranges; heights: square root")
-plots.save(plots.ridges(density, text, ranges), "05_ridges", images, model)
+about = f"calibration images; {bits}-bit clip ranges"
+text = study.caption(n_calibration, f"{about}; heights: square root")
+study.save(plots.ridges(densities, text, ranges), "05_ridges")
 
 # %% [markdown]
 # ## 2. Before and after
-# The same histograms one by one, on a logarithmic scale, where the tail can be seen. A code that stands for values beyond the dashed lines is
-# not spent; what lies there is clipped. Zeros are counted apart (section 1 gives their share) and not drawn.
+# The same histograms one by one, on a logarithmic scale, where the tail can be seen. A code that stands
+# for values beyond the dashed lines is not spent; what lies there is clipped. Zeros are counted apart and
+# not drawn.
 
 # %%
-behind = ranges[ranges.layer.isin(relus.index)]
+behind = ranges[ranges.layer.isin(relus)]
 every = max(1, -(-len(behind) // n_panels))
-text = plots.row_caption(images, model, n_calibration, f"calibration images; {bits}-bit clip ranges; non-zero values")
-plots.save(plots.layer_histograms(density, behind.iloc[::every], text), "05_before_after", images, model)
+text = study.caption(n_calibration, f"{about}; non-zero values")
+figure = plots.layer_histograms(densities, behind.iloc[::every], text)
+study.save(figure, "05_before_after")
+
 
 # %% [markdown]
 # ## 3. Tails
-# Left: the share of values before the ReLU that lie far from their layer's mean, against a normal distribution with the same deviation. Right:
-# how much of a min-max range behind the ReLU serves one value in 10,000. A ratio of 2 is a bit that nearly nobody uses.
+# Left: the fraction of values before the ReLU that lie far from their layer's mean, against a normal
+# distribution with the same deviation. Right: how much of a min-max range behind the ReLU serves one
+# value in 10,000. A ratio of 2 is a bit that nearly nobody uses.
+
+
+# %%
+def outliers(stats, sigmas=()):
+    """Standard deviation, largest value over the 99.99 % quantile, fractions beyond k std."""
+    centers, counts = stats.histogram()
+    values = torch.cat([centers, torch.zeros(1, dtype=torch.float64)])
+    share = torch.cat([counts, torch.tensor([stats.zeros])]).double() / stats.count
+    mean = values @ share
+    std = ((values - mean).square() @ share).sqrt()
+    size, order = values.abs().sort()
+    at = torch.searchsorted(share[order].cumsum(0), 0.9999).clamp(max=len(size) - 1)
+    ratio = max(max(-stats.minimum, stats.maximum) / float(size[at]), 1.0)
+    distance = (values - mean).abs()
+    beyond = {f"beyond_{k}": float(share[distance > k * std].sum()) for k in sigmas}
+    return {"std": float(std), "max_over_p": ratio, **beyond}
 
 # %%
 sigmas = (3, 4, 6)
-before = pd.DataFrame({layer: distributions.outliers(edges[layer, "before"], sigmas) for layer in stored}).T
-after = pd.DataFrame({layer: distributions.outliers(e, sigmas) for layer, e in stored.items()}).T
-tail = before.assign(max_over_p=after.max_over_p).rename_axis("layer").reset_index()
-tail = tail.assign(order=range(len(tail)))
+tail = pd.DataFrame([outliers(edges[layer, "before"], sigmas) for layer in layers])
+largest = [outliers(stats)["max_over_p"] for stats in as_stored.values()]
+tail = tail.assign(max_over_p=largest, layer=layers, order=range(len(layers)))
 normal = {k: 2 * statistics.norm.sf(k) for k in sigmas}
-text = plots.row_caption(images, model, n_calibration, "calibration images; left: before the ReLU, right: as stored")
-plots.save(plots.tails(tail, text, normal), "05_tails", images, model)
+text = study.caption(n_calibration, "calibration images; left: before the ReLU, right: as stored")
+study.save(plots.tails(tail, text, normal), "05_tails")
 
 # %% [markdown]
 # ## 4. Channels
-# One range serves all channels of an activation. A channel whose largest value is a quarter of the layer's has a quarter of the codes, two
-# bits fewer. *Dead* channels are zero on every calibration image. What a range for each channel would gain is measured, not estimated: both
-# sides take the best of the same 20 shares of their extremes. (Integer convolutions cannot use it, because they add over the channels of their
-# input; equalisation moves some of it into the weights.)
+# One range serves all channels of an activation. A channel whose largest value is a quarter of the
+# layer's has a quarter of the codes, two bits fewer. *Dead* channels are zero on every calibration image.
 
 # %%
-live = channels[channels.point.eq("after") | channels.point.eq("before") & ~channels.layer.isin(relus.index)]
-size = live[["minimum", "maximum"]].abs().max(axis=1)
-share = (size / size.groupby(live.layer).transform("max")).fillna(0)
-costs = distributions.range_costs(network, images.calibration(n_costs, seed), channels, bits, verbose=True)
-activations = costs[costs.point != "weight"]
+low, high = {}, {}  # of every channel of every stored value
+layer_of = {node: layer for layer, node in stored.items()}
+
+def extremes(node, value):
+    layer = layer_of[node]
+    bottom, top = value.transpose(0, 1).flatten(1).aminmax(dim=1)
+    low[layer] = torch.minimum(low.get(layer, bottom), bottom)
+    high[layer] = torch.maximum(high.get(layer, top), top)
+
+watch(graph, layer_of, extremes, study.calibration())
+size = {layer: torch.maximum(-low[layer], high[layer]).cpu() for layer in layers}
+channels = pd.concat([
+    pd.DataFrame({
+        "order": i, "layer": layer, "channel": range(len(size[layer])),
+        "share": (size[layer] / size[layer].max().clamp(min=1e-30)).numpy(),
+    })
+    for i, layer in enumerate(layers)
+], ignore_index=True)
+
+# %%
+behind_relu = channels[channels.layer.isin(relus)]
+dead = behind_relu[behind_relu.share == 0].groupby("layer", sort=False).channel
+dead = dead.agg(["count", list]).rename(columns={"count": "dead channels", "list": "which"})
+show(dead if len(dead) else "no dead channel")
+
+
+# %% [markdown]
+# What a range for each channel would gain is measured, not estimated: both sides take the best of the
+# same 20 fractions of their extremes. (Integer convolutions cannot use it, because they add over the
+# channels of their input; equalisation moves some of it into the weights.)
+
+
+# %%
+def squared_errors(x, low, high):
+    """Of x [C, values]: sum of squares, and the error of the best range and of the best ranges."""
+    errors = {"tensor": [], "channel": []}
+    for fraction in torch.arange(1, 21) / 20:
+        for key, a, b, axis in (
+            ("tensor", low.min(), high.max(), None), ("channel", low, high, 0),
+        ):
+            q = ql.choose_qparams(a * fraction, b * fraction, bits, axis=axis).to(x.device)
+            error = (ql.fake_quantize(x, q) - x).square().sum(1, dtype=torch.float64)
+            errors[key].append(error.cpu())
+    signal = x.double().square().sum(1).cpu()
+    return torch.stack([*errors["tensor"], *errors["channel"], signal])
+
+# %%
+sums = {}
+
+def measure(node, value):
+    layer = layer_of[node]
+    x = value.transpose(0, 1).flatten(1)
+    lost = squared_errors(x, low[layer].cpu(), high[layer].cpu())
+    sums[layer, "activations"] = sums.get((layer, "activations"), 0) + lost
+
+watch(graph, layer_of, measure, study.calibration(n=n_costs))
+for layer, weight in weights.items():
+    x = weight.flatten(1)
+    bottom, top = (v.cpu() for v in x.aminmax(dim=1))
+    sums[layer, "weights"] = squared_errors(x, bottom, top)
+
+# %%
+rows = []
+for (layer, what), total in sums.items():
+    tensor, channel = total[:20].sum(1).min(), total[20:40].amin(0).sum()
+    by_tensor, by_channel = (
+        decibels(total[-1].sum(), noise.clamp(min=1e-300)) for noise in (tensor, channel)
+    )
+    row = {"order": layers.index(layer), "layer": layer, "what": what}
+    rows.append({**row, "tensor_db": by_tensor, "channel_db": by_channel})
+costs = pd.DataFrame(rows)
+costs = costs.assign(gain_db=costs.channel_db - costs.tensor_db)
+costs = costs.assign(gain_bits=costs.gain_db / decibels(4, 1))  # a bit halves the step
 assert (costs.gain_db > -0.01).all(), "more ranges never cost"
-text = plots.row_caption(images, model, n_calibration, f"calibration images (costs: {n_costs:,}); values as stored")
-figure = plots.channel_spread(live.assign(share=share), activations, text, bits)
-plots.save(figure, "05_channels", images, model)
 
 # %%
-dead = live[(size == 0) & (live.relu != "")].groupby("layer", sort=False).channel.agg(["count", list])
-display(dead.rename(columns={"count": "dead channels", "list": "which"}) if len(dead) else "no dead channel")
-activations.nlargest(6, "gain_db").drop(columns="order").round(2)
+activations = costs[costs.what == "activations"]
+text = f"calibration images (costs: {n_costs:,}); values as stored"
+figure = plots.channel_spread(channels, activations, study.caption(n_calibration, text), bits)
+study.save(figure, "05_channels")
+show(activations.nlargest(6, "gain_db").drop(columns=["order", "what"]).round(2))
 
 # %% [markdown]
 # ## 5. Weights beside activations
-# Both in standard deviations, the scale on which a range costs: the wider it is, the fewer codes lie where the values are. The red ticks are
-# the extremes.
+# Both in standard deviations, the scale on which a range costs: the wider it is, the fewer codes lie
+# where the values are. The red ticks are the extremes.
 
 # %%
-std = pd.Series({key: distributions.outliers(e)["std"] for key, e in edges.items()})
-coarse = distributions.densities(edges, bins=80)
-z = coarse.assign(z=coarse.x / std.loc[pd.MultiIndex.from_frame(coarse[["layer", "point"]])].to_numpy())
-both = z[z.layer.isin(channels[channels.point == "weight"].layer)]
-text = plots.row_caption(images, model, n_calibration, "calibration images; BatchNorm folded; heights: square root")
-plots.save(plots.weights_beside_activations(both, text), "05_weights_activations", images, model)
+shown = [key for key in edges if key[0] in weights]
+parts = []
+for key in shown:
+    coarse = density_rows(*key, 80)
+    parts.append(coarse.assign(z=coarse.x / outliers(edges[key])["std"]))
+both = pd.concat(parts, ignore_index=True)
+text = "calibration images; BatchNorm folded; heights: square root"
+figure = plots.weights_beside_activations(both, study.caption(n_calibration, text))
+study.save(figure, "05_weights_activations")
 
 # %%
-kinds = costs.assign(what=costs.point.map({"weight": "weights"}).fillna("activations"))
-table = kinds.groupby("what")[["tensor_db", "channel_db", "gain_db", "gain_bits"]].median()
-table.rename_axis(f"median over layers, {bits} bits").round(2)
+columns = ["tensor_db", "channel_db", "gain_db", "gain_bits"]
+table = costs.groupby("what")[columns].median()
+show(table.rename_axis(f"median over layers, {bits} bits").round(2))
 
 # %% [markdown]
 # ## What we learned
 
 # %%
-heavy, spread = tail.loc[tail.max_over_p.idxmax()], activations.loc[activations.gain_db.idxmax()]
-zeros = pd.Series({layer: edges[layer, "after"].zeros / edges[layer, "after"].count for layer in relus.index})
-print(f"- A ReLU leaves {zeros.median():.0%} zeros in the median layer, {zeros.min():.0%} to {zeros.max():.0%}.")
-print(f"- Beyond 4 sigma lie up to {tail.beyond_4.max():.2%} of a layer's values; {normal[4]:.4%} of a normal distribution.")
-print(f"- {heavy.layer}'s largest value is {heavy.max_over_p:.1f} times its 99.99 % quantile, the most of all layers.")
-print(f"- {dead['count'].sum():.0f} of {live.relu.ne('').sum():,} channels behind a ReLU are dead.")
-print(f"- One range for all channels costs {table.gain_db['activations']:.1f} dB ({table.gain_bits['activations']:.2f} bits) "
-      f"in the median layer at {bits} bits, most in {spread.layer}: {spread.gain_db:.1f} dB. "
-      f"For weights: {table.gain_db['weights']:.1f} dB.")
+zeros = pd.Series([edges[la, "after"].zeros / edges[la, "after"].count for la in relus])
+print(f"- A ReLU leaves {zeros.median():.0%} zeros in the median layer, ", end="")
+print(f"{zeros.min():.0%} to {zeros.max():.0%}.")
+print(f"- Beyond 4 sigma lie up to {tail.beyond_4.max():.2%} of a layer's values; ", end="")
+print(f"{normal[4]:.4%} of a normal distribution.")
+heavy = tail.loc[tail.max_over_p.idxmax()]
+print(f"- {heavy.layer}'s largest value is {heavy.max_over_p:.1f} times its 99.99 % quantile.")
+print(f"- {dead['dead channels'].sum():.0f} of {len(behind_relu):,} channels are dead.")
+gains = table.gain_db
+worst = activations.loc[activations.gain_db.idxmax()]
+print(f"- One range for all channels costs {gains['activations']:.1f} dB at {bits} bits, ", end="")
+print(f"most in {worst.layer}: {worst.gain_db:.1f} dB. For weights: {gains['weights']:.1f} dB.")
 
 # %% [markdown]
-# Next: [11_report](11_report.ipynb), everything measured so far on one page.
+# Next: [06_learned_rounding](06_learned_rounding.ipynb), how a few bits can be made to hold.
