@@ -21,7 +21,8 @@ import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook
+# fetch the workbook
+if "google.colab" in sys.modules and not os.path.isdir("quantlab"):
     address = "https://github.com/TimS-ml/Handwritten-Quantization"
     fetch = f"test -d workbook || git clone --depth 1 {address} workbook"
     subprocess.check_call(f"{fetch}; pip install -q -e workbook", shell=True)
@@ -81,18 +82,18 @@ plots.save(grid, "images_train", images)
 
 # %%
 def describe(network):
-    layers = [
-        m for m in network.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))
-    ]
+    kinds = (torch.nn.Conv2d, torch.nn.Linear)
+    layers = [m for m in network.modules() if isinstance(m, kinds)]
+    names = [type(m).__name__ for m in network.modules()]
     parameters = sum(p.numel() for p in network.parameters())
     return {
         "convolutions and linear layers": len(layers),
-        "residual adds": sum(type(m).__name__.endswith(("Block", "neck")) for m in network.modules()),
+        "residual adds": names.count("BasicBlock") + names.count("Bottleneck"),
         "parameters": f"{parameters:,}",
         "MB in float32": round(4 * parameters / 1e6, 2),
     }
 
-networks = {name: ql.load_model(name, num_classes=10) for name in ("resnet20", "resnet50")}
+networks = {name: ql.load_model(name) for name in ("resnet20", "resnet50")}
 show(pd.DataFrame({name: describe(network) for name, network in networks.items()}))
 
 # %% [markdown]
@@ -118,11 +119,11 @@ for name in ("conv1", "bn1", "relu"):
 # %%
 network = networks[model].train()
 optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, nesterov=True)
-generator = torch.Generator().manual_seed(seed)
+generator, mean = torch.Generator().manual_seed(seed), images.train.mean
 batch = torch.linspace(0, len(images.train) - 1, 32).long()  # of every class
 losses = []
 for step in range(6):
-    pixels = augment(images.train.images[batch], generator, 2, False, 0, images.train.mean)
+    pixels = augment(images.train.images[batch], generator, 2, False, 0, mean)
     logits = network(images.train.normalize(pixels))
     loss = F.cross_entropy(logits, images.train.labels[batch])
     optimizer.zero_grad()
@@ -145,7 +146,8 @@ assert losses[-1] < losses[0], "a step on these images makes them easier"
 # %%
 path = ql.find_checkpoint(model, images) if checkpoint == "auto" else checkpoint
 if path is None or retrain:
-    config = default_config(model, images, seed=seed, **({"epochs": epochs} if epochs else {}))
+    changes = {"epochs": epochs} if epochs else {}
+    config = default_config(model, images, seed=seed, **changes)
     path = ql.root() / "checkpoint" / f"{model}-{images.name}.safetensors"
     ql.train(config, images, path)
 study = Study(images, model, path, preset, seed=seed, notebook="01_train")
@@ -199,7 +201,8 @@ chosen = torch.cat([wrong, right])
 titles = [images.classes[i] for i in baseline.predictions[chosen].tolist()]
 marked = [True] * len(wrong) + [False] * len(right)
 caption = f"{plots.data_label(images)}: predictions, mistakes in red"
-study.save(plots.image_grid(test.images[chosen], titles, marked, caption), "images_predictions")
+grid = plots.image_grid(test.images[chosen], titles, marked, caption)
+study.save(grid, "images_predictions")
 
 # %% [markdown]
 # ## 7. The float row
@@ -217,10 +220,16 @@ correct = pd.Series(baseline.correct.numpy(), dtype=float)
 by_class = correct.groupby(test.labels.numpy()).mean()
 best, worst = images.classes[by_class.idxmax()], images.classes[by_class.idxmin()]
 smoke = " (smoke run)" if images.smoke else ""
-print(f"- {model}: {baseline.top1:.2f} % on {baseline.n:,} test images of {images.name}{smoke}.")
+print(
+    f"- {model}: {baseline.top1:.2f} % on {baseline.n:,} test images of "
+    f"{images.name}{smoke}."
+)
 print(f"- It is best at {best} and worst at {worst}.")
 sizes = ", ".join(f"{size * bits / 32e6:.2f} at {bits}" for bits in (8, 4, 3))
-print(f"- Its weights take {size / 1e6:.2f} MB in float32; by bits they would take {sizes}.")
+print(
+    f"- Its weights take {size / 1e6:.2f} MB in float32; by bits they would take "
+    f"{sizes}."
+)
 
 # %% [markdown]
 # Next: [02_builtin_int8](02_builtin_int8.ipynb), what PyTorch itself makes of this network.

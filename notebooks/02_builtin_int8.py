@@ -20,7 +20,8 @@ import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook
+# fetch the workbook
+if "google.colab" in sys.modules and not os.path.isdir("quantlab"):
     address = "https://github.com/TimS-ml/Handwritten-Quantization"
     fetch = f"test -d workbook || git clone --depth 1 {address} workbook"
     subprocess.check_call(f"{fetch}; pip install -q -e workbook", shell=True)
@@ -101,7 +102,9 @@ if ready["eager"]:
     with torch.no_grad():
         difference = (fused(sample) - network(sample)).abs().max().item()
         spread = network(sample).std().item()
-    print(f"largest difference of a logit: {difference:.1e}, of a spread of {spread:.1f}")
+    print(
+        f"largest difference of a logit: {difference:.1e}, of a spread of {spread:.1f}"
+    )
     assert difference < 1e-3 * spread
 
 # %% [markdown]
@@ -154,7 +157,7 @@ if ready["eager"]:
 if ready["eager"]:
     with torch.no_grad():
         assert torch.equal(wrapped(sample), fused(sample)), "observers only look"
-    print(wrapped.module.conv1[0].weight.dtype, "weights, logits equal to those of the fused model")
+    print(wrapped.module.conv1[0].weight.dtype, "weights, and the fused model's logits")
 
 # %% [markdown]
 # ## 6. Convert
@@ -166,7 +169,8 @@ networks = {"float": network}
 if ready["eager"]:
     from torch.ao.quantization import convert
 
-    torch.backends.quantized.engine = engine  # the kernels that the converted modules are packed for
+    # the kernels that the converted modules are packed for
+    torch.backends.quantized.engine = engine
     networks["eager int8"] = convert(wrapped)
     print(networks["eager int8"].module.conv1)
 
@@ -178,7 +182,10 @@ if ready["eager"]:
 if ready["eager"]:
     weight = networks["eager int8"].module.conv1.weight()
     codes = weight.int_repr()
-    print(f"weight: {tuple(weight.shape)}, {weight.dtype}, codes {codes.min()} to {codes.max()}")
+    print(
+        f"weight: {tuple(weight.shape)}, {weight.dtype}, codes {codes.min()} to "
+        f"{codes.max()}"
+    )
     if weight.qscheme() == torch.per_channel_affine:
         scales = weight.q_per_channel_scales()
     else:  # engines for ARM have one scale for the whole tensor
@@ -191,7 +198,8 @@ if ready["eager"]:
 
 # %%
 if ready["eager"]:
-    folded = next(m for m in fused.modules() if isinstance(m, nn.Conv2d)).weight.detach()
+    first = next(m for m in fused.modules() if isinstance(m, nn.Conv2d))
+    folded = first.weight.detach()
     steps = folded * (1 / scales.float()).view(-1, 1, 1, 1)
     by_hand = torch.round(steps).clamp(-128, 127).int()
     agree = (by_hand == codes).double().mean()
@@ -225,10 +233,10 @@ for name, own in columns.items():
     own["n_calibration"] = study.n_calibration
 
 # %%
-rows = [
-    study.row(result, name, baseline=baseline, bytes=sizes[name], **columns.get(name, {}))
-    for name, result in evaluations.items()
-]
+rows = []
+for name, result in evaluations.items():
+    own = {"baseline": baseline, "bytes": sizes[name], **columns.get(name, {})}
+    rows.append(study.row(result, name, **own))
 show(brief(study.record_rows(rows)))
 
 # %% [markdown]
@@ -239,7 +247,8 @@ show(brief(study.record_rows(rows)))
 # %%
 table = pd.DataFrame([
     {
-        "method": name, "top1": e.top1, "bytes": sizes[name], "images_per_s": e.images_per_s,
+        "method": name, "top1": e.top1, "bytes": sizes[name],
+        "images_per_s": e.images_per_s,
         "points lost": ql.paired_drop(baseline.correct, e.correct)[0],
     }
     for name, e in evaluations.items()

@@ -21,7 +21,8 @@ import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook
+# fetch the workbook
+if "google.colab" in sys.modules and not os.path.isdir("quantlab"):
     address = "https://github.com/TimS-ml/Handwritten-Quantization"
     fetch = f"test -d workbook || git clone --depth 1 {address} workbook"
     subprocess.check_call(f"{fetch}; pip install -q -e workbook", shell=True)
@@ -52,7 +53,8 @@ weight_bits = 4  # 2 to 8, for the network in section 6
 act_bits = 4  # 2 to 8
 observer = "histogram"  # minmax, percentile or histogram
 n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
-n_seeds = 0  # calibration seeds in section 8; 0: one in a smoke run, three in a full one
+# calibration seeds in section 8; 0: one in a smoke run, three in a full one
+n_seeds = 0
 
 # %%
 study = Study(
@@ -132,7 +134,7 @@ show(pd.DataFrame(table).T.round(3))
 
 # %%
 inside = (x >= x_hat.min()) & (x <= x_hat.max())
-assert ((x_hat - x)[inside].abs() <= s / 2 + 1e-6).all(), "the error is at most scale / 2"
+assert ((x_hat - x)[inside].abs() <= s / 2 + 1e-6).all(), "at most half a step"
 assert fake_quantize(torch.zeros(1), s, z, 4) == 0, "zero is exact"
 assert torch.equal(fake_quantize(x_hat, s, z, 4), x_hat), "what has a code keeps it"
 
@@ -168,7 +170,10 @@ largest = weight.abs().flatten(1).amax(1)  # of every output channel
 s = (largest / top).view(-1, *[1] * (weight.dim() - 1))
 w_hat = torch.clamp(torch.round(weight / s), -top, top) * s
 q = ql.choose_qparams(-largest, largest, bits=8, symmetric=True, axis=0)
-print(f"{name}: {tuple(weight.shape)}, {len(largest)} scales from {s.min():.5f} to {s.max():.5f}")
+print(
+    f"{name}: {tuple(weight.shape)}, {len(largest)} scales from {s.min():.5f} to "
+    f"{s.max():.5f}"
+)
 close = torch.isclose(w_hat, ql.fake_quantize(weight, q), rtol=1e-5, atol=0)
 assert close.float().mean() > 0.999, "ql does the same, but for ties"
 
@@ -200,7 +205,8 @@ def tradeoff(bits, fraction):
     q = ql.choose_qparams(low, high, bits, symmetric=True)
     clipping = (weight.abs() - q.scale * q.qmax).clamp(min=0).square().mean().item()
     total = (ql.fake_quantize(weight, q) - weight).square().mean().item()
-    return {"bits": bits, "share": fraction, "clipping": clipping, "rounding": total - clipping}
+    parts = {"clipping": clipping, "rounding": total - clipping}
+    return {"bits": bits, "share": fraction, **parts}
 
 fractions = torch.linspace(0.1, 1, 91).tolist()
 curve = pd.DataFrame(tradeoff(b, f) for b, f in itertools.product((8, 4, 3), fractions))
@@ -215,7 +221,8 @@ study.save(picture, "03_tradeoff", data=study.card.trained_on)
 # %%
 def weight_error(bits, **options):
     low, high = observers.weight_range(weight, bits, **options)
-    q = ql.choose_qparams(low, high, bits, symmetric=True, axis=0 if low.dim() else None)
+    axis = 0 if low.dim() else None
+    q = ql.choose_qparams(low, high, bits, symmetric=True, axis=axis)
     noise = ql.fake_quantize(weight, q) - weight
     return decibels(weight.square().sum(), noise.square().sum())
 
@@ -228,11 +235,12 @@ choices = {
 
 # %%
 ratios = pd.DataFrame({
-    f"{bits} bits": {name: weight_error(bits, **options) for name, options in choices.items()}
+    f"{bits} bits": {name: weight_error(bits, **how) for name, how in choices.items()}
     for bits in (8, 6, 4, 3)
 })
 show(ratios.rename_axis("signal to noise, dB").round(1))
-gain = (ratios.iloc[-1] - ratios.iloc[0]) / decibels(4, 1)  # a bit halves the step: 6.02 dB
+# a bit halves the step: 6.02 dB
+gain = (ratios.iloc[-1] - ratios.iloc[0]) / decibels(4, 1)
 gains = ", ".join(f"{g:.1f} bits at {b}" for b, g in gain.items())
 print("the two choices together are worth", gains)
 
@@ -254,7 +262,7 @@ with torch.no_grad():
     together = F.conv2d(sample, w, b, conv.stride, conv.padding)
 print(f"largest difference {(separate - together).abs().max():.1e}")
 assert torch.allclose(separate, together, atol=1e-4)
-assert torch.allclose(w, graph.conv1.weight, rtol=1e-5), "ql folds in float64; else the same"
+assert torch.allclose(w, graph.conv1.weight, rtol=1e-5), "ql folds in float64"
 
 # %% [markdown]
 # Now the same in codes. An 8-bit code times an 8-bit code has 16 bits; the sum over all inputs of an
@@ -290,7 +298,9 @@ steps = {
     "accumulator": signed_bits(accumulator),
 }
 error = (result - together.relu()).abs().max()
-print(f"largest error behind the ReLU: {error:.4f}, of values up to {together.max():.2f}")
+print(
+    f"largest error behind the ReLU: {error:.4f}, of values up to {together.max():.2f}"
+)
 show(pd.Series(steps, name="bits needed").to_frame())
 
 # %% [markdown]
@@ -300,7 +310,8 @@ show(pd.Series(steps, name="bits needed").to_frame())
 
 # %%
 w_hat, b_hat = ql.fake_quantize(w, q_w), (codes_b * bias_scale).float()
-simulated = F.conv2d(ql.fake_quantize(sample, q_x), w_hat, b_hat, conv.stride, conv.padding)
+x_hat = ql.fake_quantize(sample, q_x)
+simulated = F.conv2d(x_hat, w_hat, b_hat, conv.stride, conv.padding)
 print(f"integer against simulated: {(simulated.relu() - result).abs().max():.1e}")
 assert torch.allclose(simulated.relu(), result.float(), atol=1e-4)
 
@@ -321,8 +332,9 @@ stats = study.stats
 edge_name = max(stats.edges, key=lambda name: tail(stats.edges[name]))
 edge = stats.edges[edge_name]
 print(
-    f"{len(stats.edges)} edges; {edge_name} has the longest tail: {edge.count:,} values, "
-    f"{edge.zeros / edge.count:.0%} of them zero, up to {edge.maximum:.2f}"
+    f"{len(stats.edges)} edges; {edge_name} has the longest tail: "
+    f"{edge.count:,} values, {edge.zeros / edge.count:.0%} of them zero, "
+    f"up to {edge.maximum:.2f}"
 )
 
 # %% [markdown]
@@ -343,18 +355,23 @@ def error_of_range(low, high, bits):
     return ((lost.square() * counts).sum() / edge.count).item()
 
 def search(bits, steps=60):
-    """Step three: both ends of the range, each on a grid of fractions of the extremes."""
+    """Step three: both ends of the range, each on a grid of fractions."""
     fractions = [(i + 1) / steps for i in range(steps)]
     lows = [edge.minimum * f for f in fractions] if edge.minimum < 0 else [0.0]
     highs = [edge.maximum * f for f in fractions]
-    return min(itertools.product(lows, highs), key=lambda pair: error_of_range(*pair, bits))
+    pairs = itertools.product(lows, highs)
+    return min(pairs, key=lambda pair: error_of_range(*pair, bits))
 
 # %%
 by_hand = search(act_bits)
 by_ql = observers.histogram(edge, act_bits)
 clip = observers.percentile(edge, act_bits)
-for label, ends in {"search": by_hand, "ql's search": by_ql, "percentile": clip}.items():
-    print(f"{label:12} {ends[0]:.3f} to {ends[1]:.3f}, error {error_of_range(*ends, act_bits):.3e}")
+choices = {"search": by_hand, "ql's search": by_ql, "percentile": clip}
+for label, ends in choices.items():
+    print(
+        f"{label:12} {ends[0]:.3f} to {ends[1]:.3f}, error "
+        f"{error_of_range(*ends, act_bits):.3e}"
+    )
 assert error_of_range(*by_ql, act_bits) <= 1.001 * error_of_range(*by_hand, act_bits)
 
 # %%
@@ -364,7 +381,8 @@ ranges = pd.DataFrame(found, columns=["observer", "low", "high"])
 text = f"values on edge {edge_name} from {study.n_calibration:,} calibration images; "
 text = study.caption(edge.count, text + f"ranges for {act_bits} bits")
 title = f"Where to clip? Edge {edge_name}"
-study.save(plots.clip_histogram(edge, ranges, text, title, "activation"), "03_activation_edge")
+figure = plots.clip_histogram(edge, ranges, text, title, "activation")
+study.save(figure, "03_activation_edge")
 
 
 # %% [markdown]
@@ -380,7 +398,7 @@ def edge_error(observer, bits):
 errors = pd.DataFrame({
     f"{bits} bits": {o: edge_error(o, bits) for o in OBSERVERS} for bits in (8, 6, 4, 3)
 })
-assert (errors.loc["histogram"] <= errors.min() * 1.001).all(), "best on its own criterion"
+assert (errors.loc["histogram"] <= errors.min() * 1.001).all(), "its own criterion"
 show(errors.style.format("{:.2e}"))
 
 # %% [markdown]
@@ -466,7 +484,10 @@ table = frame.groupby(["observer", "bits"], sort=False).agg(
 show(table.assign(kB=table.kB / 1e3).round(2))
 
 # %%
-text = f"test images, {study.n_calibration:,} calibration images, {n_seeds} calibration seed(s)"
+text = (
+    f"test images, {study.n_calibration:,} calibration images, {n_seeds} calibration "
+    "seed(s)"
+)
 text = study.caption(baseline.n, text + ", residual stream 8 bits")
 study.save(plots.accuracy_by_bits(frame, text), "03_accuracy_by_bits")
 
@@ -477,9 +498,13 @@ study.save(plots.accuracy_by_bits(frame, text), "03_accuracy_by_bits")
 means = table["drop"].unstack("observer")
 for bits in (8, 4, 3):
     losses = means.loc[bits].sort_values().items()
-    print(f"- {bits} bits, points lost:", ", ".join(f"{v:+.2f} with {o}" for o, v in losses))
+    listed = ", ".join(f"{v:+.2f} with {o}" for o, v in losses)
+    print(f"- {bits} bits, points lost: {listed}")
 kilobytes = table.kB.xs(4, level="bits").mean() / 1e3
-print(f"- Weights at 4 bits take {kilobytes:,.0f} kB, scales and biases included; ", end="")
+print(
+    f"- Weights at 4 bits take {kilobytes:,.0f} kB, scales and biases "
+    "included; ", end=""
+)
 print(f"in float they take {in_float / 1e3:,.0f} kB.")
 
 # %% [markdown]

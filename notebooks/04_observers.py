@@ -20,7 +20,8 @@ import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook
+# fetch the workbook
+if "google.colab" in sys.modules and not os.path.isdir("quantlab"):
     address = "https://github.com/TimS-ml/Handwritten-Quantization"
     fetch = f"test -d workbook || git clone --depth 1 {address} workbook"
     subprocess.check_call(f"{fetch}; pip install -q -e workbook", shell=True)
@@ -49,12 +50,15 @@ model = "resnet20"  # resnet20 or resnet50
 checkpoint = "auto"  # auto, or the path of a .safetensors file
 seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
-bits = 4  # 2 to 8, of the activations in sections 1, 3, 5 and of everything in section 6
-edge = "auto"  # name of an edge for sections 1 to 3, 7, 8; auto: the one with the longest tail
+# 2 to 8, of the activations in sections 1, 3, 5 and of everything in section 6
+bits = 4
+# name of an edge for sections 1 to 3, 7, 8; auto: the one with the longest tail
+edge = "auto"
 observer = "histogram"  # of the figure in section 8
 clip_share = 1.0  # of that observer's range, in section 8; 0.1 to 1.5
 n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
-n_seeds = 0  # of sections 4 and 5; 0: one calibration seed in a smoke run, three in a full one
+# of sections 4 and 5; 0: one calibration seed in a smoke run, three in a full one
+n_seeds = 0
 
 # %%
 study = Study(
@@ -78,7 +82,8 @@ seeds = range(seed, seed + n_seeds)
 # %%
 def tail(name):
     e = stats.edges[name]
-    return e.maximum / observers.percentile(e, bits)[1] if e.minimum >= 0 < e.maximum else 0
+    never_negative = e.minimum >= 0 < e.maximum
+    return e.maximum / observers.percentile(e, bits)[1] if never_negative else 0
 
 edge = max(stats.edges, key=tail) if edge == "auto" else edge
 chosen = stats.edges[edge]
@@ -86,7 +91,8 @@ decisions = [(o, *setter(chosen, bits)) for o, setter in observers.OBSERVERS.ite
 ranges = pd.DataFrame(decisions, columns=["observer", "low", "high"])
 about = f"values on edge {edge} from {n_calibration:,} calibration images"
 text = study.caption(chosen.count, f"{about}; ranges for {bits} bits")
-figure = plots.clip_histogram(chosen, ranges, text, f"Where to clip? Edge {edge}", "activation")
+title = f"Where to clip? Edge {edge}"
+figure = plots.clip_histogram(chosen, ranges, text, title, "activation")
 study.save(figure, "04_clip_ranges")
 
 
@@ -113,8 +119,8 @@ fractions = torch.linspace(0.03, 1, 98, dtype=torch.float64)
 def split(width):
     low, high = fractions * min(chosen.minimum, 0), fractions * chosen.maximum
     clipping, rounding = observers.split_error(chosen, low, high, width)
-    columns = {"bits": width, "share": fractions, "clipping": clipping, "rounding": rounding}
-    return pd.DataFrame(columns)
+    parts = {"clipping": clipping, "rounding": rounding}
+    return pd.DataFrame({"bits": width, "share": fractions, **parts})
 
 curve = pd.concat([split(b) for b in (8, 4, 3, 2)], ignore_index=True)
 text = study.caption(chosen.count, f"values on edge {edge}")
@@ -148,13 +154,16 @@ def measure(observer, act_bits, stats, s):
     size = ql.weight_bytes(qmodel)
     return study.row(study.evaluate(qmodel), "by hand", config, seed=s, bytes=size)
 
-statistics = {s: stats if s == seed else ql.collect(network, study.calibration(s)) for s in seeds}
+statistics = {s: ql.collect(network, study.calibration(s)) for s in seeds}
 grid = list(itertools.product(observers.OBSERVERS, (8, 4, 3), seeds))
 rows = [measure(o, b, statistics[s], s) for o, b, s in tqdm(grid)]
 frame = study.record_rows(rows).assign(bits=lambda f: f.act_bits.astype(int))
 
 # %%
-text = f"test images, weights 8 bits, {n_calibration:,} calibration images, {n_seeds} seed(s)"
+text = (
+    f"test images, weights 8 bits, {n_calibration:,} calibration images, {n_seeds} "
+    "seed(s)"
+)
 text = study.caption(study.baseline.n, text)
 figure = plots.accuracy_by_bits(frame, text, "bits of the activations (weights 8)")
 study.save(figure, "04_accuracy_by_observer")
@@ -220,8 +229,11 @@ for node in qmodel.graph.nodes:
     before[node] = set().union(*(before[n] for n in node.all_input_nodes))
     if node in quantizers:
         most = max((noise[n] for n in before[node]), default=0.0)
-        added[node] = decibels(noise[node], most) if most and noise[node] else float("nan")
+        lossy = most > 0 and noise[node] > 0
+        added[node] = decibels(noise[node], most) if lossy else float("nan")
         before[node] = {node}
+
+# %%
 report = pd.DataFrame([
     {
         "edge": edge_name(node), "role": qmodel.plan.stores.get(origins[node], "read"),
@@ -260,7 +272,7 @@ print(f"{len(values)} batches of 8 images, {seen.count:,} values; torch.ao {stat
 
 # %%
 def torch_range(batches, width):
-    """(low, high) that torch.ao's observer chooses after these batches, in this order."""
+    """(low, high) that torch.ao's observer chooses after these batches."""
     top = 2**width - 1
     observer = HistogramObserver(dtype=torch.quint8, quant_min=0, quant_max=top)
     for batch in batches:
@@ -308,7 +320,8 @@ def upper_ends(batches):
 
 # %%
 generator = torch.Generator().manual_seed(0)
-growing = [torch.randn(2000, generator=generator) ** 3 * 2 ** (i / 4) for i in range(16)]
+tensors = [torch.randn(2000, generator=generator) ** 3 for _ in range(16)]
+growing = [x * 2 ** (i / 4) for i, x in enumerate(tensors)]
 cases = {edge: values, "heavy tail": growing}
 orders = {
     "as drawn": lambda batches: batches,
@@ -316,11 +329,13 @@ orders = {
     "largest batch first": lambda batches: sorted(batches, key=lambda x: -x.max()),
     "largest batch last": lambda batches: sorted(batches, key=lambda x: x.max()),
 }
+
+# %%
 pairs = itertools.product(cases, orders)
 ends = {(case, order): upper_ends(orders[order](cases[case])) for case, order in pairs}
 names = ["upper end of the range at 8 bits", "order"]
 order_table = pd.DataFrame(ends).T.rename_axis(names)
-assert (order_table.ours.groupby(level=0).nunique() == 1).all(), "ours: one in every order"
+assert (order_table.ours.groupby(level=0).nunique() == 1).all(), "one in every order"
 show(order_table.style.format("{:.4g}"))
 
 # %% [markdown]
@@ -349,16 +364,25 @@ for b in (8, 4, 3):
     print(f"- Activations at {b} bits, weights at 8, points lost: ", end="")
     print(f"{lost[b].min():+.2f} with {best}, {lost[b].max():+.2f} with {worst}.")
 last = enough[enough.observer == "histogram"].groupby("n").top1.mean()
-print(f"- With histogram, {last.index[0]} images give {last.iloc[0]:.2f} % on held-out images, ", end="")
+print(
+    f"- With histogram, {last.index[0]} images give {last.iloc[0]:.2f} % on "
+    "held-out images, ", end=""
+)
 print(f"{last.index[-1]:,} give {last.iloc[-1]:.2f} %.")
 low = report.loc[report.sqnr.idxmin()]
-print(f"- At W{bits}A{bits} the noisiest edge is {low.edge} ({low.role}, {low.bits} bits): ", end="")
+print(
+    f"- At W{bits}A{bits} the noisiest edge is {low.edge} ({low.role}, "
+    f"{low.bits} bits): ", end=""
+)
 print(f"{low.sqnr:.1f} dB, {low.own_sqnr:.1f} dB of its own.")
 
 # %%
 if HistogramObserver:
     ratio = levels["mean squared error"].PyTorch / levels["mean squared error"].ours
-    print(f"- On {edge}, PyTorch's observer leaves {ratio[8]:.2f} times our squared error at ", end="")
+    print(
+        f"- On {edge}, PyTorch's observer leaves {ratio[8]:.2f} times our "
+        "squared error at ", end=""
+    )
     print(f"8 bits, {ratio[4]:.1f} times at 4 and {ratio[3]:.1f} times at 3.")
 largest, smallest = (getattr(order_table.groupby(level=0), f)() for f in ("max", "min"))
 apart = (largest / smallest - 1).drop(columns="ours")
@@ -366,7 +390,10 @@ for case, row in apart.iterrows():
     moved = ", ".join(f"{fraction:.1%} ({name})" for name, fraction in row.items())
     print(f"- {case}: the order of batches moves the upper end by {moved}; ours stays.")
 weight = 0.99 ** (len(values) - 1)
-print(f"- After {len(values)} batches the first holds {weight:.0%} of a moving average, c = 0.01.")
+print(
+    f"- After {len(values)} batches the first holds {weight:.0%} of a moving average, "
+    "c = 0.01."
+)
 
 # %% [markdown]
 # Next: [05_activation_histograms](05_activation_histograms.ipynb), every layer's distribution and what its

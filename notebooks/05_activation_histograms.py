@@ -21,7 +21,8 @@ import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook
+# fetch the workbook
+if "google.colab" in sys.modules and not os.path.isdir("quantlab"):
     address = "https://github.com/TimS-ml/Handwritten-Quantization"
     fetch = f"test -d workbook || git clone --depth 1 {address} workbook"
     subprocess.check_call(f"{fetch}; pip install -q -e workbook", shell=True)
@@ -48,7 +49,8 @@ seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 bits = 4  # 2 to 8, of the ranges drawn and of the costs in sections 4 and 5
 n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
-n_costs = 0  # images of section 4, with 20 ranges a channel; 0: 32 in a smoke run, 128 in a full one
+# images of section 4, with 20 ranges a channel; 0: 32 in a smoke run, 128 in a full one
+n_costs = 0
 n_panels = 20  # layers in section 2, evenly chosen where there are more
 
 # %%
@@ -67,12 +69,15 @@ n_costs = min(study.choose(n_costs, smoke=32, full=128), n_calibration)
 # %%
 graph = folded(network)
 kinds = find_kinds(graph)
-clamps = [node for node in reversed(kinds) if kinds[node] == "clamp"]  # of several, the first
+# of several, the first
+clamps = [node for node in reversed(kinds) if kinds[node] == "clamp"]
 relus = {clamp.args[0].name: clamp.name for clamp in clamps}
 layers = [n.name for n in kinds if kinds[n] == "compute" or n.name in relus]
-modules = {n.name: graph.get_submodule(n.target) for n in kinds if kinds[n] == "compute"}
+compute = [node for node in kinds if kinds[node] == "compute"]
+modules = {node.name: graph.get_submodule(node.target) for node in compute}
 weights = {name: module.weight.detach() for name, module in modules.items()}
-stored = {layer: relus.get(layer, layer) for layer in layers}  # the node whose value is stored
+# the node whose value is stored
+stored = {layer: relus.get(layer, layer) for layer in layers}
 print(f"{len(layers)} layers, {len(relus)} of them with a ReLU")
 
 # %% [markdown]
@@ -106,10 +111,11 @@ print(f"{len(shared)} histograms agree with collect's in every bin")
 
 # %%
 def density(stats, bins=160):
-    """Middle and density of every bin, neighbours added until about `bins` remain."""
-    centers, counts = stats.histogram()
+    """Middle and density of bins, neighbours added until about `bins` remain."""
+    counts = stats.histogram()[1]
     size = max(1, len(counts) // bins)
-    group = (stats.first + torch.arange(len(counts))) // size  # aligned: zero is an edge
+    # aligned: zero is an edge
+    group = (stats.first + torch.arange(len(counts))) // size
     group = group - group[0]
     total = torch.zeros(int(group[-1]) + 1, dtype=torch.float64)
     total.index_add_(0, group, counts.double())
@@ -155,7 +161,7 @@ study.save(figure, "05_before_after")
 
 # %%
 def outliers(stats, sigmas=()):
-    """Standard deviation, largest value over the 99.99 % quantile, fractions beyond k std."""
+    """Deviation, largest value over the 99.99 % quantile, fractions beyond k std."""
     centers, counts = stats.histogram()
     values = torch.cat([centers, torch.zeros(1, dtype=torch.float64)])
     share = torch.cat([counts, torch.tensor([stats.zeros])]).double() / stats.count
@@ -174,7 +180,8 @@ tail = pd.DataFrame([outliers(edges[layer, "before"], sigmas) for layer in layer
 largest = [outliers(stats)["max_over_p"] for stats in as_stored.values()]
 tail = tail.assign(max_over_p=largest, layer=layers, order=range(len(layers)))
 normal = {k: 2 * statistics.norm.sf(k) for k in sigmas}
-text = study.caption(n_calibration, "calibration images; left: before the ReLU, right: as stored")
+text = "calibration images; left: before the ReLU, right: as stored"
+text = study.caption(n_calibration, text)
 study.save(plots.tails(tail, text, normal), "05_tails")
 
 # %% [markdown]
@@ -193,6 +200,8 @@ def extremes(node, value):
     high[layer] = torch.maximum(high.get(layer, top), top)
 
 watch(graph, layer_of, extremes, study.calibration())
+
+# %%
 size = {layer: torch.maximum(-low[layer], high[layer]).cpu() for layer in layers}
 channels = pd.concat([
     pd.DataFrame({
@@ -205,7 +214,8 @@ channels = pd.concat([
 # %%
 behind_relu = channels[channels.layer.isin(relus)]
 dead = behind_relu[behind_relu.share == 0].groupby("layer", sort=False).channel
-dead = dead.agg(["count", list]).rename(columns={"count": "dead channels", "list": "which"})
+names = {"count": "dead channels", "list": "which"}
+dead = dead.agg(["count", list]).rename(columns=names)
 show(dead if len(dead) else "no dead channel")
 
 
@@ -217,14 +227,14 @@ show(dead if len(dead) else "no dead channel")
 
 # %%
 def squared_errors(x, low, high):
-    """Of x [C, values]: sum of squares, and the error of the best range and of the best ranges."""
+    """Of x [C, values]: the error of every range, by tensor and by channel, and the signal."""
     errors = {"tensor": [], "channel": []}
     for fraction in torch.arange(1, 21) / 20:
-        for key, a, b, axis in (
-            ("tensor", low.min(), high.max(), None), ("channel", low, high, 0),
-        ):
-            q = ql.choose_qparams(a * fraction, b * fraction, bits, axis=axis).to(x.device)
-            error = (ql.fake_quantize(x, q) - x).square().sum(1, dtype=torch.float64)
+        for key, a, b in (("tensor", low.min(), high.max()), ("channel", low, high)):
+            axis = 0 if key == "channel" else None
+            q = ql.choose_qparams(a * fraction, b * fraction, bits, axis=axis)
+            error = (ql.fake_quantize(x, q.to(x.device)) - x).square()
+            error = error.sum(1, dtype=torch.float64)
             errors[key].append(error.cpu())
     signal = x.double().square().sum(1).cpu()
     return torch.stack([*errors["tensor"], *errors["channel"], signal])
@@ -248,11 +258,11 @@ for layer, weight in weights.items():
 rows = []
 for (layer, what), total in sums.items():
     tensor, channel = total[:20].sum(1).min(), total[20:40].amin(0).sum()
-    by_tensor, by_channel = (
-        decibels(total[-1].sum(), noise.clamp(min=1e-300)) for noise in (tensor, channel)
-    )
+    signal = total[-1].sum()
     row = {"order": layers.index(layer), "layer": layer, "what": what}
-    rows.append({**row, "tensor_db": by_tensor, "channel_db": by_channel})
+    row["tensor_db"] = decibels(signal, tensor.clamp(min=1e-300))
+    row["channel_db"] = decibels(signal, channel.clamp(min=1e-300))
+    rows.append(row)
 costs = pd.DataFrame(rows)
 costs = costs.assign(gain_db=costs.channel_db - costs.tensor_db)
 costs = costs.assign(gain_bits=costs.gain_db / decibels(4, 1))  # a bit halves the step
@@ -261,7 +271,8 @@ assert (costs.gain_db > -0.01).all(), "more ranges never cost"
 # %%
 activations = costs[costs.what == "activations"]
 text = f"calibration images (costs: {n_costs:,}); values as stored"
-figure = plots.channel_spread(channels, activations, study.caption(n_calibration, text), bits)
+text = study.caption(n_calibration, text)
+figure = plots.channel_spread(channels, activations, text, bits)
 study.save(figure, "05_channels")
 show(activations.nlargest(6, "gain_db").drop(columns=["order", "what"]).round(2))
 
@@ -293,15 +304,27 @@ show(table.rename_axis(f"median over layers, {bits} bits").round(2))
 zeros = pd.Series([edges[la, "after"].zeros / edges[la, "after"].count for la in relus])
 print(f"- A ReLU leaves {zeros.median():.0%} zeros in the median layer, ", end="")
 print(f"{zeros.min():.0%} to {zeros.max():.0%}.")
-print(f"- Beyond 4 sigma lie up to {tail.beyond_4.max():.2%} of a layer's values; ", end="")
+print(
+    f"- Beyond 4 sigma lie up to {tail.beyond_4.max():.2%} of a layer's "
+    "values; ", end=""
+)
 print(f"{normal[4]:.4%} of a normal distribution.")
 heavy = tail.loc[tail.max_over_p.idxmax()]
-print(f"- {heavy.layer}'s largest value is {heavy.max_over_p:.1f} times its 99.99 % quantile.")
+print(
+    f"- {heavy.layer}'s largest value is {heavy.max_over_p:.1f} times its 99.99 % "
+    "quantile."
+)
 print(f"- {dead['dead channels'].sum():.0f} of {len(behind_relu):,} channels are dead.")
 gains = table.gain_db
 worst = activations.loc[activations.gain_db.idxmax()]
-print(f"- One range for all channels costs {gains['activations']:.1f} dB at {bits} bits, ", end="")
-print(f"most in {worst.layer}: {worst.gain_db:.1f} dB. For weights: {gains['weights']:.1f} dB.")
+print(
+    f"- One range for all channels costs {gains['activations']:.1f} dB at "
+    f"{bits} bits, ", end=""
+)
+print(
+    f"most in {worst.layer}: {worst.gain_db:.1f} dB. For weights: "
+    f"{gains['weights']:.1f} dB."
+)
 
 # %% [markdown]
 # Next: [06_learned_rounding](06_learned_rounding.ipynb), how a few bits can be made to hold.
