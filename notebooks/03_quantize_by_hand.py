@@ -306,7 +306,7 @@ show(pd.Series(steps, name="bits needed").to_frame())
 # %% [markdown]
 # The accumulator stays far below the 32 bits it gets. Fake quantization computes the same thing in
 # float, from the values of the codes; that is what every accuracy below is measured with, and
-# [07](07_integer_only.ipynb) proves it for the whole network:
+# [09](09_integer_only.ipynb) proves it for the whole network:
 
 # %%
 w_hat, b_hat = ql.fake_quantize(w, q_w), (codes_b * bias_scale).float()

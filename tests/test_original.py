@@ -20,12 +20,12 @@ from quantlab.workbook import results, tables
 
 @pytest.fixture(scope="module")
 def notebook():
-    """The functions and classes that notebook 08 shows, as they stand in its source."""
-    tree = ast.parse(read_text(CHECKOUT / "notebooks" / "08_original_experiment.py"))
+    """The functions and classes that notebook 10 shows, as they stand in its source."""
+    tree = ast.parse(read_text(CHECKOUT / "notebooks" / "10_original_experiment.py"))
     functions = {"squared_error", "greedy_search", "Running", "hist", "fake_hist", "follow", "training_pass"}
     tree.body = [node for node in tree.body if getattr(node, "name", None) in functions]
     names = {"np": np, "torch": torch, "bisect": bisect, "ql": ql, "ptq": ptq, "functools": functools}
-    exec(compile(tree, "notebook 08", "exec"), names)
+    exec(compile(tree, "notebook 10", "exec"), names)
     assert functions <= set(names)
     return names
 
@@ -195,7 +195,7 @@ def test_search_knows_that_half_of_signed_codes_are_of_no_use(bits):
 def test_steps_of_a_study_stay_out_of_the_headline(digits, resnet20):
     card = ql.load_card(CHECKOUT / "checkpoint" / "resnet20-digits.safetensors")
     baseline = ql.evaluate(resnet20, digits.test, limit=50)
-    common = dict(data=digits, model="resnet20", card=card, baseline=baseline, result=baseline, notebook="08_original_experiment")
+    common = dict(data=digits, model="resnet20", card=card, baseline=baseline, result=baseline, notebook="10_original_experiment")
     names = [("original", "4bit hist"), ("original", "8bit hist"), ("ablation", "W4A4 ladder: a step"), ("by hand", "")]
     rows = [results.make_row(**common, method=m, corrections=c, config=ql.QuantConfig(4, 4)) for m, c in names]
     table = tables.headline(pd.DataFrame(rows))

@@ -74,7 +74,7 @@ def original():
 
 
 def original_table(frame):
-    """The original's rows beside ours its way and the right way (notebook 08), of every network,
+    """The original's rows beside ours its way and the right way (notebook 10), of every network,
     the original's own first: a frame of strings; empty before that notebook has run.
     """
     frame = results.current(frame)

@@ -7,8 +7,8 @@
 # ---
 
 # %% [markdown]
-# # 06 · Low bits that hold
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/06_low_bit.ipynb)
+# # 07 · Low bits that hold
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/07_low_bit_methods.ipynb)
 #
 # **Question.** How much of what 4, 3 and 2 bits cost can be won back without training, by which method, and why do papers disagree about it?
 #
@@ -244,7 +244,7 @@ def measure(method, config, s, **more):
         qmodel = build(method, config, s, state)
         result = ql.evaluate(qmodel, images.test, limit=limit)
         row = results.make_row(data=images, model=model, card=card, baseline=baseline, result=result, method="by hand", config=config,
-                               n_calibration=n_calibration, seed=s, bytes=ql.weight_bytes(qmodel), notebook="06_low_bit", **label)
+                               n_calibration=n_calibration, seed=s, bytes=ql.weight_bytes(qmodel), notebook="07_low_bit_methods", **label)
         units = getattr(qmodel, "reconstruction", pd.DataFrame()).to_dict("records")
         heldout = ql.evaluate(qmodel, images.heldout, limit=limit).top1 if method.split(" + ")[0] in LEARNED else None
         return row | {"units": units, "heldout": heldout, "right": np.packbits(result.correct.numpy()).tobytes().hex()}
@@ -316,7 +316,7 @@ for which in wanted.split(",") if "rivals" in sections else []:
         continue
     result = ql.evaluate(converted, images.test, limit=limit, on="cpu")
     rival_rows.append(results.make_row(data=images, model=model, card=card, baseline=baseline, result=result, method=method, weight_bits=8,
-                                       act_bits=8, n_calibration=n_calibration, seed=seed, bytes=size, notebook="06_low_bit"))
+                                       act_bits=8, n_calibration=n_calibration, seed=seed, bytes=size, notebook="07_low_bit_methods"))
 results.record(rival_rows)[["method", "top1", "drop", "drop_low", "drop_high"]].round(2) if rival_rows else "not measured"
 
 
@@ -351,7 +351,7 @@ if len(everything):
     more = f"test images, {n_calibration:,} calibration images, learned: {iterations:,} iterations a unit; paired 95 % intervals, means of up to {everything.seed.nunique()} seeds"
     text = plots.row_caption(images, model, baseline.n, more)
     figure = lowbit.methods_by_width(everything.assign(method=everything.name), rival_frame, text)
-    display(plots.save(figure, "06_methods_by_width", images, model))
+    display(plots.save(figure, "07_methods_by_width", images, model))
 
 
 # %% [markdown]
@@ -443,7 +443,7 @@ if {"sensitivity", "pareto"} & set(sections):
     chosen = mixed.allocate(by_operations, uniform_operations(4, 4))
     more = "training images; darker is worse; green: least total error within the bit operations of W4A4"
     text = plots.row_caption(images, model, n_sensitivity, more)
-    display(plots.save(lowbit.sensitivity_map(sensitivity, text, chosen), "06_sensitivity_map", images, model))
+    display(plots.save(lowbit.sensitivity_map(sensitivity, text, chosen), "08_sensitivity_map", images, model))
 
 # %% [markdown]
 # The same question asked of the accuracy, on held-out images: what is lost when only one layer is quantized, and how much of the whole
@@ -457,7 +457,7 @@ if "sensitivity" in sections:
     one = mixed.layer_accuracy(network, calibration(seed)[1], images.heldout, config, some, limit=n_heldout, verbose=True)
     more = f"held-out images, W3A3, residual stream 8 bits{', every sixth layer' if smoke else ''}; paired 95 % intervals"
     text = plots.row_caption(images, model, n_heldout, more)
-    display(plots.save(lowbit.layer_accuracy(one, text), "06_layer_accuracy", images, model))
+    display(plots.save(lowbit.layer_accuracy(one, text), "08_layer_accuracy", images, model))
 
 
 # %% [markdown]
@@ -494,7 +494,7 @@ if "pareto" in sections:
         points.append(mixed_point("operations", by_operations, uniform_operations(b, b), ql.QuantConfig(8, 8)))
     more = f"test images, {note_of(pareto_method) or 'nearest rounding'}, {n_calibration:,} calibration images, seed {seed}"
     text = plots.row_caption(images, model, baseline.n, more)
-    display(plots.save(lowbit.pareto(pd.DataFrame(points), text), "06_pareto", images, model))
+    display(plots.save(lowbit.pareto(pd.DataFrame(points), text), "08_pareto", images, model))
 
 
 # %% [markdown]
@@ -526,7 +526,7 @@ if "conventions" in sections:
     named = convention_method + (f", {iterations:,} iterations a unit" if convention_method.split(" + ")[0] in LEARNED else " rounding")
     more = f"test images, {named}, {n_calibration:,} calibration images, seed {seed}; paired 95 % intervals"
     text = plots.row_caption(images, model, baseline.n, more)
-    display(plots.save(lowbit.conventions(convention, text), "06_conventions", images, model))
+    display(plots.save(lowbit.conventions(convention, text), "08_conventions", images, model))
     wide = convention.replace("\n", " ", regex=True).set_index(["convention", "width"])[["top1", "gain"]].unstack("width").round(2)
     display(wide.reindex(convention.convention.str.replace("\n", " ").unique()))
 
@@ -608,4 +608,4 @@ if points:
         print(f"- Mixed precision by {axis}: {span} against the best uniform width that costs no more.")
 
 # %% [markdown]
-# Next: [07_integer_only](07_integer_only.ipynb), the same network in integers alone.
+# Next: [09_integer_only](09_integer_only.ipynb), the same network in integers alone.

@@ -7,8 +7,8 @@
 # ---
 
 # %% [markdown]
-# # 07 · Integer-only: the same network without floating point
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/07_integer_only.ipynb)
+# # 09 · Integer-only: the same network without floating point
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/09_integer_only.ipynb)
 #
 # **Question.** Does a machine that has only integers compute what the fake-quantized network simulates, code for code?
 #
@@ -155,7 +155,7 @@ errors = pd.concat(pd.DataFrame({"rounding": mode, "error": (multiply(acc, op.mu
                    for mode in ("single", "double"))
 assert errors[errors.rounding == "single"].error.abs().max() < 0.5 + 1e-6, "single rounding is the nearest code"
 text = plots.row_caption(images, model, n_compared, f"training images, {low}; left: layer {worst}, {inside.sum():,} values that are not clamped")
-plots.save(plots.rounding_modes(errors, layers, text), "07_rounding", images, model)
+plots.save(plots.rounding_modes(errors, layers, text), "09_rounding", images, model)
 
 # %% [markdown]
 # The first step of double rounding makes whole units of the accumulator. With few bits an accumulator holds small numbers, $M$ is large, and
@@ -195,7 +195,7 @@ print(f"{equal} of {count} edges equal, code for code")
 together = pd.concat(proof.end_to_end(qmodels[w], imodel, compared).assign(network=w, rounding=r) for (w, r), imodel in tqdm(imodels.items()))
 depth = pd.concat([alone.assign(fed="same"), together.assign(fed="own")])
 text = plots.row_caption(images, model, n_compared, "training images; 0: not one code differs")
-plots.save(plots.codes_by_depth(depth, text), "07_codes_by_depth", images, model)
+plots.save(plots.codes_by_depth(depth, text), "09_codes_by_depth", images, model)
 
 # %%
 assert alone[alone.rounding == "single"].max_difference.max() <= 1, "under single rounding no operation is more than one code off"
@@ -249,7 +249,7 @@ assert smoke or agreement[agreement.rounding == "single"].in_float64.min() >= 99
 agreement.round(2)
 
 # %%
-common = dict(data=images, model=model, card=card, baseline=baseline, notebook="07_integer_only", n_calibration=n_calibration, seed=seed)
+common = dict(data=images, model=model, card=card, baseline=baseline, notebook="09_integer_only", n_calibration=n_calibration, seed=seed)
 rows = [results.make_row(**common, result=result, method=f"integer only {w}, {r} rounding", config=qmodels[w].config, bytes=ql.weight_bytes(qmodels[w]))
         for (w, r), result in measured.items()]
 results.record(rows)[["method", "top1", "drop", "drop_low", "drop_high"]].round(2)
@@ -261,7 +261,7 @@ results.record(rows)[["method", "top1", "drop", "drop_low", "drop_high"]].round(
 
 # %%
 text = plots.row_caption(images, model, 1, f"image of {' x '.join(map(str, batch.shape[1:]))}, {low}, residual stream 8 bits")
-plots.save(plots.layer_costs(report, text), "07_layer_costs", images, model)
+plots.save(plots.layer_costs(report, text), "09_layer_costs", images, model)
 
 
 # %%
@@ -342,4 +342,4 @@ print(f"- Double rounding alone changes up to {100 * share:.1f} % of the codes o
 print(f"- No layer's accumulator needs more than {sizes['widest accumulator of a layer'].max():.0f} bits.")
 
 # %% [markdown]
-# Next: [11_report](11_report.ipynb), everything measured so far on one page.
+# Next: [13_report](13_report.ipynb), everything measured so far on one page.

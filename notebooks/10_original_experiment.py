@@ -7,8 +7,8 @@
 # ---
 
 # %% [markdown]
-# # 08 · The original experiment
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/08_original_experiment.ipynb)
+# # 10 · The original experiment
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/10_original_experiment.ipynb)
 #
 # **Question.** In 2021 this project published seven rows; at 4 bits its histogram observer fell to 64.62 % while a simple order statistic kept
 # 88.55 %. Why, and what does each of its decisions cost?
@@ -238,7 +238,7 @@ evaluations, rows = {}, []
 
 def add_row(result, method, name, s, n, size, **more):
     rows.append(results.make_row(data=images, model=model, card=card, baseline=baseline, result=result, method=method, corrections=name, seed=s,
-                                 n_calibration=n, bytes=size, notebook="08_original_experiment", **more))
+                                 n_calibration=n, bytes=size, notebook="10_original_experiment", **more))
     results.record(rows[-1:])  # at once: a run that is stopped keeps them
 
 
@@ -301,7 +301,7 @@ table.pivot(index="quantization", columns="way", values=["top1", "drop", "low", 
 # %%
 text = plots.row_caption(images, model, baseline.n, f"test images, {len(seeds)} calibration seed(s) below 8 bits. The original's: ResNet-50 on the official "
                          "CIFAR-10 files, 10,000 test images, one run, from its README")
-plots.save(plots.original_rows(table, text), "08_seven_rows", images, model)
+plots.save(plots.original_rows(table, text), "10_seven_rows", images, model)
 
 
 # %% [markdown]
@@ -350,7 +350,7 @@ codes = {"hist": pair["hist"][edge], "fake-hist": pair["fake_hist"][edge], "ours
 levels = {k: (torch.arange(q.qmin, q.qmax + 1) - q.zero_point.cpu()) * q.scale.cpu() for k, q in codes.items()}
 text = plots.row_caption(images, model, edges[edge].count, f"values on edge {edge}, {n_calibration:,} calibration images; ranges for 4 bits after "
                          f"{n_batches} augmented batches")
-plots.save(plots.code_strips(edges[edge], levels, text, f"The same edge, three sets of codes: {edge}", "activation"), "08_why_hist", images, model)
+plots.save(plots.code_strips(edges[edge], levels, text, f"The same edge, three sets of codes: {edge}", "activation"), "10_why_hist", images, model)
 
 # %% [markdown]
 # ## 4. The ladder
@@ -382,7 +382,7 @@ ladder.pivot(index="step", columns="bits", values=["top1", "change", "low", "hig
 dots = pd.DataFrame([{"bits": b, "step": step, "top1": e.top1} for (step, b, s), e in top.items()])
 text = plots.row_caption(images, model, baseline.n, f"test images, float {baseline.top1:.2f} %; bars: mean of {len(seeds)} calibration seed(s), dots: "
                          "each seed; in brackets the paired 95 % interval of the step")
-plots.save(plots.waterfall(ladder, dots, text), "08_ladder", images, model)
+plots.save(plots.waterfall(ladder, dots, text), "10_ladder", images, model)
 
 
 # %% [markdown]
@@ -443,7 +443,7 @@ alone.pivot(index="repair", columns="end", values=["worth", "low", "high"]).rein
 # %%
 text = plots.row_caption(images, model, baseline.n, f"test images, W4A4, calibration seed {seed}, lines: paired 95 % interval; the original's "
                          f"hist {top[next(iter(LADDER)), 4, seed].top1:.1f} %, ours {top['best range of weights', 4, seed].top1:.1f} %")
-plots.save(plots.repair_bars(alone, text), "08_repairs", images, model)
+plots.save(plots.repair_bars(alone, text), "10_repairs", images, model)
 
 # %% [markdown]
 # **Why a repair can cost.** In the original's places the input of a ReLU is rounded, and what leaves the ReLU again. With the same signed codes on
@@ -502,4 +502,4 @@ print(f"- Added up one by one, the repairs of the original are worth {sides[ends
       f"together they are worth {gap:.2f}. The difference is interaction.")
 
 # %% [markdown]
-# Next: [11_report](11_report.ipynb), everything measured so far on one page.
+# Next: [13_report](13_report.ipynb), everything measured so far on one page.

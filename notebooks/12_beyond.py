@@ -7,8 +7,8 @@
 # ---
 
 # %% [markdown]
-# # 10 · Beyond: dynamic, trained, without data
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/10_beyond.ipynb)
+# # 12 · Beyond: dynamic, trained, without data
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/12_beyond.ipynb)
 #
 # **Question.** What lies beside static post-training quantization: ranges chosen at run time, quantization during training, calibration without
 # data, and what does each cost? And how is PyTorch's own quantization code put together?
@@ -343,7 +343,7 @@ with torch.no_grad():
 assert agree >= 0.98, "frozen and trained are one network, but for codes at a tie"
 assert all(m.step.min() > 0 for m in net.modules() if isinstance(m, LearnedStep))
 outcome = {"PTQ": ql.evaluate(ptq_model, images.test, limit=limit), "QAT": ql.evaluate(qat_model, images.test, limit=limit)}
-common = dict(data=images, model=model, card=card, baseline=baseline, config=config, n_calibration=n_calibration, seed=seed, notebook="10_beyond")
+common = dict(data=images, model=model, card=card, baseline=baseline, config=config, n_calibration=n_calibration, seed=seed, notebook="12_beyond")
 recipe = f"LSQ, {total} steps of 64, Adam {qat_learning_rate:g}"
 rows = results.record([
     results.make_row(**common, result=outcome["PTQ"], method="by hand", bytes=ql.weight_bytes(ptq_model)),
@@ -358,7 +358,7 @@ qat.round(2)
 # %%
 levels = {"float": heldout_top1(network), f"PTQ, {qat_bits} bits": heldout_top1(ptq_model)}
 text = plots.row_caption(images, model, min(1000, len(images.heldout)), f"held-out images; W{qat_bits}A{qat_bits}, residual stream and image 8 bits, {recipe}, one seed")
-plots.save(beyond.fine_tuning(pd.DataFrame(history), levels, text), "10_qat", images, model)
+plots.save(beyond.fine_tuning(pd.DataFrame(history), levels, text), "12_qat", images, model)
 
 
 # %% [markdown]
@@ -409,7 +409,7 @@ def calibrated(source, batches, n, s):
     result = ql.evaluate(qmodel, images.test, limit=limit)
     method = "by hand" if (source, n) == ("real images", n_calibration) else f"W4A4, calibrated on {n:,} {source}"
     row = results.make_row(data=images, model=model, card=card, baseline=baseline, config=four, result=result, seed=s, n_calibration=n,
-                           method=method, bytes=ql.weight_bytes(qmodel), notebook="10_beyond")
+                           method=method, bytes=ql.weight_bytes(qmodel), notebook="12_beyond")
     return {"source": source, "images": n, "top1": result.top1, "float": baseline.top1, "statistics": statistics, "row": row}
 
 
@@ -435,7 +435,7 @@ ranges = pd.DataFrame([{"source": row.source, "order": i, "ratio": high / refere
                        for i, (name, high) in enumerate(upper(row.statistics).items()) if high > 0 < reference[name]])
 more = f"test images, W4A4, residual stream 8 bits, {n_seeds} seed(s), {steps} steps of distillation; ranges: first seed, against {n_calibration:,} real images"
 text = plots.row_caption(images, model, baseline.n, more)
-plots.save(beyond.calibration_sources(without, ranges, text), "10_data_free", images, model)
+plots.save(beyond.calibration_sources(without, ranges, text), "12_data_free", images, model)
 
 # %% [markdown]
 # What a network's statistics remember of its training images, as pictures (of the last seed):
@@ -500,4 +500,4 @@ for name, (table, edges) in tables.items():
     print(f"- {name}: {share:.0%} of the lines are {largest}; {edges.importer[0]} takes most from {edges.imported[0]}.")
 
 # %% [markdown]
-# Next: [11_report](11_report.ipynb), everything measured so far on one page.
+# Next: [13_report](13_report.ipynb), everything measured so far on one page.

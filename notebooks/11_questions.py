@@ -7,8 +7,8 @@
 # ---
 
 # %% [markdown]
-# # 09 · Questions, answered by measuring
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/09_questions.ipynb)
+# # 11 · Questions, answered by measuring
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/11_questions.ipynb)
 #
 # **Question.** The original README asks six questions and answers them in words. What are the answers in numbers?
 #
@@ -212,7 +212,7 @@ decoded = (q_out.scale * (written[at] - q_out.zero_point)).item()
 title = f"{name} + BatchNorm + ReLU in integers, {w_q[0].numel()} products a sum; “here” is one output: code {int(written[at])} = {decoded:.3f}"
 text = plots.row_caption(images, model, len(sample), "calibration images, 8 bits; ranges seen on them, and the worst any input can cause; input and weight of one tap")
 print(f"code {int(written[at])} decodes to {decoded:.4f}; the same layer in float on the unrounded image gives {exact:.4f} (step {q_out.scale.item():.4f})")
-plots.save(questions.dataflow(steps, text, title), "09_dataflow", images, model)
+plots.save(questions.dataflow(steps, text, title), "11_dataflow", images, model)
 
 
 # %% [markdown]
@@ -319,7 +319,7 @@ trade.round(4)
 # %%
 strips = pd.DataFrame({"name": ["min-max, no saturation", "best range, with saturation"], "high": trade.loc[bits, ["whole range", "best range"]].tolist()})
 text = f"{plots.data_label(card.trained_on)}, {model}, layer {name}, n = {weight.numel():,} weights, {bits} bits per tensor"
-plots.save(questions.minmax_strip(weight.flatten().numpy(), strips, bits, text), "09_minmax_strip", card.trained_on, model)
+plots.save(questions.minmax_strip(weight.flatten().numpy(), strips, bits, text), "11_minmax_strip", card.trained_on, model)
 
 # %% [markdown]
 # ## 5. Input and output of one layer, and which error is minimised
@@ -339,7 +339,7 @@ def coded(observer):
     return ql.dequantize(codes, q).numpy(), number.numpy(), q.scale.item() * (q.qmax - int(q.zero_point))
 
 text = plots.row_caption(images, model, edge.count, f"values on edge {edge_name} from {n_calibration:,} calibration images, {bits} bits")
-plots.save(questions.clipped_histograms(edge, {o: coded(o) for o in ("minmax", "histogram")}, text), "09_clipping", images, model)
+plots.save(questions.clipped_histograms(edge, {o: coded(o) for o in ("minmax", "histogram")}, text), "11_clipping", images, model)
 
 # %% [markdown]
 # A range setter minimises the error of the tensor that it sees. What counts is the error behind the layer, and in the end the logits.
@@ -380,7 +380,7 @@ curve = pd.DataFrame(itertools.chain.from_iterable(errors(part, s) for part in m
 
 # %%
 text = plots.row_caption(images, model, len(sample), "calibration images; only the named tensor is rounded, per tensor")
-plots.save(questions.error_by_range(curve, text), "09_error_by_range", images, model)
+plots.save(questions.error_by_range(curve, text), "11_error_by_range", images, model)
 
 # %%
 best = curve.loc[curve.groupby(["part", "measured"], sort=False).sqnr.idxmax()].set_index(["part", "measured"]).share.unstack()
@@ -485,7 +485,7 @@ fused.pivot(index="variant", columns="bits", values="drop").reindex(variants).so
 
 # %%
 text = plots.row_caption(images, model, baseline.n, f"test images; W = A = bits, residual stream 8 bits, {n_calibration:,} calibration images; paired 95 % intervals")
-plots.save(questions.variant_drops(fused, text, "Fused or not: points lost against float"), "09_fused", images, model)
+plots.save(questions.variant_drops(fused, text, "Fused or not: points lost against float"), "11_fused", images, model)
 
 
 # %% [markdown]
@@ -519,7 +519,7 @@ twice.pivot(index="variant", columns="bits", values="drop").reindex(ways).sort_i
 
 # %%
 sound = twice[~twice.variant.str.contains("bug")]
-plots.save(questions.variant_drops(sound, text, "Rounding before and after the ReLU: points lost against float"), "09_before_and_after", images, model)
+plots.save(questions.variant_drops(sound, text, "Rounding before and after the ReLU: points lost against float"), "11_before_and_after", images, model)
 
 # %% [markdown]
 # The original's picture shows the bug: input range $[-1, 1]$, output range $[0, 1]$, and the same code stands for two values. On the right the
@@ -533,7 +533,7 @@ pairs = {"The original's example": (ql.choose_qparams(-1, 1, 8), ql.choose_qpara
 values = {who: [ql.dequantize(torch.tensor(192), q).item() for q in both] for who, both in pairs.items()}
 assert torch.allclose(torch.tensor(values["The original's example"]), torch.tensor([64 * 2 / 255, 192 / 255]))
 text = plots.row_caption(images, model, n_calibration, "calibration images, 8 bits")
-plots.save(questions.two_values(pairs, 192, text), "09_code_192", images, model)
+plots.save(questions.two_values(pairs, 192, text), "11_code_192", images, model)
 
 
 # %% [markdown]
@@ -547,14 +547,14 @@ def cell(weight_bits, act_bits):
     config = ql.QuantConfig(weight_bits=weight_bits, act_bits=act_bits)
     result = ql.evaluate(simulate(True, weight_bits, act_bits), images.test, limit=limit)
     return results.make_row(data=images, model=model, card=card, baseline=baseline, result=result, method="by hand", config=config,
-                            n_calibration=n_calibration, seed=seed, bytes=size[weight_bits], notebook="09_questions")
+                            n_calibration=n_calibration, seed=seed, bytes=size[weight_bits], notebook="11_questions")
 
 WIDTHS = (8, 6, 4, 3, 2)
 size = {w: ql.weight_bytes(ql.quantize(network, stats, ql.QuantConfig(weight_bits=w, observer="minmax", weight_observer="minmax"))) for w in WIDTHS}
 frame = results.record([cell(w, a) for w, a in tqdm(list(itertools.product(WIDTHS, WIDTHS)), desc="heat map")])
 more = f"test images; residual stream and image 8 bits, first and last layer as the rest, {n_calibration:,} calibration images, one seed"
 text = plots.row_caption(images, model, baseline.n, more)
-plots.save(questions.bits_heatmap(frame, text), "09_heatmap", images, model)
+plots.save(questions.bits_heatmap(frame, text), "11_heatmap", images, model)
 
 # %% [markdown]
 # ## What we learned
@@ -578,4 +578,4 @@ low = next((b for b in WIDTHS if lost[b, b] > 1), None)
 print(f"- It breaks at {low} bits (more than one point lost, both at the same width)." if low else "- No width loses more than one point.")
 
 # %% [markdown]
-# Next: [10_beyond](10_beyond.ipynb), what lies beside static post-training quantization.
+# Next: [12_beyond](12_beyond.ipynb), what lies beside static post-training quantization.

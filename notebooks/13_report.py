@@ -7,8 +7,8 @@
 # ---
 
 # %% [markdown]
-# # 11 · Report
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/11_report.ipynb)
+# # 13 · Report
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/13_report.ipynb)
 #
 # **Question.** What has been measured, on what, and how sure is it?
 #
