@@ -111,7 +111,7 @@ def fingerprint(path, cache):
     Kept in the folder `cache` while path, sizes and times of the files stay the same: that saves
     time and decides nothing. Raises UserError when it is no image set, damaged or empty.
     """
-    key = hashlib.sha256(json.dumps(state(path)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(_state(path)).encode()).hexdigest()[:16]
     kept = cache / f"{stem(path)}-{key}.fingerprint"
     if kept.is_file() and len(known := kept.read_text()) == 64:
         return known
@@ -130,7 +130,7 @@ def fingerprint(path, cache):
     return found
 
 
-def state(path):
+def _state(path):
     """What changes when the images' files do: path, sizes and times."""
     files = [file for _, file in _folder_files(path)] if path.is_dir() else [path]
     stats = [(str(f.relative_to(path)), f.stat()) for f in files]

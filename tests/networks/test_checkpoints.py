@@ -159,21 +159,25 @@ def test_every_committed_checkpoint_matches_its_card():
         ql.load_model(card.architecture, file)
 
 
-def test_the_committed_resnet50_is_what_its_card_says():
+@pytest.fixture(scope="module")
+def resnet50():
+    return ql.load_model("resnet50", RESNET50)
+
+
+def test_the_committed_resnet50_is_what_its_card_says(resnet50):
     card = ql.load_card(RESNET50)
     assert files.sha256(RESNET50) == card.sha256
     assert card.n_test == 10_000 and 90 < card.test_top1 < 100 and 90 < card.heldout_top1 < 100
-    model = ql.load_model("resnet50", RESNET50)
-    assert sum(p.numel() for p in model.parameters()) == 23_520_842
-    assert not model.training and all(p.dtype == torch.float32 for p in model.parameters())
+    parameters = list(resnet50.parameters())
+    assert sum(p.numel() for p in parameters) == 23_520_842
+    assert not resnet50.training and all(p.dtype == torch.float32 for p in parameters)
 
 
-def test_the_committed_resnet50_is_as_good_as_its_card_says(jpeg):
+def test_the_committed_resnet50_is_as_good_as_its_card_says(resnet50, jpeg):
     """On 300 test images, whose accuracy is 1.7 points from that of all, one standard deviation."""
     card = ql.load_card(RESNET50)
     assert card.data_fingerprint == jpeg.fingerprint
-    model = ql.load_model("resnet50", RESNET50)
-    assert abs(ql.evaluate(model, jpeg.test, limit=300).top1 - card.test_top1) < 4
+    assert abs(ql.evaluate(resnet50, jpeg.test, limit=300).top1 - card.test_top1) < 4
 
 
 def test_committed_digits_accuracy_is_what_the_card_says(digits, resnet20):
