@@ -1,15 +1,16 @@
-"""Packed low-bit checkpoints: a quantized network in one safetensors file, its weights at 2 to 8 bits each and nothing wasted.
+"""Packed low-bit checkpoints: a quantized network in one safetensors file, weights at 2 to 8 bits.
 
     save_quantized(qmodel, "model.safetensors")
-    qmodel = load_quantized("model.safetensors", model)     # `model`: the float network, any weights
+    qmodel = load_quantized("model.safetensors", model)     # the float network, any weights
 
-    tensors    LAYER.weight        uint8, codes - qmin as one stream of bits, least significant first
-               LAYER.weight_scale  float32 [] or [C]; LAYER.weight_zero_point int32, only where one is not zero
-               LAYER.bias          int32 codes at s_in * s_w, or float32 where the network keeps it so
-               every other tensor of the network (BatchNorm that could not be folded, constants) as it is
-    metadata   "quantlab", JSON: version, sha256, graph, config, layers, quantizers
+    tensors    LAYER.weight        uint8, codes - qmin as one stream of bits (bits.py)
+               LAYER.weight_scale  float32 [] or [C]
+               LAYER.weight_zero_point  int32, only where one is not zero
+               LAYER.bias          int32 codes at s_in * s_w, or float32 where it has none
+               every other tensor of the network (unfolded BatchNorm, constants) as it is
+    metadata   "quantlab", JSON: version, sha256, graph, config, plan, layers, quantizers
 
-Reading executes nothing: the graph is rebuilt from the caller's own model, and the file only fills it.
+Reading executes nothing: the graph is rebuilt from the caller's own model, the file only fills it.
 """
 
 import dataclasses
@@ -19,77 +20,98 @@ import pathlib
 
 import pandas as pd
 import safetensors
-import safetensors.torch
 import torch
+from torch import nn
 
 from quantlab.affine import QParams, dequantize
-from quantlab.graph import folded
 from quantlab.config import QuantConfig
-from quantlab.export.codes import bias_codes, bias_unit, pack, unpack, weight_codes
+from quantlab.export.bits import pack, unpack
+from quantlab.graph import folded
 from quantlab.observers import OBSERVERS, observer_name
-from quantlab.plan import make_plan
-from quantlab.ptq import layers
-from quantlab.quantized import Quantizer, QuantizedNetwork, find_node, weight_bytes
+from quantlab.plan import Plan, make_plan
+from quantlab.quantized import (
+    PREFIX,
+    QuantizedNetwork,
+    add_quantizer,
+    find_node,
+    find_quantizer,
+    weight_bytes,
+)
 from quantlab.system.errors import UserError
 from quantlab.system.files import save_tensors
 
-VERSION = 1
+VERSION = 2  # 1 had no plan: it was the one that make_plan decides
 
-# ---- Save -------------------------------------------------------------------------------------------------------------------
+# ---- Save ----------------------------------------------------------------------------------------
 
 
 def save_quantized(qmodel, path):
-    """Write a quantized network (of `quantize`, corrected or not) as one packed safetensors file, atomically; return the file's bytes.
+    """Write a QuantizedNetwork as one packed safetensors file, atomically; return its bytes.
 
-    Raises UserError when a weight is not the value of one of its codes, so that what is loaded is always exactly what was saved.
+    Raises UserError when a weight is not the value of one of its codes, so that what is loaded is
+    always exactly what was saved.
     """
-    if not hasattr(qmodel, "plan"):
-        raise UserError(f"{type(qmodel).__name__} is not a quantized network; make one with quantize(model, stats, config)")
-    tensors = {k: v for k, v in qmodel.state_dict().items() if not k.startswith("quantizers.")}
-    packed_layers = {}
-    for name in layers(qmodel):
-        node = find_node(qmodel, name)
-        layer = qmodel.get_submodule(node.target)
-        if not hasattr(layer, "weight_qparams"):
-            continue  # left in float
-        q, codes = layer.weight_qparams.to("cpu"), bias_codes(layer, bias_unit(qmodel, node))
-        tensors[f"{node.target}.weight"] = pack(weight_codes(layer) - q.qmin, q.bits)
-        tensors[f"{node.target}.weight_scale"] = q.scale
-        if q.zero_point.any():
-            tensors[f"{node.target}.weight_zero_point"] = q.zero_point
-        if codes is not None:
-            tensors[f"{node.target}.bias"] = codes
-        packed_layers[name] = {"qmin": q.qmin, "qmax": q.qmax, "axis": q.axis, "shape": list(layer.weight.shape)}
+    if not isinstance(qmodel, QuantizedNetwork):
+        raise UserError(
+            f"{type(qmodel).__name__} is not a quantized network; "
+            "make one with quantize(model, stats, config)")
+    tensors = {k: v for k, v in qmodel.state_dict().items() if not k.startswith(PREFIX)}
+    layers = {}
+    for name, layer in qmodel.layers.items():
+        if hasattr(layer, "weight_qparams"):
+            q, target = layer.weight_qparams, find_node(qmodel, name).target
+            tensors |= {f"{target}.{k}": v for k, v in _pack_layer(qmodel, name, q).items()}
+            shape = list(layer.weight.shape)
+            layers[name] = {"qmin": q.qmin, "qmax": q.qmax, "axis": q.axis, "shape": shape}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    config = dataclasses.asdict(qmodel.config) | {"observer": observer_name(qmodel.config.observer)}
-    about = {"version": VERSION, "config": config, "layers": packed_layers, "quantizers": _quantizers(qmodel), "graph": graph_hash(qmodel)}
-    save_tensors(path, tensors, {"quantlab": json.dumps(about | {"sha256": _checksum(tensors, about)})})
+    config = dataclasses.asdict(qmodel.config)
+    config["observer"] = observer_name(qmodel.config.observer)
+    about = {
+        "version": VERSION, "config": config, "plan": dataclasses.asdict(qmodel.plan),
+        "layers": layers, "quantizers": _quantizers(qmodel), "graph": structure_hash(qmodel)}
+    about = json.loads(json.dumps(about, default=sorted))  # sets become lists, in one order
+    about["sha256"] = _checksum(tensors, about)
+    save_tensors(path, tensors, {"quantlab": json.dumps(about)})
     return pathlib.Path(path).stat().st_size
 
 
+def _pack_layer(qmodel, name, q):
+    """What the file holds of a layer: weight, weight_scale and, where they have codes, the rest."""
+    tensors = {"weight": pack(qmodel.codes(name) - q.qmin, q.bits), "weight_scale": q.scale}
+    if q.zero_point.any():
+        tensors["weight_zero_point"] = q.zero_point
+    bias = qmodel.bias_codes(name)
+    return tensors if bias is None else tensors | {"bias": bias}
+
+
 def _quantizers(qmodel):
-    """Every quantizer in order: its node, the node before it in the graph, what it reads, who reads it, and its parameters."""
+    """Every Quantizer in order: its node, the node before it, what it reads, who reads it, q."""
     return [
-        {"target": n.target, "name": n.name, "behind": n.prev.name, "reads": n.args[0].name, "readers": sorted(u.name for u in n.users),
-         "scale": q.scale.item(), "zero_point": q.zero_point.item(), "qmin": q.qmin, "qmax": q.qmax}
-        for n in qmodel.graph.nodes if n.op == "call_module" and isinstance(q := qmodel.get_submodule(n.target), Quantizer)
+        {"target": node.target, "name": node.name, "behind": node.prev.name,
+         "reads": node.args[0].name, "readers": sorted(user.name for user in node.users),
+         "scale": q.scale.item(), "zero_point": q.zero_point.item(), "qmin": q.qmin,
+         "qmax": q.qmax}
+        for node, q in qmodel.quantizer_nodes.items()
     ]
 
 
-def graph_hash(graph):
-    """sha256 of what a network is without its quantizers and the values of its tensors: nodes, arguments, settings of modules, shapes."""
+def structure_hash(graph):
+    """sha256 of what a network is without its Quantizers and the values of its tensors: nodes,
+    arguments, settings of modules, shapes.
+    """
     names, digest = {}, hashlib.sha256()
     for node in graph.graph.nodes:
-        module = graph.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(module, Quantizer):
+        if find_quantizer(graph, node) is not None:
             names[node] = names[node.args[0]]
             continue
         names[node] = node.name
-        arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: names[n])
+        module = graph.get_submodule(node.target) if node.op == "call_module" else None
+        arguments = torch.fx.node.map_arg((node.args, node.kwargs), names.get)
         target = node.target if isinstance(node.target, str) else node.target.__name__
         digest.update(f"{node.op} {node.name} {target} {arguments} {module}\n".encode())
     for name, tensor in graph.state_dict().items():
-        digest.update(b"" if name.startswith("quantizers.") else f"{name} {list(tensor.shape)}\n".encode())
+        if not name.startswith(PREFIX):
+            digest.update(f"{name} {list(tensor.shape)}\n".encode())
     return digest.hexdigest()
 
 
@@ -101,127 +123,164 @@ def _checksum(tensors, about):
     return digest.hexdigest()
 
 
-# ---- Load -------------------------------------------------------------------------------------------------------------------
+# ---- Load ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def load_quantized(path, model):
-    """The quantized network of a packed file: a torch.fx.GraphModule whose logits are bit for bit those of the one that was saved.
+    """The QuantizedNetwork of a packed file, bit for bit the one that was saved.
 
-    model: the float network it was made from; its architecture is needed, its weights are not used. The result lies on its device.
-    Raises UserError for a file that is damaged, of a newer version, no packed checkpoint, or of another architecture.
+    model: the float network it was made from; its architecture is needed, its weights are not used.
+    The result lies on its device. Raises UserError for a file that is damaged, of a newer version,
+    no packed checkpoint, or of another architecture.
     """
     tensors, about = _read(path)
-    config = _current(path, about["config"])
+    config = _config(path, about)
     graph = folded(model)
-    plan = make_plan(graph)
-    if graph_hash(graph) != about["graph"]:
-        raise UserError(f"{path} was saved from another network than this {type(model).__name__}: {_first_difference(graph, about)}")
-    where = next(graph.parameters()).device
+    device = next(graph.parameters()).device
+    if structure_hash(graph) != about["graph"]:
+        raise UserError(
+            f"{path} was saved from another network than this {type(model).__name__}: "
+            f"{_first_difference(graph, about['layers'])}")
+    plan = _plan(about["plan"]) if "plan" in about else make_plan(graph)
     _insert_quantizers(graph.cpu(), about["quantizers"])
+    network = QuantizedNetwork.of(graph, plan, config)
     for name, saved in about["layers"].items():
-        node = find_node(graph, name)
-        layer = graph.get_submodule(node.target)
-        scale = tensors.pop(f"{node.target}.weight_scale")
-        zero_point = tensors.pop(f"{node.target}.weight_zero_point", torch.zeros_like(scale, dtype=torch.int32))
-        q = QParams(scale, zero_point, saved["qmin"], saved["qmax"], saved["axis"])
-        layer.weight_qparams = q.to(where)
-        codes = unpack(tensors[f"{node.target}.weight"], q.bits, layer.weight.numel()) + q.qmin
-        tensors[f"{node.target}.weight"] = dequantize(codes.view(layer.weight.shape), q)
-        if layer.bias is not None and not tensors[f"{node.target}.bias"].is_floating_point():
-            tensors[f"{node.target}.bias"] = (tensors[f"{node.target}.bias"].double() * bias_unit(graph, node)).float()
-    graph.load_state_dict(tensors | {k: v for k, v in graph.state_dict().items() if k.startswith("quantizers.")})
-    graph.recompile()
-    observer = config["observer"] if config["observer"] in OBSERVERS else _unknown_observer(config["observer"])
-    try:
-        config = QuantConfig(**config | {"observer": observer})
-    except TypeError as error:
-        raise UserError(f"{path} was saved with a setting that this quantlab does not know ({error}); update quantlab") from None
-    return QuantizedNetwork.of(graph, plan, config).to(where)
+        _unpack_layer(network, name, tensors, saved)
+    network.load_state_dict(tensors | network.get_submodule("quantizers").state_dict(prefix=PREFIX))
+    for layer in network.layers.values():
+        if hasattr(layer, "weight_qparams"):
+            layer.weight_qparams = layer.weight_qparams.to(device)
+    return network.to(device)
 
 
-def _current(path, config):
-    """The settings of a file as they are named today; UserError for a placement that is gone."""
-    gone = {"placement": "fused", "fold_batchnorm": None, "act_signed": False}
-    for name, only in gone.items():
-        if config.get(name, only) != only:
-            raise UserError(f"{path} was saved with {name}={config[name]!r}, which this quantlab does not know")
-    return {name: value for name, value in config.items() if name not in gone}
+def _unpack_layer(network, name, tensors, saved):
+    """Put weight and bias of a layer into `tensors` in place of their codes; give it its q."""
+    layer, target = network.layers[name], find_node(network, name).target
+    scale = tensors.pop(f"{target}.weight_scale")
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    zero_point = tensors.pop(f"{target}.weight_zero_point", zero_point)
+    q = QParams(scale, zero_point, saved["qmin"], saved["qmax"], saved["axis"])
+    layer.weight_qparams = q
+    codes = unpack(tensors[f"{target}.weight"], q.bits, layer.weight.numel()) + q.qmin
+    tensors[f"{target}.weight"] = dequantize(codes.view(layer.weight.shape), q)
+    bias = tensors.get(f"{target}.bias")
+    if bias is not None and not bias.is_floating_point():
+        tensors[f"{target}.bias"] = (bias.double() * network.bias_scale(name)).float()
 
 
 def _read(path):
-    """(tensors, metadata) of a packed file, version and checksum verified."""
+    """(tensors, description) of a packed file, version and checksum verified."""
+    again = "save it again"
     try:
         with safetensors.safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("quantlab")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path} not found; write one with save_quantized(qmodel, path)") from None
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({str(error)[:100]}); save it again") from None
+        what = f"is damaged or no safetensors file ({str(error)[:100]})"
+        raise UserError(f"{path} {what}; {again}") from None
     if text is None:
-        raise UserError(f"{path} is not a packed quantized network; write one with save_quantized(qmodel, path), or use load_model")
+        raise UserError(
+            f"{path} is not a packed quantized network; write one with "
+            "save_quantized(qmodel, path), or use load_model")
     try:
         about = json.loads(text)
         version, checksum = about["version"], about.pop("sha256")
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: its description cannot be read; save it again") from None
-    if version != VERSION:
-        raise UserError(f"{path} has format version {version}, this quantlab reads {VERSION}; update quantlab or save the file again")
+        raise UserError(
+            f"{path} is damaged: its description cannot be read; {again}") from None
+    if version not in range(1, VERSION + 1):
+        raise UserError(
+            f"{path} has format version {version}, this quantlab reads 1 to {VERSION}; "
+            "update quantlab or save the file again")
     if _checksum(tensors, about) != checksum:
-        raise UserError(f"{path} is damaged: its content does not match its checksum; save it again")
+        raise UserError(f"{path} is damaged: its content does not match its checksum; {again}")
     return tensors, about
 
 
-def _first_difference(graph, about):
-    for name, saved in about["layers"].items():
+def _config(path, about):
+    """The QuantConfig of a file; settings of version 1 that are gone are refused where they matter.
+    """
+    config = about["config"]
+    if about["version"] == 1:
+        config.pop("act_signed", None)  # it only chose the Quantizers, which the file holds
+        for name, only in {"placement": "fused", "fold_batchnorm": None}.items():
+            if config.pop(name, only) != only:
+                raise UserError(
+                    f"{path} was saved with another {name} than {only!r}, which this quantlab "
+                    "cannot read; quantize the network again")
+    if config["observer"] not in OBSERVERS:
+        config["observer"] = _unknown_observer(config["observer"])
+    try:
+        return QuantConfig(**config)
+    except TypeError as error:
+        raise UserError(
+            f"{path} was saved with a setting that this quantlab does not know ({error}); "
+            "update quantlab") from None
+
+
+def _unknown_observer(name):
+    def observer(stats, bits, symmetric):
+        raise UserError(
+            f"this network was loaded from a file; its observer {name!r} is a function that the "
+            "file does not hold")
+
+    observer.__name__ = name
+    return observer
+
+
+def _plan(saved):
+    sets = {name: frozenset(saved[name]) for name in ("first", "last")}
+    return Plan(**saved | sets | {"floats": tuple(saved["floats"])})
+
+
+def _first_difference(graph, layers):
+    for name, saved in layers.items():
         node = next((n for n in graph.graph.nodes if n.name == name), None)
         if node is None or node.op != "call_module":
             return f"layer {name} is missing here"
-        if (shape := list(graph.get_submodule(node.target).weight.shape)) != saved["shape"]:
+        shape = list(graph.get_submodule(node.target).weight.shape)
+        if shape != saved["shape"]:
             return f"the weight of {name} is {saved['shape']} there and {shape} here"
     return "other operations or settings; build it as it was when it was saved"
 
 
 def _insert_quantizers(graph, saved):
     """Put the Quantizers back where they stood, in the same order."""
-    graph.add_module("quantizers", torch.nn.Module())
+    graph.add_module("quantizers", nn.Module())
     nodes = {n.name: n for n in graph.graph.nodes}
-    value = {name: name for name in nodes}  # node -> the node of the float graph whose value it rounds
+    value = dict(nodes)  # name -> the float graph's node whose value it stands for
     for one in saved:
-        q = QParams(torch.tensor(one["scale"]), torch.tensor(one["zero_point"], dtype=torch.int32), one["qmin"], one["qmax"])
-        graph.add_submodule(one["target"], Quantizer(q))
-        with graph.graph.inserting_after(nodes[one["behind"]]):
-            nodes[one["name"]] = graph.graph.create_node("call_module", one["target"], (nodes[one["reads"]],), name=one["name"])
+        zero_point = torch.tensor(one["zero_point"], dtype=torch.int32)
+        q = QParams(torch.tensor(one["scale"]), zero_point, one["qmin"], one["qmax"])
+        edge = one["target"].removeprefix(PREFIX)
+        nodes[one["name"]] = add_quantizer(graph, nodes[one["behind"]], edge, q)
+        nodes[one["name"]].args = (nodes[one["reads"]],)  # often, but not always, the one before it
         value[one["name"]] = value[one["reads"]]
+    added = {one["name"] for one in saved}
     for one in saved:
-        for reader in one["readers"]:
-            if reader not in {other["name"] for other in saved}:
-                nodes[reader].replace_input_with(nodes[value[one["name"]]], nodes[one["name"]])
+        for reader in set(one["readers"]) - added:
+            nodes[reader].replace_input_with(value[one["name"]], nodes[one["name"]])
 
 
-def _unknown_observer(name):
-    def observer(stats, bits, symmetric):
-        raise UserError(f"this network was loaded from a file; its observer {name!r} is a function that the file does not hold")
-
-    observer.__name__ = name
-    return observer
-
-
-# ---- How large --------------------------------------------------------------------------------------------------------------
+# ---- How large -----------------------------------------------------------------------------------
 
 
 def file_sizes(networks, folder):
-    """Write every network (name -> quantized or float network) into `folder` and weigh it: a frame of name, file_bytes, weight_bytes.
+    """Write networks (name -> quantized or float) into `folder`; name, file_bytes, weight_bytes.
 
-    A float network is written as its float32 state dict. What a file has beyond weight_bytes is names, alignment and the description.
+    A float network is written as its float32 state dict. What a file has beyond weight_bytes is
+    names, alignment and the description.
     """
     rows = []
     for name, network in networks.items():
         path = pathlib.Path(folder) / f"{name}.safetensors"
-        if hasattr(network, "plan"):
+        if isinstance(network, QuantizedNetwork):
             save_quantized(network, path)
         else:
             save_tensors(path, network.state_dict(), {})
-        rows.append({"name": name, "file_bytes": path.stat().st_size, "weight_bytes": weight_bytes(network)})
+        n_bytes = path.stat().st_size
+        rows.append({"name": name, "file_bytes": n_bytes, "weight_bytes": weight_bytes(network)})
     return pd.DataFrame(rows)

@@ -1,0 +1,234 @@
+"""Packed checkpoints come back bit for bit, those of older versions too, and damage is named."""
+
+import json
+import pathlib
+import pickle
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from examples import Tangle, randomize_batchnorm
+from forms import FORMS, MINMAX, make_quantized, quantized, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import quantlab as ql
+from quantlab.affine import choose_qparams
+from quantlab.export import packed
+from quantlab.export.bits import pack, unpack
+from quantlab.quantized import QuantizedNetwork
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+@given(st.integers(2, 8), st.data())
+@settings(max_examples=200, deadline=None)
+def test_packing_is_one_little_endian_number(bits, data):
+    codes = data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=70))
+    stream = pack(torch.tensor(codes, dtype=torch.int32), bits)
+    number = sum(code << (i * bits) for i, code in enumerate(codes))
+    assert bytes(stream.tolist()) == number.to_bytes(-(-len(codes) * bits // 8), "little")
+    assert unpack(stream, bits, len(codes)).tolist() == codes
+
+
+def test_codes_that_do_not_fit_and_streams_of_another_length():
+    with pytest.raises(ql.UserError, match=r"codes 0..8 do not fit in 3 bits"):
+        pack(torch.tensor([0, 8]), 3)
+    with pytest.raises(ql.UserError, match=r"codes -1..1 do not fit in 8 bits"):
+        pack(torch.tensor([-1, 1]), 8)
+    with pytest.raises(ql.UserError, match="3 bytes do not hold 9 codes of 3 bits, which take 4"):
+        unpack(torch.zeros(3, dtype=torch.uint8), 3, 9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loaded_network_is_the_saved_one_bit_for_bit(form, resnet20, stats, digits, tmp_path):
+    qmodel = quantized(resnet20, stats, form)
+    path, again = tmp_path / "model.safetensors", tmp_path / "again.safetensors"
+    assert ql.save_quantized(qmodel, path) == path.stat().st_size
+    # random weights: all of them are replaced
+    loaded = ql.load_quantized(path, ql.load_model("resnet20"))
+    assert isinstance(loaded, QuantizedNetwork)
+    x = next(iter(digits.calibration(8, seed=5)))
+    assert torch.equal(loaded(x), qmodel(x)) and str(loaded.graph) == str(qmodel.graph)
+    assert loaded.plan == qmodel.plan and loaded.config == qmodel.config
+    for name, layer in qmodel.layers.items():
+        ours, theirs = layer.weight_qparams, loaded.layers[name].weight_qparams
+        assert torch.equal(ours.scale, theirs.scale)
+        assert torch.equal(ours.zero_point, theirs.zero_point)
+        assert (ours.qmin, ours.qmax, ours.axis) == (theirs.qmin, theirs.qmax, theirs.axis)
+    assert ql.weight_bytes(loaded) == ql.weight_bytes(qmodel)
+    ql.save_quantized(loaded, again)
+    assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_batchnorm_that_cannot_be_folded_comes_back(bits, tmp_path):
+    model, x = randomize_batchnorm(Tangle()), torch.randn(4, 3, 16, 16)
+    qmodel = make_quantized(model, x, ql.QuantConfig(bits, bits, **MINMAX))
+    ql.save_quantized(qmodel, tmp_path / "tangle.safetensors")
+    loaded = ql.load_quantized(tmp_path / "tangle.safetensors", Tangle())
+    assert torch.equal(loaded(x), qmodel(x))
+
+
+def test_mixed_precision_and_a_bias_of_its_own(tmp_path):
+    """Widths that no QuantConfig describes, and a bias that is no multiple of s_in * s_w: both are
+    stored as they are."""
+    model, x = tiny(), torch.randn(4, 3, 8, 8)
+    qmodel = make_quantized(model, x)
+    conv = qmodel.get_submodule("0")
+    q = conv.weight_qparams = choose_qparams(-0.3, 0.3, 7, symmetric=True)
+    with torch.no_grad():
+        conv.weight.copy_(ql.fake_quantize(conv.weight, q))
+        conv.bias.add_(1e-4)
+    ql.save_quantized(qmodel, tmp_path / "mixed.safetensors")
+    loaded = ql.load_quantized(tmp_path / "mixed.safetensors", tiny())
+    assert torch.equal(loaded(x), qmodel(x))
+    assert loaded.get_submodule("0").weight_qparams.bits == 7
+
+
+def test_an_observer_of_ones_own_is_remembered_by_name(tmp_path):
+    def own(edge, bits, symmetric):
+        return edge.minimum, edge.maximum
+
+    x = torch.randn(2, 3, 8, 8)
+    qmodel = make_quantized(tiny(), x, ql.QuantConfig(4, 4, observer=own))
+    ql.save_quantized(qmodel, tmp_path / "own.safetensors")
+    config = ql.load_quantized(tmp_path / "own.safetensors", tiny()).config
+    assert config.observer.__name__ == "own"
+    with pytest.raises(ql.UserError, match="'own' is a function that the file does not hold"):
+        ql.quantize(tiny(), ql.collect(tiny(), [x]), config)
+
+
+def test_files_hold_packed_codes_and_nothing_else(resnet20, stats, tmp_path):
+    configs = {f"w{bits}": ql.QuantConfig(bits, 8, **MINMAX) for bits in (8, 5, 2)}
+    networks = {name: ql.quantize(resnet20, stats, config) for name, config in configs.items()}
+    sizes = packed.file_sizes(networks | {"float": resnet20}, tmp_path).set_index("name")
+    for name, network in networks.items():
+        content = (tmp_path / f"{name}.safetensors").read_bytes()
+        header = 8 + int.from_bytes(content[:8], "little")
+        # scales and zero-points of Quantizers are in the description
+        expected = sizes.weight_bytes[name] - 8 * len(network.quantizer_nodes)
+        assert sizes.file_bytes[name] - header == expected
+    assert sizes.file_bytes["float"] / sizes.file_bytes["w2"] > 10
+
+
+# ---- Older files ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, bits, logits", [
+    ("signs", 3, [-0.0435624, 0.0, -0.0739669, -0.1558331, 0.1618134]),
+    ("zero_points", 5, [-0.0464929, 0.0360039, -0.1347018, -0.2082390, 0.2133790]),
+])
+def test_a_file_of_version_1_loads(name, bits, logits):
+    """Files and logits are those of the commit that wrote version 1."""
+    qmodel = ql.load_quantized(FOLDER / f"version1_{name}.safetensors", tiny())
+    x = torch.linspace(-2, 2, 2 * 3 * 64).sin().view(2, 3, 8, 8)
+    assert torch.allclose(qmodel(x)[0], torch.tensor(logits), atol=1e-6)
+    assert qmodel.config.weight_bits == bits and qmodel.config.observer == "minmax"
+    assert qmodel.plan == make_quantized(tiny(), x).plan
+    with safetensors.safe_open(FOLDER / f"version1_{name}.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["quantlab"])["version"] == 1
+        stream, scale = (file.get_tensor(f"3.{n}") for n in ("weight", "weight_scale"))
+    linear = qmodel.layers["_3"]
+    number = int.from_bytes(bytes(stream.tolist()), "little")
+    codes = [(number >> (i * bits)) % 2**bits for i in range(linear.weight.numel())]
+    codes = torch.tensor(codes).view(linear.weight.shape) + linear.weight_qparams.qmin
+    zero_point = linear.weight_qparams.zero_point[:, None]
+    assert torch.equal(linear.weight, (codes - zero_point) * scale[:, None])
+    assert zero_point.any() == (name == "zero_points")
+
+
+@pytest.mark.parametrize("name, value", [("placement", "inputs"), ("fold_batchnorm", False)])
+def test_settings_of_version_1_that_are_gone_are_refused(name, value, tmp_path):
+    with safetensors.safe_open(FOLDER / "version1_signs.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["quantlab"])
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    about["config"][name] = value
+    del about["sha256"]
+    about["sha256"] = packed._checksum(tensors, about)
+    path = tmp_path / "old.safetensors"
+    safetensors.torch.save_file(tensors, path, {"quantlab": json.dumps(about)})
+    with pytest.raises(ql.UserError, match=f"was saved with another {name} than"):
+        ql.load_quantized(path, tiny())
+
+
+# ---- What is refused -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "model.safetensors"
+    ql.save_quantized(make_quantized(tiny(), torch.randn(2, 3, 8, 8)), path)
+    return path
+
+
+def edit(path, change):
+    """Rewrite the file with its description changed, checksum left alone."""
+    with safetensors.safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["quantlab"])
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    change(about)
+    safetensors.torch.save_file(tensors, path, {"quantlab": json.dumps(about)})
+
+
+def test_every_damage_is_named(saved):
+    content = saved.read_bytes()
+    for cut in (0, 7, 100, len(content) // 2, len(content) - 1):
+        saved.write_bytes(content[:cut])
+        with pytest.raises(ql.UserError, match="is damaged"):
+            ql.load_quantized(saved, tiny())
+    for at in (len(content) - 1, len(content) - 300):
+        saved.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(ql.UserError, match="does not match its checksum"):
+            ql.load_quantized(saved, tiny())
+    saved.write_bytes(content)
+    edit(saved, lambda about: about["quantizers"][0].update(scale=2.0))
+    with pytest.raises(ql.UserError, match="does not match its checksum"):
+        ql.load_quantized(saved, tiny())
+    edit(saved, lambda about: about.update(version=packed.VERSION + 1))
+    with pytest.raises(ql.UserError, match="has format version 3, this quantlab reads 1 to 2"):
+        ql.load_quantized(saved, tiny())
+
+
+def test_another_network_is_refused(saved):
+    shapes = r"weight of _0 is \[4, 3, 3, 3\] there and \[6, 3, 3, 3\] here"
+    with pytest.raises(ql.UserError, match=shapes):
+        ql.load_quantized(saved, tiny(width=6))
+    with pytest.raises(ql.UserError, match="layer _3 is missing here"):
+        ql.load_quantized(saved, nn.Sequential(nn.Conv2d(3, 4, 3)))
+    other = tiny()
+    other[0].padding_mode = "reflect"
+    with pytest.raises(ql.UserError, match="other operations or settings"):
+        ql.load_quantized(saved, other)
+
+
+def test_what_is_no_packed_checkpoint(tmp_path, resnet20):
+    with pytest.raises(ql.UserError, match="not found"):
+        ql.load_quantized(tmp_path / "nothing.safetensors", resnet20)
+    with pytest.raises(ql.UserError, match="is not a packed quantized network"):
+        ql.load_quantized(ql.root() / "checkpoint" / "resnet20-digits.safetensors", resnet20)
+    with pytest.raises(ql.UserError, match="ResNet20 is not a quantized network"):
+        ql.save_quantized(resnet20, tmp_path / "float.safetensors")
+
+
+def test_loading_executes_nothing(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path.joinpath("sprung").touch, ())
+
+    (tmp_path / "trap.safetensors").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ql.UserError, match="is damaged or no safetensors file"):
+        ql.load_quantized(tmp_path / "trap.safetensors", tiny())
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_failed_save_leaves_the_old_file(saved):
+    before, qmodel = saved.read_bytes(), make_quantized(tiny(), torch.randn(2, 3, 8, 8))
+    with torch.no_grad():
+        qmodel.get_submodule("3").weight[0, 0] += 1e-3
+    with pytest.raises(ql.UserError, match="weight of _3 is not the value of its codes"):
+        ql.save_quantized(qmodel, saved)
+    assert saved.read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
