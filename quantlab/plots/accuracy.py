@@ -32,9 +32,7 @@ def _short(value):
 
 @styled
 def accuracy_by_bits(table, text, bits_label="bits of weights and activations"):
-    """table: bits, observer, top1 (%), drop (points), fp32_top1; seeds become a band. The left
-    panel shows all, the right one what is lost at 8 to 4 bits.
-    """
+    """table: bits, observer, top1 and fp32_top1 (%), drop (points); seeds become a band."""
     figure, (left, right) = panels(2, 10, 3.8)
     for observer in distinct(table.observer):
         groups = table[table.observer == observer].groupby("bits")

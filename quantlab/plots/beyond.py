@@ -29,9 +29,7 @@ def fine_tuning(history, levels, text):
 
 @styled
 def calibration_sources(table, ranges, text):
-    """table: source, images, top1 and float (%), a row a seed; ranges: source, order (of the edge),
-    ratio (to real images' range).
-    """
+    """table: source, images, top1, float (%), a row a seed; ranges: source, order, ratio."""
     figure, (left, right) = panels(2, 11, 3.8, width_ratios=[2, 3])
     lost = (table.float - table.top1).groupby([table.source, table.images], sort=False)
     means, lengths = lost.mean(), [lost.mean() - lost.min(), lost.max() - lost.mean()]
@@ -53,8 +51,8 @@ def calibration_sources(table, ranges, text):
 
 @styled
 def source_map(packages, text, strongest=16):
-    """packages: name -> (topics, edges) of sourcemap: circles (area: lines), arrows from who uses
-    to who is used (width: names taken).
+    """packages: name -> (topics, edges) of sourcemap. Circles: topics, area: lines; arrows: from
+    who uses to who is used, width: names taken.
     """
     figure, axes = panels(len(distinct(packages)), 8.4 * len(packages), 8)
     for panel, (name, (topics, edges)) in zip(axes, packages.items()):
@@ -87,9 +85,7 @@ def _arrow(panel, start, end, **options):
 
 
 def _oval(count):
-    """Places on an oval, clockwise from the top, at equal distances in height, so that the labels
-    beside it do not meet.
-    """
+    """Places on an oval, clockwise from the top, equally apart in height: labels do not meet."""
     if count == 1:
         return [(0.0, 1.0)]
     right = np.linspace(0.8, -0.8, (count - 1) // 2)
@@ -99,9 +95,7 @@ def _oval(count):
 
 
 def _topic_label(panel, row, place, distance):
-    """A topic's name, size and most used names beside its circle, on the side that looks outwards;
-    distance in points.
-    """
+    """A topic's name, size and most used names outside its circle, at a distance in points."""
     lines = [f"{row.modules} file{'s' * (row.modules > 1)}, {row.lines:,} lines", *row.used]
     height = 15 + 10.5 * len(lines)
     x, y = place

@@ -1,6 +1,4 @@
-"""Every layer's distribution at a glance: ridges, small multiples, tails, the spread between
-channels, weights beside activations.
-"""
+"""Every layer's distribution at a glance: ridges, small multiples, tails, channels, weights."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,11 +17,10 @@ BIT_DB = 20 * np.log10(2)  # a bit more halves the step
 @styled
 def ridges(density, text, ranges=None, title="Every layer before and after its ReLU"):
     """One ridge a layer, from the input (top) to the output: coloured what a ReLU lets through,
-    pale what it takes away.
+    pale what it takes away; heights are the square root of the density, to show the tails.
 
-    density: frame of distributions.densities with points "before" and "after"; ranges: layer, low,
-    high: the clip range, a bar on the line. Heights are the square root of the density, so that
-    tails can be seen; horizontally all layers share one scale in real units.
+    density: frame of `densities` with points "before" and "after"; ranges: layer, low, high: the
+    clip range, a bar on the line.
     """
     before = density[density.point == "before"]
     layers = distinct(before.layer)
@@ -76,10 +73,9 @@ def _ridge(panel, x, density, peak, base, colour):
 
 @styled
 def layer_histograms(density, ranges, text, columns=5):
-    """Small multiples: the logarithmic density of every layer with a ReLU, before (pale) and after
-    (filled), the clip range dashed.
+    """The density of every layer with a ReLU, before and after it, the clip range dashed.
 
-    density as for ridges; ranges: frame with layer, low, high of the value behind the ReLU.
+    density: as for ridges; ranges: layer, low, high of the value behind the ReLU.
     """
     layers = distinct(ranges.layer)
     rows = -(-len(layers) // columns)
@@ -122,8 +118,8 @@ def _layer_histogram(panel, part, row):
 def tails(table, text, expected):
     """How many values lie far from the mean, and how far the largest is from nearly all others.
 
-    table: order, layer, max_over_p and beyond_K (distributions.outliers), one row a layer.
-    expected: {K: fraction of a normal distribution beyond K sigma}, dashed for comparison.
+    table: order, layer, and max_over_p, beyond_K of `outliers`; expected: K -> fraction of a normal
+    distribution beyond K sigma, dashed.
     """
     names = distinct(table.layer)
     figure, (left, right) = panels(2, max(12, 0.2 * len(names)), 3.8)
@@ -153,11 +149,9 @@ def tails(table, text, expected):
 
 @styled
 def channel_spread(channels, costs, text, bits):
-    """Above: every channel's largest value over its layer's, as boxes, dead channels counted.
-    Below: what one range for all of them costs.
+    """Above: every channel's largest value over its layer's; below: what one range for all costs.
 
-    channels: layer, share (0 to 1), one row a channel; costs: layer, gain_db, in the same order of
-    layers; bits: the width of the costs.
+    channels: layer, share (0 to 1), a row a channel; costs: layer, gain_db (at `bits`), in order.
     """
     layers = distinct(costs.layer)
     places = range(len(layers))
@@ -195,11 +189,9 @@ def _draw_channels(axes, groups):
 
 @styled
 def weights_beside_activations(density, text, sigmas=8):
-    """Two columns of ridges on one scale, standard deviations: weights left, the values that the
-    layer makes of them right.
+    """Ridges in standard deviations: weights left, the values that the layer makes of them right.
 
-    density: frame of distributions.densities with an added column z = x / std; points "weight" and
-    "before".
+    density: as for ridges, with a column z = x / std and points "weight" and "before".
     """
     layers = distinct(density[density.point == "weight"].layer)
     figure, axes = panels(2, 10, 0.27 * len(layers) + 1.3, sharey=True)

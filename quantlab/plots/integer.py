@@ -10,8 +10,8 @@ from quantlab.plots.style import BLUE, DASHED, KIND_COLOURS, RED, colour_of, met
 
 @styled
 def rounding_modes(errors, layers, text):
-    """errors: rounding, error (stored minus exact, in codes, of one layer); layers: rounding,
-    multiplier, share (the fraction of codes that differ).
+    """errors: rounding, error (stored - exact, in codes, of one layer); layers: rounding,
+    multiplier, share (of codes that differ).
     """
     figure, (left, right) = panels(2, 10, 3.6)
     for mode in distinct(errors.rounding):
@@ -40,9 +40,7 @@ def _percent_axis(axes, smallest):
 
 @styled
 def codes_by_depth(frame, text):
-    """frame: network, rounding, fed ("same" or "own" codes), order, share: the fraction of codes
-    that differ from the simulation at every edge.
-    """
+    """frame: network, rounding, fed ("same" or "own" codes), order, share (that differ)."""
     figure, axes = panels(2, 11, 3.8, sharey=True)
     titles = {"same": "Each operation fed the simulation's codes", "own": "End to end, own codes"}
     lines = dict(zip(distinct(frame.network), ("-", ":", "--", "-.")))
@@ -61,9 +59,7 @@ def codes_by_depth(frame, text):
 
 @styled
 def layer_costs(report, text):
-    """report: frame of IntegerModel.report: accumulator width, operations in bits and live
-    activation bytes of every operation.
-    """
+    """report: frame of IntegerModel.report, a row an operation."""
     kinds = {kind: KIND_COLOURS.get(kind, BLUE) for kind in distinct(report.kind)}
     size, x = (max(10, 0.16 * len(report)), 6.4), range(len(report))
     figure, axes = plt.subplots(3, 1, figsize=size, sharex=True)

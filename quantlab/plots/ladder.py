@@ -1,6 +1,4 @@
-"""The original experiment beside ours: its rows, the way from one to the other, and what every
-single change is worth.
-"""
+"""The original experiment and ours: its rows, the way between, what every change is worth."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,9 +12,7 @@ WAYS = ("the original's", "ours, its way", "ours, the right way")
 
 @styled
 def original_rows(table, text):
-    """table: quantization, way (of WAYS), top1 (%), drop (points): accuracy and what is lost, one
-    line a row of the original's table.
-    """
+    """table: quantization, way (of WAYS), top1 (%), drop (points), in the original's order."""
     names = distinct(table.quantization)
     figure, (left, right) = panels(2, 11.5, 0.42 * len(names) + 1.7, sharey=True)
     for offset, way in zip((-0.2, 0, 0.2), WAYS):
@@ -38,11 +34,9 @@ def original_rows(table, text):
 
 @styled
 def waterfall(table, seeds, text):
-    """table: bits, step, top1, change, low, high (points, 95 %), in order; seeds: bits, step, top1
-    of each seed: one panel a width.
+    """table: bits, step, top1, change, low, high (points, 95 %), in order; seeds: bits, step, top1.
 
-    A bar goes from the accuracy before a step to the accuracy after it; dots are the calibration
-    seeds.
+    A bar goes from the accuracy before a step to the accuracy after it; dots are the seeds.
     """
     names = distinct(table.step)
     figure, parts = facets(table, "bits", 5.5, 0.42 * len(names) + 1.5, sharey=True)
@@ -82,9 +76,7 @@ def _label_step(panel, i, row, left, right):
 
 @styled
 def repair_bars(table, text):
-    """table: repair, end ("the original plus this" or "ours minus this"), worth, low, high (points,
-    95 %): two bars a repair.
-    """
+    """table: repair, end ("the original plus this", "ours minus this"), worth, low, high."""
     names = distinct(table.repair)
     figure, (axes,) = panels(1, 10, 0.55 * len(names) + 1.5)
     ends = (("the original plus this", RED, -0.2), ("ours minus this", GREEN, 0.2))
@@ -101,10 +93,8 @@ def repair_bars(table, text):
 
 @styled
 def code_strips(stats, codes, text, title="", xlabel="value"):
-    """The histogram of an edge (EdgeStats) above the values that every method's codes stand for;
-    codes: name -> float tensor [levels].
-
-    The fraction of the non-zero values that a method rounds to zero is written beside its codes.
+    """An edge (EdgeStats) above the values that every method's codes stand for, and the fraction of
+    its non-zero values that become zero; codes: name -> float tensor [levels].
     """
     names, height = distinct(codes), 0.45 * len(codes)
     options = dict(figsize=(9.5, 2.6 + height), sharex=True, height_ratios=[2.4, height])

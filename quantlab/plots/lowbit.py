@@ -12,11 +12,8 @@ from quantlab.plots.style import BLUE, DASHED, GREEN, INK, RED, colour_of, metho
 
 @styled
 def learned_rounding(paths, curve, text):
-    """One layer's rounding while it is learned: how each weight makes up its mind, and what it is
-    worth.
-
-    paths: iteration, weight, h (0 rounds down, 1 up), start. curve: iteration, nearest, learned
-    (errors of the layer's output).
+    """One layer's rounding while it is learned. paths: iteration, weight, h (0 rounds down, 1 up),
+    start; curve: iteration, nearest, learned (squared errors of the layer's output).
     """
     figure, (left, middle, right) = panels(3, 11, 3.6, width_ratios=[1.5, 1, 1.2])
     for _, part in paths.groupby("weight"):
@@ -43,9 +40,7 @@ def learned_rounding(paths, curve, text):
 
 @styled
 def unit_errors(frame, text):
-    """frame: method, order, unit, nearest, learned (errors of a unit's output): how much of the
-    error learning leaves, in percent.
-    """
+    """frame: method, order, unit, nearest, learned (errors of a unit's output)."""
     height = 1.4 + 0.22 * frame.unit.nunique()
     figure, parts = facets(frame, "method", 3.4, height, extra=1)
     for panel, method, part in parts:
@@ -62,7 +57,7 @@ def unit_errors(frame, text):
 
 @styled
 def methods_by_width(frame, rivals, text):
-    """frame: method, width ("W4A4"), drop (points), drop_low, drop_high, one row a seed; rivals:
+    """frame: method, width ("W4A4"), drop, drop_low, drop_high (points), a row a seed; rivals:
     method, drop at 8 bits, their only width.
     """
     widths, methods = distinct(frame.width), distinct(frame.method)
@@ -93,9 +88,7 @@ def methods_by_width(frame, rivals, text):
 
 @styled
 def sensitivity_map(errors, text, chosen=None):
-    """errors of mixed.layer_errors as two heat maps, layers x bits; chosen: layer and weight_bits
-    (act_bits) of an allocation, framed.
-    """
+    """errors: frame of mixed.layer_errors; chosen: layer, weight_bits and act_bits, framed."""
     layers = distinct(errors.layer)
     figure, axes = panels(2, 10, 1.6 + 0.24 * len(layers), sharey=True)
     errors = errors.assign(exponent=np.log10(errors.error.clip(lower=1e-9)))
@@ -125,9 +118,7 @@ def _frame(panel, layers, widths, chosen):
 
 @styled
 def layer_accuracy(frame, text):
-    """frame of mixed.layer_accuracy: points lost with one layer quantized, and with all but one, in
-    order of execution.
-    """
+    """frame of mixed.layer_accuracy: points lost with one layer quantized, and with all but one."""
     layers = distinct(frame.layer)
     figure, parts = facets(frame, "case", 5, 1.7 + 0.22 * len(layers), sharey=True)
     for panel, case, part in parts:
@@ -145,8 +136,8 @@ def layer_accuracy(frame, text):
 
 @styled
 def pareto(frame, text):
-    """frame: axis ("size" or "operations"), kind ("uniform" or "mixed"), cost (bytes, bit
-    operations), top1 (%), label, fp32_top1.
+    """frame: axis ("size", "operations"), kind ("uniform", "mixed"), cost (bytes, bit operations),
+    top1 and fp32_top1 (%), label.
     """
     figure, (sizes, operations) = panels(2, 10, 4)
     for panel, axis, divisor in ((sizes, "size", 1e3), (operations, "operations", 1e9)):
@@ -172,9 +163,7 @@ def pareto(frame, text):
 
 @styled
 def conventions(frame, text):
-    """frame: width, convention, gain, gain_low, gain_high: points gained (right) or lost (left) by
-    one change of convention.
-    """
+    """frame: width, convention, gain, gain_low, gain_high (points) by one change of convention."""
     names, columns = distinct(frame.convention), ["gain", "gain_low", "gain_high"]
     figure, parts = facets(frame, "width", 4.6, 1.5 + 0.36 * len(names), extra=1, sharey=True)
     for panel, width, part in parts:

@@ -49,8 +49,6 @@ def caption(figure, text):
     shows it once, as the value of its cell.
     """
     plt.close(figure)
-    for axes in figure.axes:  # ticks are made when the figure is shown: the style has ended by then
-        axes.tick_params(grid_color="#ececec")
     lines = textwrap.fill(text, int(figure.get_figwidth() * 15))
     figure.supxlabel(lines, fontsize=8, color="#555555", x=0.01, ha="left")
     return figure

@@ -1,6 +1,4 @@
-"""One figure for one range (histogram, codes, error), and a panel of widgets that redraws it:
-JupyterLab and Colab alike.
-"""
+"""One figure for one range (histogram, codes, error), and a panel of widgets that redraws it."""
 
 import functools
 import io
@@ -77,14 +75,13 @@ def range_panel(edges, text, *, edge=None, bits=4, observer="histogram", share=1
     are the box's first child.
     """
     names = list(edges)
-    once = dict(continuous_update=False)
     controls = {
         "edge": widgets.Dropdown(options=names, value=edge or names[0], description="edge"),
-        "bits": widgets.IntSlider(bits, 2, 8, description="bits", **once),
+        "bits": widgets.IntSlider(bits, 2, 8, description="bits", continuous_update=False),
         "observer": widgets.Dropdown(
             options=list(OBSERVERS), value=observer, description="observer"),
-        "share": widgets.FloatSlider(
-            share, min=0.1, max=1.5, step=0.01, description="clip range", **once),
+        "share": widgets.FloatSlider(share, min=0.1, max=1.5, step=0.01, description="clip range",
+                                     continuous_update=False),
     }
     picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
 

@@ -60,8 +60,8 @@ def bars(axes, rows, values, lengths, colours, height=0.6, label=None):
 
 
 def densities(stats, bins=200):
-    """(x, density) of an EdgeStats, float64 each: neighbouring bins are added until `bins` to twice
-    as many remain; empty where there are only zeros.
+    """(x, density) of an EdgeStats, neighbouring bins added until `bins` to twice as many remain;
+    empty where there are only zeros.
     """
     centers, counts = (v.numpy() for v in stats.histogram())
     if not len(counts):

@@ -1,6 +1,4 @@
-"""Answers to the original README's questions: dataflow, strips, clipped histograms, heat map, and
-two values of one code.
-"""
+"""Answers to the original README's questions: dataflow, strips, clipping, heat map, two values."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,8 +27,8 @@ SIDE = {"weight code": MAIN[2], "bias code": MAIN[3], "multiplier": MAIN[4]}
 
 @styled
 def dataflow(steps, text, title=""):
-    """steps: step, container, low, high, bits (seen), worst_bits, example (text): the integers of
-    one conv-BN-ReLU from codes to codes.
+    """The integers of one conv-BN-ReLU from codes to codes; steps: step, container, low, high, bits
+    (seen), worst_bits, example (text).
     """
     rows = steps.set_index("step")
     figure, (axes,) = panels(1, 13, 4.1)
@@ -63,9 +61,7 @@ def _box(axes, row, x, y):
 
 @styled
 def minmax_strip(values, ranges, bits, text, xlabel="weight"):
-    """values: numpy [n]; ranges: frame with name, high (symmetric): which values share a code,
-    without and with saturation.
-    """
+    """Which values share a code. values: numpy [n]; ranges: name, high (of a symmetric range)."""
     qmax = 2 ** (bits - 1) - 1
     extent = np.abs(values).max() * 1.04
     names = distinct(ranges.name)
@@ -100,7 +96,7 @@ def _marks(panel, values, **style):
 @styled
 def clipped_histograms(stats, coded, text, xlabel="activation"):
     """An edge before (EdgeStats) and after quantization; coded: name -> (values of the codes, float
-    [K], counts [K], end of the range).
+    [K], counts [K], upper end of the range).
     """
     count = 1 + len(coded)
     figure, (before, *after) = panels(count, 3.5 * count, 3.5, sharex=True, sharey=True)
@@ -126,9 +122,7 @@ def clipped_histograms(stats, coded, text, xlabel="activation"):
 
 @styled
 def error_by_range(curve, text):
-    """curve: part (what is quantized), share (the fraction of the whole range), measured (where the
-    error is taken), sqnr (dB); the best is marked.
-    """
+    """curve: part (that is quantized), share (of the whole range), measured (where), sqnr (dB)."""
     figure, parts = facets(curve, "part", 5, 3.6)
     looks = ((BLUE, "--"), (RED, ":"), (INK, "-"))
     for panel, name, part in parts:
@@ -145,9 +139,7 @@ def error_by_range(curve, text):
 
 @styled
 def bits_heatmap(table, text):
-    """table: weight_bits, act_bits, top1 (%), drop (points): accuracy and points lost over both
-    widths.
-    """
+    """table: weight_bits, act_bits, top1 (%), drop (points)."""
     figure, axes = panels(2, 10, 4)
     sides = (("top1", "Blues", 100, "Top-1 accuracy, %"),
              ("drop", "Reds", None, "Points lost against float"))
@@ -164,9 +156,7 @@ def bits_heatmap(table, text):
 
 @styled
 def variant_drops(table, text, title=""):
-    """table: bits, variant, drop, drop_low, drop_high (points): points lost by variant, grouped by
-    bits, with their 95 % intervals.
-    """
+    """table: bits, variant, drop, drop_low, drop_high (points, 95 %)."""
     variants, columns = distinct(table.variant), ["drop", "drop_low", "drop_high"]
     table = table.sort_values("bits", ascending=False, kind="stable")
     size = dict(width=3, height=0.5 * len(variants) + 1.8, extra=2.4)
@@ -182,9 +172,7 @@ def variant_drops(table, text, title=""):
 
 @styled
 def two_values(pairs, code, text):
-    """pairs: name -> (QParams before the ReLU, QParams behind it): the real value of every code
-    under both, `code` marked.
-    """
+    """pairs: name -> (QParams before the ReLU, behind it): what every code is worth under both."""
     names = distinct(pairs)
     figure, axes = panels(len(names), 5 * len(names), 3.8)
     looks = (("before the ReLU", "--", BLUE, (8, -14)), ("behind the ReLU", "-", RED, (-44, 10)))

@@ -10,9 +10,7 @@ from quantlab.plots.style import BLUE, DASHED, INK, RED, method_style, styled
 
 @styled
 def clip_histogram(stats, ranges, text, title="", xlabel="value"):
-    """The histogram of an edge (EdgeStats) with the clip range that each observer chose; ranges:
-    frame with observer, low, high.
-    """
+    """An edge (EdgeStats) with the clip range of each observer; ranges: observer, low, high."""
     figure, (axes,) = panels(1, 9.5, 3.6)
     floor, top = histogram(axes, stats)
     for i, row in enumerate(ranges.itertuples()):
@@ -29,9 +27,7 @@ def clip_histogram(stats, ranges, text, title="", xlabel="value"):
 
 @styled
 def weight_codes(weight, x_hat, q, text):
-    """One weight tensor before and after (QParams q, per tensor): the distribution with the values
-    that codes stand for, and the error of every weight.
-    """
+    """A weight before and after (QParams q, per tensor): distribution, codes and errors."""
     figure, (left, right) = panels(2, 10, 3.6)
     values, step = weight.flatten().numpy(), q.scale.item()
     left.hist(values, bins=120, color=BLUE)
@@ -56,9 +52,7 @@ def _widest_first(table):
 
 @styled
 def range_tradeoff(table, text):
-    """table: bits, share (the fraction of the full range), clipping and rounding (mean squared
-    error): the two errors and their sum.
-    """
+    """table: bits, share (of the full range), clipping and rounding (mean squared errors)."""
     figure, parts = facets(_widest_first(table), "bits", 3.2, 3.4, extra=0.8)
     for panel, bits, part in parts:
         total = error_curves(panel, part.share, part.clipping, part.rounding)
@@ -73,9 +67,7 @@ def range_tradeoff(table, text):
 
 @styled
 def error_landscape(curve, choices, text):
-    """curve: bits, high, error; choices: bits, observer, high, error: the squared error over the
-    range's upper end, every choice marked.
-    """
+    """curve: bits, high, error (mean squared); choices: bits, observer, high, error, marked."""
     figure, parts = facets(_widest_first(curve), "bits", 3, 3.4, extra=1.6)
     for panel, bits, part in parts:
         panel.plot(part.high, part.error, color=INK, linewidth=1)
@@ -90,9 +82,7 @@ def error_landscape(curve, choices, text):
 
 @styled
 def edge_report(frame, text, named=4):
-    """frame of sensitivity.edge_errors: signal-to-noise at every edge in order, the `named` edges
-    that add most noise written beside it.
-    """
+    """frame of sensitivity.edge_errors; the `named` edges that add most noise are written out."""
     figure, (axes,) = panels(1, max(10, 0.12 * len(distinct(frame.edge))), 4)
     axes.plot(frame.order, frame.own_sqnr, "o", color=BLUE, markersize=5, label="this edge alone")
     axes.plot(frame.order, frame.sqnr, "-D", color=INK, markersize=4, label="in the network")
@@ -113,9 +103,7 @@ def edge_report(frame, text, named=4):
 
 @styled
 def observer_map(table, text):
-    """table: edge, one column an observer with its signal to quantization noise in dB: each range's
-    loss against the best one, edge by edge.
-    """
+    """table: edge, one column an observer with its signal to quantization noise in dB."""
     values = table.set_index("edge")
     loss = values.max(axis=1).to_numpy()[:, None] - values
     height = max(3, 1.8 + 0.16 * len(distinct(table.edge)))

@@ -10,7 +10,7 @@ import seaborn as sns
 STYLE = MappingProxyType({
     "figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-    "axes.grid": True, "legend.frameon": False,
+    "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
     "font.size": 10, "axes.titlesize": 11, "svg.hashsalt": "quantlab",
 })
 

@@ -29,9 +29,7 @@ def training_curves(history, text):
 
 @styled
 def confusion(labels, predictions, classes, text):
-    """Fraction of each true class (rows) that was predicted as each class (columns), in percent;
-    labels and predictions int64 [n]. Rows of classes without an image are empty.
-    """
+    """% of every true class (rows) predicted as each (columns); labels, predictions: int64 [n]."""
     table = torch.zeros(len(classes), len(classes))
     table.index_put_((labels, predictions), torch.ones(len(labels)), accumulate=True)
     percent = (100 * table / table.sum(1, keepdim=True)).numpy()

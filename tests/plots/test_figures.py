@@ -227,7 +227,7 @@ def strips(stats):
 
 def dataflow():
     names = [*questions.MAIN, *questions.SIDE]
-    held = "uint8 int16 int32 int32 int64 int32 uint8 int8 int32 int32".split()
+    held = ["uint8", "int16", "int32", "int32", "int64", "int32", "uint8", "int8", "int32", "int32"]
     ends = (128, 255, 120_345, 1_234_567, 123_456_789_012, 255, 255, 127, 12_345, 2_147_483_647)
     rows = [{"step": name, "container": container, "low": -end, "high": end, "bits": 12,
              "worst_bits": 23, "example": "1,234,567"}
@@ -428,7 +428,7 @@ def test_a_figure_is_whole_and_leaves_matplotlib_as_it_was(name):
 
 
 def test_a_figure_looks_the_same_wherever_it_is_shown():
-    """Ticks are made when a figure is shown, which is after the style has ended."""
+    """A figure is shown after the style has ended: nothing may be left to decide by then."""
     pictures = []
     for context in (plt.rc_context(), plt.rc_context(plots.style.STYLE)):
         figure, file = FIGURES["by_bits"](), io.BytesIO()
