@@ -118,6 +118,9 @@ class QuantizedNetwork(fx.GraphModule):
         kinds = find_kinds(self)
         return {n.name: self.get_submodule(n.target) for n in kinds if kinds[n] == "compute"}
 
+    def _layer(self, name):  # `layers` looks at every node, which a caller may do for every layer
+        return self.get_submodule(find_node(self, name).target)
+
     @property
     def quantizer_nodes(self):
         """node -> Quantizer, in order of execution."""
@@ -139,11 +142,11 @@ class QuantizedNetwork(fx.GraphModule):
         q_in = self.reads(layer)
         if q_in is None:
             return None
-        return q_in.scale.cpu().double() * self.layers[layer].weight_qparams.scale.cpu().double()
+        return q_in.scale.cpu().double() * self._layer(layer).weight_qparams.scale.cpu().double()
 
     def codes(self, layer):
         """int32 codes of a layer's weight on the CPU; UserError unless it is just their values."""
-        module = self.layers[layer]
+        module = self._layer(layer)
         q = module.weight_qparams.to("cpu")
         weight = module.weight.detach().cpu()
         codes = quantize_tensor(weight, q)
@@ -159,7 +162,7 @@ class QuantizedNetwork(fx.GraphModule):
 
         None where there is no bias or it is no such multiple (it is then kept in float32).
         """
-        bias, scale = self.layers[layer].bias, self.bias_scale(layer)
+        bias, scale = self._layer(layer).bias, self.bias_scale(layer)
         if bias is None or scale is None:
             return None
         bias = bias.detach().cpu()
@@ -173,7 +176,7 @@ class QuantizedNetwork(fx.GraphModule):
 
         The bias is rounded to s_in * s_w where the layer reads codes (`round_bias`).
         """
-        module, q_in, q = self.layers[layer], self.reads(layer), q.to("cpu")
+        module, q_in, q = self._layer(layer), self.reads(layer), q.to("cpu")
         if bias is not None and q_in is not None:
             q, bias = round_bias(bias.detach().cpu(), q, q_in)
         if bias is not None:

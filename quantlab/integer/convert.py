@@ -130,7 +130,7 @@ class Converter:
 
     def _layer(self, kind, node, grid_in, grid):
         module, codes = self._module(node), self.qmodel.codes(node.name)
-        bias = self.qmodel.bias_codes(node.name)
+        bias = None if module.bias is None else self.qmodel.bias_codes(node.name)
         if bias is None and module.bias is not None:
             raise UserError(f"the bias of {node.name} is not a multiple of s_in * s_w that fits in "
                             "int32: it was changed after quantize(); quantize again")

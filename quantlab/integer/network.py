@@ -132,8 +132,8 @@ class IntegerModel(nn.Module):
         """
         run = IntegerRun(self.network, keep=True)
         run.run(self.input_codes(torch.zeros(1, *shape)))
-        live = _live_bytes(self.network, run.env)
-        return pd.DataFrame(_report_row(self.operations[node.name], node, run.env)
+        operations, live = self.operations, _live_bytes(self.network, run.env)
+        return pd.DataFrame(_report_row(operations[node.name], node, run.env)
                             | {"live_bytes": live[node]} for node in _modules(self.network))
 
 
