@@ -1,21 +1,36 @@
-"""Fixtures: a workbook of its own for every test that writes, the committed digits network, and the JPEG images where they are."""
+"""Fixtures: a workbook of its own for every test that writes, one in which every notebook has run,
+the committed digits network, and the JPEG images where they are.
+"""
 
+import json
 import os
 import pathlib
 import shutil
 import tarfile
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 import quantlab as ql
 from quantlab.system import files
+from quantlab.workbook import notebooks, run
 
 CHECKOUT = files.PACKAGE.parent
 JPEG_ARCHIVE = CHECKOUT.parent / "shared" / "data" / "cifar10-images.tar.xz"
 os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
+settings.register_profile("quick", max_examples=100, deadline=None)
+settings.register_profile("long", max_examples=2000, deadline=None)  # make test-long
+settings.load_profile("quick")
+
+
+def fuzz(examples):
+    """Hypothesis settings of a test: that many examples, 20 times as many in the profile "long"."""
+    quick = settings.get_profile("quick").max_examples
+    return settings(max_examples=examples * settings.default.max_examples // quick)
 
 
 @pytest.fixture(autouse=True)
@@ -25,18 +40,55 @@ def _clean_environment(monkeypatch):
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def workbook(tmp_path, monkeypatch):
-    """A folder that the package takes for the workbook: notebooks, the digits checkpoint and pyproject.toml; everything else empty."""
-    place = tmp_path / "workbook"
+def make_workbook(place):
+    """A folder that the package takes for the workbook: notebooks, the digits checkpoint and
+    pyproject.toml; everything else empty.
+    """
     place.mkdir()
-    shutil.copytree(CHECKOUT / "notebooks", place / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    ignored = shutil.ignore_patterns(".*")
+    shutil.copytree(CHECKOUT / "notebooks", place / "notebooks", ignore=ignored)
     shutil.copy(CHECKOUT / "pyproject.toml", place)
-    (place / "checkpoint").mkdir()
+    copy_checkpoint(place)
+    return place
+
+
+def copy_checkpoint(place):
+    (place / "checkpoint").mkdir(exist_ok=True)
     for file in (CHECKOUT / "checkpoint").glob("resnet20-digits.*"):
         shutil.copy(file, place / "checkpoint")
+
+
+@pytest.fixture
+def workbook(tmp_path, monkeypatch):
+    place = make_workbook(tmp_path / "workbook")
     monkeypatch.setenv("QUANTLAB_ROOT", str(place))
     return place
+
+
+@pytest.fixture(scope="session")
+def _executed(tmp_path_factory):
+    place = make_workbook(tmp_path_factory.mktemp("executed") / "workbook")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTLAB_ROOT", str(place))
+        for name in ("QUANTLAB_DATA", "DATA_NAME"):
+            patch.delenv(name, raising=False)
+        shutil.rmtree(place / "checkpoint")
+        first, *others = notebooks.notebooks()
+        trained = run.run([first], {"data": "digits", "epochs": "1"}, time_limit=400)
+        card = (place / "checkpoint" / "resnet20-digits.json").read_text("utf-8")
+        copy_checkpoint(place)
+        frame = run.run(others, source="digits", time_limit=400)
+    return place, pd.concat([trained, frame], ignore_index=True), json.loads(card)
+
+
+@pytest.fixture
+def executed(_executed, monkeypatch):
+    """(workbook, frame of `run`, card): every notebook run once, in the smoke preset. The first
+    found no checkpoint and trained for an epoch, which the card states; the others have the digits
+    checkpoint.
+    """
+    monkeypatch.setenv("QUANTLAB_ROOT", str(_executed[0]))
+    return _executed
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +108,7 @@ def stats(resnet20, digits):
 
 @pytest.fixture(scope="session")
 def jpeg():
-    """All 60,000 CIFAR-10 images as JPEG; the tests that need them say so when they are not there."""
+    """All 60,000 CIFAR-10 images as JPEG; tests that need them say so where they are not."""
     if not JPEG_ARCHIVE.is_file():
         pytest.skip("cifar10-images.tar.xz is not in ../shared/data")
     return ql.load_data(JPEG_ARCHIVE)

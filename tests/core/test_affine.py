@@ -6,7 +6,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 import quantlab as ql
@@ -30,7 +31,7 @@ def exact_code(x, scale, zero_point, qmin, qmax):
 
 
 @given(ranges(), BITS, st.booleans(), st.booleans(), st.integers(0, 2**32 - 1))
-@settings(max_examples=150, deadline=None)
+@fuzz(150)
 def test_round_trip_is_torchs_kernel_bit_by_bit(limits, bits, symmetric, signed, seed):
     q = ql.choose_qparams(*limits, bits, symmetric=symmetric, signed=signed)
     spread = max(abs(v) for v in (*limits, 1.0))
@@ -60,7 +61,7 @@ def test_per_channel_round_trip_is_torchs_kernel_bit_by_bit(bits, axis, symmetri
 
 
 @given(ranges(), BITS, st.booleans(), st.lists(REALS, min_size=1, max_size=40))
-@settings(max_examples=200, deadline=None)
+@fuzz(200)
 def test_codes_are_the_exact_ones_except_within_two_ulp_of_a_tie(limits, bits, symmetric, values):
     q = ql.choose_qparams(*limits, bits, symmetric=symmetric)
     x = torch.tensor(values, dtype=torch.float32)
@@ -87,7 +88,7 @@ def test_exact_rational_mismatches_are_rare():
 
 
 @given(ranges(), BITS, st.booleans(), st.booleans())
-@settings(max_examples=200, deadline=None)
+@fuzz(200)
 def test_zero_is_exact_and_the_range_is_covered(limits, bits, symmetric, signed):
     q = ql.choose_qparams(*limits, bits, symmetric=symmetric, signed=signed)
     assert q.bits == bits

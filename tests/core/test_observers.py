@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 import quantlab as ql
@@ -49,7 +50,7 @@ SCALES = st.lists(st.floats(-60, 60), min_size=1, max_size=6)
 
 
 @given(SCALES, st.booleans(), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@fuzz(60)
 def test_counts_do_not_depend_on_order_or_batching_and_merge_by_addition(exponents, relu, random):
     batches = [normal(257, i) * 2.0**e for i, e in enumerate(exponents)]
     batches = [b.relu() for b in batches] if relu else batches
@@ -62,7 +63,7 @@ def test_counts_do_not_depend_on_order_or_batching_and_merge_by_addition(exponen
 
 
 @given(SCALES)
-@settings(max_examples=40, deadline=None)
+@fuzz(40)
 def test_counts_agree_with_a_two_pass_reference(exponents):
     values = torch.cat([normal(500, i) * 2.0**e for i, e in enumerate(exponents)])
     values = torch.cat([values, torch.zeros(17), -torch.zeros(3)])
@@ -92,7 +93,7 @@ def test_large_tensors_are_counted_in_pieces_on_several_threads(shift):
 
 
 @given(st.floats(-80, 80), st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
+@fuzz(60)
 def test_at_least_2048_bins_over_the_range_and_constant_memory(exponent, balance):
     values = (torch.rand(1000) - balance) * 2.0**exponent
     stats = observe(values)

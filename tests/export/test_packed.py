@@ -8,9 +8,10 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from conftest import fuzz
 from examples import Tangle, randomize_batchnorm
 from forms import FORMS, MINMAX, make_quantized, quantized, tiny
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -24,7 +25,7 @@ FOLDER = pathlib.Path(__file__).parent
 
 
 @given(st.integers(2, 8), st.data())
-@settings(max_examples=200, deadline=None)
+@fuzz(200)
 def test_packing_is_one_little_endian_number(bits, data):
     codes = data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=70))
     stream = pack(torch.tensor(codes, dtype=torch.int32), bits)

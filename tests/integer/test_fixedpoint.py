@@ -7,7 +7,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from conftest import fuzz
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import quantlab as ql
@@ -34,7 +35,7 @@ def ties_away(x):
 @example(7984, 1583594044, -9)
 @example(INT32_MIN, 2**31 - 1, 30)
 @example(INT32_MAX, 2**31 - 1, -31)
-@settings(max_examples=1500, deadline=None)
+@fuzz(1500)
 def test_single_rounding_is_the_exact_product_rounded_once(x, q, shift):
     exact = Fraction(x) * q * Fraction(2) ** (shift - 31)
     assert multiply(tensor(x), tensor(q), tensor(shift)).item() == ties_up(exact)
@@ -43,7 +44,7 @@ def test_single_rounding_is_the_exact_product_rounded_once(x, q, shift):
 @given(int32, mantissa, st.integers(-31, 30))
 @example(INT32_MIN, 2**31 - 1, -31)
 @example(-1, 2**30, 0)
-@settings(max_examples=1500, deadline=None)
+@fuzz(1500)
 def test_double_rounding_is_the_exact_product_rounded_twice(x, q, shift):
     x >>= max(shift, 0)  # so that x * 2^shift is an int32
     first = ties_up(Fraction(x * 2 ** max(shift, 0)) * q / 2**31)
@@ -55,7 +56,7 @@ def test_double_rounding_is_the_exact_product_rounded_twice(x, q, shift):
 @example(INT32_MIN, INT32_MIN)
 @example(INT32_MIN, INT32_MAX)
 @example(-(2**30), 1)
-@settings(max_examples=800, deadline=None)
+@fuzz(800)
 def test_doubling_high_mul(a, b):
     found = fixedpoint.doubling_high_mul(tensor(a), tensor(b)).item()
     assert found == min(ties_up(Fraction(a * b, 2**31)), INT32_MAX)
@@ -68,7 +69,7 @@ def test_doubling_high_mul(a, b):
 @given(int32, st.integers(0, 31))
 @example(INT32_MIN, 31)
 @example(-3, 1)
-@settings(max_examples=800, deadline=None)
+@fuzz(800)
 def test_division_by_a_power_of_two_rounds_ties_away_from_zero(x, exponent):
     found = fixedpoint.divide_by_power_of_two(tensor(x), tensor(exponent)).item()
     assert found == ties_away(Fraction(x, 2**exponent))
@@ -86,7 +87,7 @@ def test_the_published_vector():
 @example(1 - 2.0**-40)  # the mantissa rounds up to 2^31
 @example(0.5)
 @example(2.0**30 - 1.5)
-@settings(max_examples=800, deadline=None)
+@fuzz(800)
 def test_fixed_point_is_within_half_a_unit_of_31_bits(real):
     q, shift = (int(v) for v in fixed_point(real))
     if q == 0:
@@ -123,7 +124,7 @@ def test_requantization_broadcasts_per_channel_and_clamps():
 
 
 @given(int32, int32)
-@settings(max_examples=300, deadline=None)
+@fuzz(300)
 def test_signed_bits(a, b):
     low, high = min(a, b), max(a, b)
     bits = signed_bits(low, high)

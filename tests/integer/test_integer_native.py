@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import equal_codes
-from hypothesis import given, settings
+from conftest import equal_codes, fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 import quantlab as ql
@@ -80,7 +80,7 @@ def test_requantization_over_all_of_int32(rounding):
 
 @given(st.integers(*INT32), st.floats(2.0**-33, 2.0**13),
        st.tuples(*[st.integers(-128, 127)] * 3), st.sampled_from(ROUNDINGS))
-@settings(max_examples=200, deadline=None)
+@fuzz(200)
 def test_requantization_of_any_accumulator(acc, real, bounds, rounding):
     need_compiler()
     q, shift = fixed_point(real)
@@ -123,7 +123,7 @@ def convolutions(draw):
 
 
 @given(convolutions(), st.sampled_from([*ROUNDINGS, None]))
-@settings(max_examples=150, deadline=None)
+@fuzz(150)
 def test_any_convolution(case, rounding):
     need_compiler()
     generator = torch.Generator().manual_seed(case["seed"])
