@@ -1,12 +1,15 @@
-"""PyTorch's own int8 quantization, two generations of it: the only module that imports torch.ao or torchao.
+"""PyTorch's own int8 quantization, two generations of it: only here torch.ao or torchao is used.
 
-    eager static   torch.ao.quantization, as the original experiment used it: fuse, stubs, qconfig, prepare, calibrate, convert.
-                   Deprecated; where a newer torch no longer has it, `backends()` says so and the notebook goes on without.
-    PT2E           torchao's supported successor: export, prepare, calibrate, convert, compile for x86 with inductor.
+    eager static   torch.ao.quantization, as the original experiment used it: fuse, stubs, qconfig,
+                   prepare, calibrate, convert. Deprecated; where a newer torch no longer has it,
+                   `backends()` says so and the notebook goes on without.
+    PT2E           torchao's supported successor: export, prepare, calibrate, convert, compile for
+                   x86 with inductor.
 
 Int8 kernels for these exist on the CPU; the networks returned here run there.
 """
 
+import contextlib
 import copy
 import dataclasses
 import importlib
@@ -34,7 +37,7 @@ class Backend:
 
 
 def backends():
-    """Both generations, in order, with the reason where one cannot run on this machine."""
+    """Both generations, eager first, with the reason where one cannot run on this machine."""
     return [_eager_backend(), _pt2e_backend()]
 
 
@@ -43,7 +46,8 @@ def _eager_backend():
         importlib.import_module("torch.ao.quantization")
         engine = choose_engine()
     except ImportError:
-        return Backend("eager", False, f"torch {torch.__version__} no longer has torch.ao.quantization; skipped")
+        note = f"torch {torch.__version__} no longer has torch.ao.quantization; skipped"
+        return Backend("eager", False, note)
     except UserError as error:
         return Backend("eager", False, f"{error}; skipped")
     return Backend("eager", True, f"torch.ao.quantization, engine {engine}")
@@ -54,55 +58,77 @@ def _pt2e_backend():
         with _quiet():
             importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
     except ImportError as error:
-        return Backend("pt2e", False, f"torchao's PT2E is not installed (pip install torchao; {error}); skipped")
+        note = f"torchao's PT2E is not installed (pip install torchao; {error}); skipped"
+        return Backend("pt2e", False, note)
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return Backend("pt2e", False, f"its kernels are for x86, this is {platform.machine()}; skipped")
+        note = f"its kernels are for x86, this is {platform.machine()}; skipped"
+        return Backend("pt2e", False, note)
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         return Backend("pt2e", False, "no C++ compiler found (apt install g++); skipped")
     return Backend("pt2e", True, "torchao PT2E, x86 inductor")
 
 
 def choose_engine():
-    """The quantized kernels of this machine: x86, else fbgemm, onednn or qnnpack; UserError where there are none."""
+    """The quantized kernels of this machine: x86, else fbgemm, onednn or qnnpack.
+
+    UserError where there are none.
+    """
     supported = torch.backends.quantized.supported_engines
     for engine in ("x86", "fbgemm", "onednn", "qnnpack"):
         if engine in supported:
             return engine
-    raise UserError(f"torch was built without quantized kernels (engines: {', '.join(supported) or 'none'})")
+    engines = ", ".join(supported) or "none"
+    raise UserError(f"torch was built without quantized kernels (engines: {engines})")
+
+
+@contextlib.contextmanager
+def _use_engine(engine):
+    """Inside, torch.ao converts for these kernels (None: this machine's): it reads a global."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine or choose_engine()
+    try:
+        yield torch.backends.quantized.engine
+    finally:
+        torch.backends.quantized.engine = before
 
 
 def eager_act_bits():
-    """Width of the eager path's activations: 7 where the engine's default reduces the range, else 8."""
+    """Width of the eager path's activations: 7 where the engine reduces the range, else 8."""
     from torch.ao.quantization import get_default_qconfig
 
     with _quiet():
-        return 7 if getattr(get_default_qconfig(choose_engine()).activation(), "reduce_range", False) else 8
+        observer = get_default_qconfig(choose_engine()).activation()
+    return 7 if getattr(observer, "reduce_range", False) else 8
 
 
 def torch_histogram_range(batches, bits):
-    """(low, high) that torch.ao's HistogramObserver chooses for codes 0..2^bits-1 after these batches (float tensors, in this order)."""
+    """(low, high) that torch.ao's HistogramObserver chooses for codes 0..2^bits-1.
+
+    batches: float tensors, seen in this order.
+    """
     from torch.ao.quantization import HistogramObserver
 
     with _quiet():
         observer = HistogramObserver(dtype=torch.quint8, quant_min=0, quant_max=2**bits - 1)
         for batch in batches:
             observer(batch)
-        scale, zero_point = observer.calculate_qparams()
-    return -scale.item() * zero_point.item(), scale.item() * (2**bits - 1 - zero_point.item())
+        scale, zero_point = (value.item() for value in observer.calculate_qparams())
+    return -scale * zero_point, scale * (2**bits - 1 - zero_point)
 
 
-# ---- Eager static -----------------------------------------------------------------------------------------------------------
+# ---- Eager static --------------------------------------------------------------------------------
 
 
 def fuse(model):
-    """A float copy in which torch.ao has fused every [conv, bn, relu] and [conv, bn] and every `+` is a FloatFunctional."""
+    """A float copy: every [conv, bn, relu] and [conv, bn] fused, every `+` a FloatFunctional."""
     from torch.ao.nn.quantized import FloatFunctional
     from torch.ao.quantization import fuse_modules
 
     graph = trace(model)
     normalize(graph)
     groups = _fusible(graph)
-    for i, node in enumerate([n for n, kind in find_kinds(graph).items() if kind == "add"]):
+    adds = [node for node, kind in find_kinds(graph).items() if kind == "add"]
+    for i, node in enumerate(adds):
         graph.add_submodule(f"add_{i}", FloatFunctional())
         with graph.graph.inserting_before(node):
             functional = graph.graph.get_attr(f"add_{i}")
@@ -115,33 +141,36 @@ def fuse(model):
 
 
 def _fusible(graph):
-    """Module names of [conv, bn, relu] and [conv, bn] chains whose inner values nobody else reads."""
-    kinds, groups = find_kinds(graph), []
-    for node in kinds:
-        chain = [node]
-        for expected in ("batchnorm", "clamp"):
-            user = next(iter(chain[-1].users), None)
-            relu = expected == "clamp" and kinds.get(user) == "clamp" and user.op == "call_module" and type(graph.get_submodule(user.target)) is nn.ReLU
-            if len(chain[-1].users) == 1 and (relu or expected == "batchnorm" and kinds[user] == expected):
-                chain.append(user)
-            else:
-                break
-        if kinds[node] == "compute" and len(chain) > 1:
-            groups.append([n.target for n in chain])
+    """Module names of [conv, bn, relu] and [conv, bn] chains whose inner values nobody else reads.
+    """
+    kinds = find_kinds(graph)
+
+    def follower(node, kind):
+        user = next(iter(node.users), None)
+        return user if len(node.users) == 1 and kinds[user] == kind else None
+
+    groups = []
+    for node in (n for n, kind in kinds.items() if kind == "compute"):
+        bn = follower(node, "batchnorm")
+        clamp = bn and follower(bn, "clamp")
+        is_module = clamp is not None and clamp.op == "call_module"
+        if is_module and type(graph.get_submodule(clamp.target)) is nn.ReLU:
+            groups.append([node.target, bn.target, clamp.target])
+        elif bn is not None:
+            groups.append([node.target, bn.target])
     return groups
 
 
 @torch.no_grad()
 def eager_int8(model, batches, engine=None):
-    """The original's path: fused, stubs around, the engine's default qconfig, calibrated on `batches`, converted to int8.
+    """The original's path: fused, stubs around, the engine's default qconfig, calibrate, convert.
 
-    On x86 engines the default qconfig keeps activations to 7 bits (reduce_range), because their int8 products could saturate otherwise.
+    On x86 engines the default qconfig keeps activations to 7 bits (reduce_range), because their
+    int8 products could saturate otherwise.
     """
     from torch.ao.quantization import QuantWrapper, convert, get_default_qconfig, prepare
 
-    engine = engine or choose_engine()
-    torch.backends.quantized.engine = engine
-    with _quiet():
+    with _use_engine(engine) as engine, _quiet():
         wrapped = QuantWrapper(fuse(copy.deepcopy(model).cpu())).eval()
         wrapped.qconfig = get_default_qconfig(engine)
         prepare(wrapped, inplace=True)
@@ -150,7 +179,20 @@ def eager_int8(model, batches, engine=None):
         return convert(wrapped)
 
 
-# ---- For comparison of speed --------------------------------------------------------------------------------------------------
+def dynamic_int8(model, engine=None):
+    """A copy whose LSTM and linear layers hold int8 weights; CPU only.
+
+    They choose the range of what they read anew at every call. Where the engine is x86 or fbgemm,
+    torch keeps those activations to 7 bits (reduce_range), as in the static path.
+    """
+    from torch.ao.quantization import quantize_dynamic
+
+    kinds = {nn.LSTM, nn.Linear}
+    with _use_engine(engine), _quiet():
+        return quantize_dynamic(copy.deepcopy(model).cpu().eval(), kinds, dtype=torch.qint8)
+
+
+# ---- For comparison of speed ---------------------------------------------------------------------
 
 
 def observed(model, example):
@@ -159,70 +201,63 @@ def observed(model, example):
     from torch.ao.quantization.quantize_fx import prepare_fx
 
     with _quiet():
-        return prepare_fx(copy.deepcopy(model).cpu().eval(), QConfigMapping().set_global(get_default_qconfig(choose_engine())), (example,))
+        mapping = QConfigMapping().set_global(get_default_qconfig(choose_engine()))
+        return prepare_fx(copy.deepcopy(model).cpu().eval(), mapping, (example,))
 
 
 @torch.no_grad()
 def fake_quantized(model, batch):
-    """The network with torch.ao's fake-quantize modules, calibrated on one batch, observers off: as its FX path evaluates it."""
-    from torch.ao.quantization import (
-        QConfigMapping,
-        disable_observer,
-        enable_fake_quant,
-        get_default_qat_qconfig,
-    )
+    """The network with torch.ao's fake-quantize modules, as its FX path evaluates it.
+
+    Calibrated on one batch, observers off.
+    """
+    from torch.ao import quantization as ao
     from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
     with _quiet():
-        graph = prepare_qat_fx(copy.deepcopy(model).cpu().train(), QConfigMapping().set_global(get_default_qat_qconfig(choose_engine())), (batch[:1],)).eval()
+        mapping = ao.QConfigMapping().set_global(ao.get_default_qat_qconfig(choose_engine()))
+        graph = prepare_qat_fx(copy.deepcopy(model).cpu().train(), mapping, (batch[:1],)).eval()
         graph(batch)
-        return graph.apply(disable_observer).apply(enable_fake_quant)
+        return graph.apply(ao.disable_observer).apply(ao.enable_fake_quant)
 
 
-# ---- Eager dynamic -----------------------------------------------------------------------------------------------------------
-
-
-def dynamic_int8(model, engine=None):
-    """A copy of `model` whose LSTM and linear layers hold int8 weights and choose the range of what they read anew at every call; CPU only.
-
-    Where the engine is x86 or fbgemm, torch keeps those activations to 7 bits (reduce_range), as in the static path.
-    """
-    from torch.ao.quantization import quantize_dynamic
-
-    torch.backends.quantized.engine = engine or choose_engine()
-    with _quiet():
-        return quantize_dynamic(copy.deepcopy(model).cpu().eval(), {nn.LSTM, nn.Linear}, dtype=torch.qint8)
-
-
-# ---- PT2E -------------------------------------------------------------------------------------------------------------------
+# ---- PT2E ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def pt2e_int8(model, batches, batch_size=64):
-    """torchao's path: torch.export, X86InductorQuantizer's default (8-bit activations, per-channel int8 weights), compiled by inductor.
+    """torchao's path: exported, X86InductorQuantizer's default, compiled by inductor.
 
-    Compiled once, for batches of `batch_size`; smaller ones are padded. Returns a callable on float32 [B, C, H, W].
+    8-bit activations, per-channel int8 weights. Compiled once, for batches of `batch_size`; smaller
+    ones are padded. Returns a callable on float32 [B, C, H, W].
     """
     with _quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
         batches = list(batches)
-        example = batches[0][:1].expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-        batch = torch.export.Dim("batch", min=2, max=4096)
-        # strict: every call of a shared ReLU becomes its own node, which the quantizer's patterns need (pytorch/ao issue 4478)
-        exported = torch.export.export(copy.deepcopy(model).cpu().eval(), (example,), dynamic_shapes=({0: batch},), strict=True)
-        prepared = prepare_pt2e(exported.module(), x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config()))
+        example = batches[0][:1].expand(batch_size, -1, -1, -1)
+        example = example.contiguous(memory_format=torch.channels_last)
+        shapes = ({0: torch.export.Dim("batch", min=2, max=4096)},)
+        # strict: every call of a shared ReLU becomes its own node, which the quantizer's patterns
+        # need (pytorch/ao issue 4478)
+        exported = torch.export.export(
+            copy.deepcopy(model).cpu().eval(), (example,), dynamic_shapes=shapes, strict=True)
+        config = x86.get_default_x86_inductor_quantization_config()
+        prepared = prepare_pt2e(
+            exported.module(), x86.X86InductorQuantizer().set_global(config))
         for images in batches:
             prepared(images)
         compiled = Compiled(convert_pt2e(prepared), batch_size)
-        with torch.inference_mode():  # as evaluation runs it; tensors made here have the properties that compilation checks for
+        # as evaluation runs it: tensors made here have the properties that compilation checks for
+        with torch.inference_mode():
             compiled(example.clone())
         return compiled
 
 
 class Compiled:
-    """The converted network, compiled with frozen weights, which is what lets inductor choose its int8 kernels."""
+    """The converted network, compiled with frozen weights: only then inductor takes int8 kernels.
+    """
 
     def __init__(self, module, batch_size):
         self.module, self.batch_size = module, batch_size
@@ -232,12 +267,15 @@ class Compiled:
         import torch._inductor.config as inductor
 
         missing = self.batch_size - len(images)
-        padded = torch.cat([images, images[:1].expand(missing, -1, -1, -1)]) if missing > 0 else images
+        padded = images
+        if missing > 0:
+            padded = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
+        padded = padded.contiguous(memory_format=torch.channels_last)
         with _quiet(), inductor.patch(freezing=True), torch.inference_mode():
-            return self.compiled(padded.contiguous(memory_format=torch.channels_last))[: len(images)]
+            return self.compiled(padded)[: len(images)]
 
 
-# ---- Both -------------------------------------------------------------------------------------------------------------------
+# ---- Both ----------------------------------------------------------------------------------------
 
 
 def bytes_on_disk(model):
@@ -249,24 +287,25 @@ def bytes_on_disk(model):
 
 
 def _tensors_in_use(graph):
-    """A converted graph still owns the float weights that its int8 ones replaced; only what a node names counts."""
+    """What a node names: a converted graph still owns the float weights that int8 ones replaced."""
     names = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     return {name: operator.attrgetter(name)(graph) for name in names}
 
 
-class _quiet(warnings.catch_warnings):
-    """Hide what a reader cannot act on: that torch.ao is deprecated (we say so), observers' notes, torchao's missing CUDA extensions."""
-
-    def __enter__(self):
-        super().__enter__()
-        warnings.filterwarnings("ignore", message=".*(deprecated|reduce_range|must run observer|TypedStorage|erase_node|copy construct).*")
-        self.loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree", "torch.ao")]
-        self.levels = [logger.level for logger in self.loggers]
-        for logger in self.loggers:
-            logger.setLevel(logging.ERROR)
-        return self
-
-    def __exit__(self, *error):
-        for logger, level in zip(self.loggers, self.levels):
-            logger.setLevel(level)
-        return super().__exit__(*error)
+@contextlib.contextmanager
+def _quiet():
+    """Hide what a reader cannot act on: that torch.ao is deprecated (we say so), observers' notes,
+    torchao's missing CUDA extensions.
+    """
+    notes = "deprecated|reduce_range|must run observer|TypedStorage|erase_node|copy construct"
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree", "torch.ao")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f".*({notes}).*")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

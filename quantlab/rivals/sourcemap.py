@@ -1,10 +1,11 @@
-"""A map of a package's source: which module defines what and which uses which, parsed from the installed files, nothing imported.
+"""A map of a package's source: which module defines what, and which uses which names of which.
 
-    modules = scan("torch.ao", folder_of("torch.ao"))
-    write_xmind("pic/source_map.xmind", "PyTorch quantization", tree(modules), arrows(modules))
+    modules = scan("torch.ao", folder_of("torch.ao"))   # parsed from the files, nothing is imported
+    write_xmind("pic/source_map.xmind", {"torch.ao": (tree(modules), arrows(modules))})
 """
 
 import ast
+import collections
 import dataclasses
 import hashlib
 import importlib.util
@@ -29,7 +30,8 @@ TOPICS = (
     ("fake quantization, QAT", r"fake_quant|\bqat\b|qat_utils"),
     ("fusing", r"\bfus(e|er|ion)|intrinsic|_fuse\b"),
     ("quantizers", r"quantizer\b|quantizer\.|quantizer_"),
-    ("qconfig, backends", r"qconfig|backend_config|mappings|quant_type|custom_config|granularity"),
+    ("qconfig, backends",
+     r"qconfig|backend_config|mappings|quant_type|custom_config|granularity"),
     ("prepare", r"\bprepare"),
     ("convert", r"convert|lower|reference|decomposed|inductor"),
     ("entry points", r"\b(quantize|quantize_fx|quantize_jit|quantize_pt2e|quant_api|stubs)$"),
@@ -41,8 +43,11 @@ TOPICS = (
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """One source file: dotted name, lines, topic, public definitions (name -> names of its base classes, None for a function)
-    and uses (module of the scan -> names taken from it)."""
+    """One source file.
+
+    definitions: public name -> names of its base classes, None for a function. uses: module of the
+    scan -> names taken from it.
+    """
 
     name: str
     lines: int
@@ -52,7 +57,7 @@ class Module:
 
 
 def folder_of(package):
-    """Folder of an installed package, found without importing it (nor, for a.b, more than a's finder); None where it is not installed."""
+    """Folder of an installed package, found without importing it; None where there is none."""
     first, *rest = package.split(".")
     spec = importlib.util.find_spec(first)
     folder = spec and pathlib.Path(spec.origin).parent.joinpath(*rest)
@@ -60,17 +65,23 @@ def folder_of(package):
 
 
 def scan(package, folder):
-    """Every module below `folder` as a list of Module; a name that an __init__ passes on counts for the module that defines it."""
-    files = {_module_name(package, path.relative_to(folder)): path for path in sorted(folder.rglob("*.py"))}
+    """Every module below `folder` as a list of Module.
+
+    A name that an __init__ passes on counts for the module that defines it.
+    """
+    paths = sorted(folder.rglob("*.py"))
+    files = {_module_name(package, path.relative_to(folder)): path for path in paths}
     texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     trees = {name: ast.parse(text) for name, text in texts.items()}
-    own = {name: _definitions(tree) for name, tree in trees.items()}
-    imports = {name: list(_imports(tree, name, files[name].stem == "__init__", set(files))) for name, tree in trees.items()}
-    return [
-        Module(name, len(texts[name].splitlines()), topic_of(name.removeprefix(package).lstrip(".")),
-               {n: b for n, b in own[name].items() if not n.startswith("_")}, _uses(name, imports, own))
-        for name in files
-    ]
+    defined = {name: _definitions(tree) for name, tree in trees.items()}
+    imports = {name: list(_imports(trees[name], name, files)) for name in files}
+    modules = []
+    for name, text in texts.items():
+        topic = topic_of(name.removeprefix(package).lstrip("."))
+        public = {n: bases for n, bases in defined[name].items() if not n.startswith("_")}
+        uses = _uses(name, imports, defined)
+        modules.append(Module(name, len(text.splitlines()), topic, public, uses))
+    return modules
 
 
 def topic_of(name):
@@ -84,131 +95,159 @@ def _module_name(package, relative):
 
 
 def _definitions(tree):
-    found = {n.name: None for n in tree.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))}
-    return found | {n.name: [ast.unparse(b).split(".")[-1] for b in n.bases] for n in tree.body if isinstance(n, ast.ClassDef)}
+    """name -> names of its base classes, None for a function."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = {n.name: None for n in tree.body if isinstance(n, kinds)}
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
+    return functions | {
+        n.name: [ast.unparse(base).split(".")[-1] for base in n.bases] for n in classes}
 
 
-def _imports(tree, name, is_package, known):
-    """(module, name in it, name here) of every import of a scanned module, also inside functions; ("a.b", None, …) for a whole module."""
+def _imports(tree, name, files):
+    """(module, name in it, name here) of every import of a scanned module, in functions too.
+
+    A whole module is ("a.b", None, name here).
+    """
+    package = name if files[name].stem == "__init__" else name.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, None, alias.asname or alias.name) for alias in node.names if alias.name in known)
-        elif isinstance(node, ast.ImportFrom):
-            base = name.split(".")[: None if is_package else -1]
-            base = base[: len(base) - node.level + 1] + [node.module or ""] if node.level else [node.module]
-            module = ".".join(part for part in base if part)
             for alias in node.names:
-                if f"{module}.{alias.name}" in known:
+                if alias.name in files:
+                    yield alias.name, None, alias.asname or alias.name
+        elif isinstance(node, ast.ImportFrom):
+            relative = "." * node.level + (node.module or "")
+            module = importlib.util.resolve_name(relative, package)
+            for alias in node.names:
+                if f"{module}.{alias.name}" in files:
                     yield f"{module}.{alias.name}", None, alias.asname or alias.name
-                elif module in known:
+                elif module in files:
                     yield module, alias.name, alias.asname or alias.name
 
 
-def _uses(name, imports, own):
+def _uses(name, imports, defined):
     """Module -> sorted names that `name` takes from it, followed to where they are defined."""
     found = {}
     for module, wanted, _ in imports[name]:
-        origin = _origin(module, wanted, imports, own, set())
+        origin = _origin(module, wanted, imports, defined, set())
         if origin != name:
             found.setdefault(origin, set()).update([wanted] if wanted and wanted != "*" else [])
     return {module: sorted(names) for module, names in sorted(found.items())}
 
 
-def _origin(module, wanted, imports, own, seen):
-    """The module that defines `wanted`, through re-exports; `module` itself where that cannot be told."""
-    if wanted is None or wanted in own[module] or module in seen:
+def _origin(module, wanted, imports, defined, seen):
+    """The module that defines `wanted`, through re-exports; `module` where that cannot be told."""
+    if wanted is None or wanted in defined[module] or module in seen:
         return module
     for source, original, here in imports[module]:
         if here == wanted and original not in (None, "*"):
-            return _origin(source, original, imports, own, seen | {module})
-        if original == "*" and wanted in own[source]:
+            return _origin(source, original, imports, defined, seen | {module})
+        if original == "*" and wanted in defined[source]:
             return source
     return module
 
 
-# ---- Tables -----------------------------------------------------------------------------------------------------------------
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def _by_topic(modules):
+    """topic -> its modules, in the order of TOPICS, none empty."""
+    found = {topic: [m for m in modules if m.topic == topic] for topic, _ in TOPICS}
+    return {topic: part for topic, part in found.items() if part}
 
 
 def topic_table(modules):
-    """One row a topic: modules, lines, definitions, and the two names that most other modules take from it."""
-    taken = pd.Series([(module, n) for m in modules for module, names in m.uses.items() for n in names], dtype=object).value_counts()
+    """One row a topic: modules, lines, definitions, the two names that most others take from it."""
+    taken = collections.Counter((n, name) for m in modules for n in m.uses for name in m.uses[n])
     rows = []
-    for topic in dict.fromkeys(t for t, _ in TOPICS):
-        part = {m.name: m for m in modules if m.topic == topic}
-        popular = [n for (module, n) in taken.index if module in part and n in part[module].definitions][:2]
-        rows.append({"topic": topic, "modules": len(part), "lines": sum(m.lines for m in part.values()),
-                     "definitions": sum(len(m.definitions) for m in part.values()), "used": popular})
-    return pd.DataFrame(rows).query("modules > 0").reset_index(drop=True)
+    for topic, part in _by_topic(modules).items():
+        public = {(m.name, name) for m in part for name in m.definitions}
+        popular = [key[1] for key, _ in taken.most_common() if key in public][:2]
+        lines = sum(m.lines for m in part)
+        rows.append({"topic": topic, "modules": len(part), "lines": lines,
+                     "definitions": len(public), "used": popular})
+    return pd.DataFrame(rows)
 
 
 def topic_edges(modules):
-    """importer, imported (topics), uses: how many names (or whole modules) one topic takes from another; strongest first."""
-    topic = {m.name: m.topic for m in modules}
-    rows = [(m.topic, topic[used], max(1, len(names))) for m in modules for used, names in m.uses.items() if topic[used] != m.topic]
-    frame = pd.DataFrame(rows, columns=["importer", "imported", "uses"])
-    sums = frame.groupby(["importer", "imported"], as_index=False).uses.sum()
-    return sums.sort_values("uses", ascending=False, kind="stable").reset_index(drop=True)
+    """importer, imported (topics), uses: how many names (or whole modules); strongest first."""
+    topic, sums = {m.name: m.topic for m in modules}, collections.Counter()
+    for module in modules:
+        for used, names in module.uses.items():
+            if topic[used] != module.topic:
+                sums[module.topic, topic[used]] += max(1, len(names))
+    rows = [(*pair, uses) for pair, uses in sorted(sums.items(), key=lambda p: (-p[1], p[0]))]
+    return pd.DataFrame(rows, columns=["importer", "imported", "uses"])
 
 
-# ---- XMind ------------------------------------------------------------------------------------------------------------------
+# ---- XMind ---------------------------------------------------------------------------------------
 
 
 def tree(modules):
-    """topic -> module name -> definitions as text ("MinMaxObserver (ObserverBase)", "prepare()"): what a map shows."""
-    found = {}
-    for topic in dict.fromkeys(t for t, _ in TOPICS):
-        part = [m for m in modules if m.topic == topic]
-        if part:
-            found[topic] = {m.name: [_signature(n, bases) for n, bases in m.definitions.items()] for m in part}
-    return found
+    """topic -> module name -> definitions as text: "MinMaxObserver (ObserverBase)", "prepare()"."""
+    return {
+        topic: {m.name: [_signature(*item) for item in m.definitions.items()] for m in part}
+        for topic, part in _by_topic(modules).items()
+    }
 
 
 def _signature(name, bases):
-    return f"{name}()" if bases is None else f"{name} ({', '.join(bases)})" if bases else name
+    if bases is None:
+        return f"{name}()"
+    return f"{name} ({', '.join(bases)})" if bases else name
 
 
 def arrows(modules, count=20, without=("models and tests", "prototypes")):
-    """(importer, imported, names) of the `count` strongest uses between modules of different topics, as text: the arrows of the map."""
+    """The `count` strongest uses between modules of different topics: (importer, imported, names).
+    """
     topic = {m.name: m.topic for m in modules if m.topic not in without}
-    between = [(m, used, names) for m in modules for used, names in m.uses.items() if names and {m.name, used} <= set(topic)]
-    pairs = [(m.name, used, names) for m, used, names in between if m.topic != topic[used]]
-    return [(a, b, ", ".join(names[:3])) for a, b, names in sorted(pairs, key=lambda p: (-len(p[2]), p[:2]))[:count]]
+    pairs = [
+        (m.name, used, names) for m in modules for used, names in m.uses.items()
+        if names and {m.name, used} <= set(topic) and topic[m.name] != topic[used]
+    ]
+    pairs.sort(key=lambda pair: (-len(pair[2]), pair[:2]))
+    return [(a, b, ", ".join(names[:3])) for a, b, names in pairs[:count]]
 
 
 def write_xmind(path, sheets):
-    """Write sheets (title -> (tree, arrows)) as an .xmind file, atomically and always with the same bytes.
+    """Write sheets (title -> (tree, arrows)) as an .xmind file, atomically, always the same bytes.
 
-    The format of XMind Zen, 2020 and later: a zip with content.json (a list of sheets; topics nest under children.attached),
-    metadata.json and manifest.json. Ids are hashes of the topic's path.
+    The format of XMind Zen, 2020 and later: a zip with content.json (a list of sheets; topics nest
+    under children.attached), metadata.json and manifest.json. Ids are hashes of the topic's path.
     """
-    content = []
-    for title, (branches, links) in sheets.items():
-        root = _topic(title, (title,), branches)
-        ids = {child["title"]: child["id"] for topic in root["children"]["attached"] for child in topic["children"]["attached"]}
-        relationships = [
-            {"id": _id((title, "uses", a, b)), "class": "relationship", "end1Id": ids[a], "end2Id": ids[b], "title": text}
-            for a, b, text in links
-        ]
-        content.append({"id": _id((title, "sheet")), "class": "sheet", "title": title, "rootTopic": root, "relationships": relationships})
-    files = {
-        "content.json": content,
-        "metadata.json": {"creator": {"name": "quantlab", "version": "1"}, "dataStructureVersion": "2", "activeSheetId": content[0]["id"]},
-        "manifest.json": {"file-entries": {"content.json": {}, "metadata.json": {}}},
-    }
-    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+    content = [_sheet(title, *parts) for title, parts in sheets.items()]
+    metadata = {
+        "creator": {"name": "quantlab", "version": "1"}, "dataStructureVersion": "2",
+        "activeSheetId": content[0]["id"]}
+    manifest = {"file-entries": {"content.json": {}, "metadata.json": {}}}
+    files = {"content": content, "metadata": metadata, "manifest": manifest}
+    with (atomic_path(path) as temporary,
+          zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive):
         for name, value in files.items():
-            entry = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))
-            archive.writestr(entry, json.dumps(value, ensure_ascii=False, indent=1), zipfile.ZIP_DEFLATED)
+            entry = zipfile.ZipInfo(f"{name}.json", (2020, 1, 1, 0, 0, 0))
+            text = json.dumps(value, ensure_ascii=False, indent=1)
+            archive.writestr(entry, text, zipfile.ZIP_DEFLATED)
     return pathlib.Path(path)
+
+
+def _sheet(title, branches, links):
+    ids = {m: _id((title, topic, m)) for topic, modules in branches.items() for m in modules}
+    relationships = [
+        {"id": _id((title, "uses", a, b)), "class": "relationship", "end1Id": ids[a],
+         "end2Id": ids[b], "title": text}
+        for a, b, text in links
+    ]
+    return {"id": _id((title, "sheet")), "class": "sheet", "title": title,
+            "rootTopic": _topic(title, (title,), branches), "relationships": relationships}
 
 
 def _topic(title, path, below):
     """A topic with what hangs below it: a dict of branches or a list of leaves."""
     topic = {"id": _id(path), "class": "topic", "title": title}
-    children = [_topic(name, (*path, name), below[name] if isinstance(below, dict) else []) for name in below]
+    is_leaves = isinstance(below, list)
+    children = [_topic(n, (*path, n), [] if is_leaves else below[n]) for n in below]
     if children:
         topic["children"] = {"attached": children}
-        if isinstance(below, dict) and len(path) > 1:
+        if len(path) > 1 and not is_leaves:
             topic["branch"] = "folded"
     return topic
 

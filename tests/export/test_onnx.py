@@ -248,7 +248,7 @@ def shortened(name):
     if name == "resnet":
         return zoo.ResNet(zoo.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
     if name == "densenet":
-        return zoo.DenseNet(8, (2, 2, 2, 2), 16, num_classes=10)
+        return zoo.DenseNet(8, (2, 2), 16, num_classes=10)
     if name == "mobilenet_v2":
         blocks = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]]
         return zoo.MobileNetV2(10, inverted_residual_setting=blocks)
