@@ -10,25 +10,30 @@
 # # 10 · The original experiment
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/10_original_experiment.ipynb)
 #
-# **Question.** In 2021 this project published seven rows; at 4 bits its histogram observer fell to 64.62 % while a simple order statistic kept
-# 88.55 %. Why, and what does each of its decisions cost?
+# **Question.** In 2021 this project published seven rows; at 4 bits its histogram observer fell to
+# 64.62 % while a simple order statistic kept 88.55 %. Why, and what does each of its decisions cost?
 #
-# **Cost.** Under a minute on the digits. On 10,000 test images with three calibration seeds 98 evaluations and 26 calibrations in
-# training mode: about half an hour on two CPU cores.
+# **Cost.** Half a minute on the digits; for ResNet-20 on 10,000 test images and three calibration seeds
+# about half an hour on two CPU cores; for ResNet-50 minutes on an accelerator, many hours without. Rows
+# are recorded one by one.
 
 # %%
 import os
 import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.isdir("quantlab"):  # fetch the workbook; Colab keeps its own torch
-    subprocess.check_call("test -d workbook || git clone --depth 1 https://github.com/TimS-ml/Handwritten-Quantization workbook; pip install -q -e workbook", shell=True)
+# fetch the workbook
+if "google.colab" in sys.modules and not os.path.isdir("quantlab"):
+    address = "https://github.com/TimS-ml/Handwritten-Quantization"
+    fetch = f"test -d workbook || git clone --depth 1 {address} workbook"
+    subprocess.check_call(f"{fetch}; pip install -q -e workbook", shell=True)
     os.chdir("workbook")
     sys.path.insert(0, os.getcwd())
 
 # %%
 import bisect
 import copy
+import dataclasses
 import functools
 import itertools
 
@@ -36,11 +41,20 @@ import numpy as np
 import pandas as pd
 import quantlab as ql
 import torch
-from quantlab import edgestats, observers, plots, ptq
-from quantlab.networks.train import augment, default_config
-from quantlab.rivals import pytorch as builtin
-from quantlab.workbook import results, tables
 from tqdm.auto import tqdm
+
+# %%
+from quantlab import observers, plots, ptq
+from quantlab.calibration import collect_edges
+from quantlab.edgestats import EdgeStats
+from quantlab.evaluate import decibels
+from quantlab.graph import find_kinds, folded, normalize, trace
+from quantlab.networks.train import augment, default_config
+from quantlab.plan import Plan, make_plan
+from quantlab.quantized import edge_name
+from quantlab.rivals import pytorch as builtin
+from quantlab.workbook import tables
+from quantlab.workbook.study import Study, show
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive
@@ -49,29 +63,36 @@ checkpoint = "auto"  # auto, or the path of a .safetensors file
 seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 n_calibration = 0  # images for our ranges; 0: 256 in a smoke run, 1,024 in a full one
-n_batches = 0  # augmented batches of 128 for the original's; 0: 4 in a smoke run, 51 in a full one, as it had
-n_seeds = 0  # calibration seeds of the rows below 8 bits and of the ladder; the rest has the first. 0: one in a smoke run, three in a full one
+n_batches = 0  # augmented batches of 128 for the original's; 0: 4 (smoke), 51 (full)
+n_seeds = 0  # of the rows below 8 bits and of the ladder; 0: 1 (smoke), 3 (full)
+ablations = True  # False: the seven rows and the ladder at 4 bits only
 
 # %%
-images = ql.load_data(data)
-smoke = images.smoke if preset == "auto" else preset == "smoke"
-limit = 1000 if smoke else None  # test images
-n_calibration = n_calibration or min(256 if smoke else 1024, len(images.train))
-n_batches = min(n_batches or (4 if smoke else 51), len(images.train) // 128)
-seeds = list(range(seed, seed + (n_seeds or (1 if smoke else 3))))
-network, card = ql.load_trained(model, images, checkpoint)
-baseline = ql.evaluate(network, images.test, limit=limit)
+study = Study(
+    data, model, checkpoint, preset,
+    n_calibration=n_calibration, seed=seed, notebook="10_original_experiment",
+)
+images, network, baseline = study.images, study.network, study.baseline
+device = next(network.parameters()).device
+n_calibration = study.n_calibration
+n_batches = min(study.choose(n_batches, smoke=4, full=51), len(images.train) // 128)
+seeds = list(range(seed, seed + study.choose(n_seeds, smoke=1, full=3)))
 
 
 # %% [markdown]
 # ## 1. Its two observers
-# **hist** was modelled on PyTorch's `HistogramObserver`: 2,048 bins over the batch's own range, then a search that moves one end inwards by
-# 0.00001 of the values at a time and stops at the first increase of the squared error. Where the number of levels belongs, $2^b$, it had $b$.
-# (Written here from its description; the error takes a value for the middle of its bin.)
+# **hist** was modelled on PyTorch's `HistogramObserver`: 2,048 bins over the batch's own range, then a
+# search that moves one end inwards by 0.00001 of the values at a time and stops at the first increase of
+# the squared error. Where the number of levels belongs, $2^b$, it had $b$. (Written here from its
+# description; the error takes a value for the middle of its bin.)
+
 
 # %%
 def squared_error(counts, first, last, levels):
-    """Of merging bins first..last into `levels` equal groups, in squared bin widths; what lies beyond is clipped."""
+    """Of merging bins first..last into `levels` equal groups, in squared bin widths.
+
+    What lies beyond is clipped.
+    """
     width = (last - first + 1) / levels
     position = np.arange(len(counts)) + 0.5 - first
     group = np.clip(position // width, 0, levels - 1)
@@ -80,37 +101,52 @@ def squared_error(counts, first, last, levels):
 
 # %%
 def greedy_search(x, levels, bins=2048, step=1e-5):
-    low, width, counts = x.min().item(), (x.max() - x.min()).item() / bins, torch.histc(x, bins).double().numpy()
-    share = (counts.cumsum() / counts.sum()).tolist()
-    (first, last), alpha, beta, least = (0, bins - 1), 0.0, 1.0, float("inf")
+    """(low, high) after the last step that did not raise the error."""
+    low, width = x.min().item(), (x.max() - x.min()).item() / bins
+    counts = torch.histc(x, bins).double().numpy()
+    kept, least = (0, bins - 1), float("inf")
+    for moved in narrower(counts, step):
+        error = squared_error(counts, *moved, levels)
+        if error > least:
+            break
+        kept, least = moved, error
+    return low + width * kept[0], low + width * (kept[1] + 1)
+
+# %%
+def narrower(counts, step):
+    """Bins first..last after every step: the end that skips more bins moves."""
+    below = (counts.cumsum() / counts.sum()).tolist()
+    first, last, alpha, beta = 0, len(counts) - 1, 0.0, 1.0
     while alpha < beta:
-        left = min(max(bisect.bisect_left(share, alpha + step), first), last)
-        right = max(min(bisect.bisect_right(share, beta - step) - 1, last), first)
-        up = left - first > last - right
-        moved, alpha, beta = ((left, last), alpha + step, beta) if up else ((first, right), alpha, beta - step)
+        left = min(max(bisect.bisect_left(below, alpha + step), first), last)
+        right = max(min(bisect.bisect_right(below, beta - step) - 1, last), first)
+        if left - first > last - right:
+            moved, alpha = (left, last), alpha + step
+        else:
+            moved, beta = (first, right), beta - step
         if moved != (first, last):
-            if (error := squared_error(counts, *moved, levels)) > least:
-                break
-            (first, last), least = moved, error
-    return low + width * first, low + width * (last + 1)
+            yield moved
+        first, last = moved
 
 
 # %% [markdown]
-# What the search proposes does not matter. The batch's whole range has already entered a running minimum and maximum, and the proposal goes
-# through the same running minimum and maximum, which only widen. A range inside them changes nothing: **hist is min-max**. Three batches
-# on the edge behind the first ReLU:
+# What the search proposes does not matter. The batch's whole range has already entered a running minimum
+# and maximum, and the proposal goes through the same running minimum and maximum, which only widen. A
+# range inside them changes nothing: **hist is min-max**. Three batches on the edge behind the first ReLU:
+
 
 # %%
-@functools.cache
-def statistics(placement, fold_batchnorm, s):
-    return ql.collect(network, images.calibration(n_calibration, s), placement, fold_batchnorm=fold_batchnorm)
-
 def augmented(s, n=n_batches):
-    """The original's calibration data: batches of 128 training images, cropped and mirrored as in training."""
-    recipe, generator = default_config(model, images), torch.Generator().manual_seed(s)
-    for index in torch.randperm(len(images.train), generator=generator)[: 128 * n].split(128):
-        batch = augment(images.train.images[index], generator, recipe.crop, recipe.flip, 0, images.train.mean)
-        yield images.train.normalize(batch).to(next(network.parameters()).device)
+    """The original's calibration data: n times 128 images, cropped and mirrored."""
+    recipe = default_config(model, images)
+    generator = torch.Generator().manual_seed(s)
+    order = torch.randperm(len(images.train), generator=generator)[: 128 * n]
+    for index in order.split(128):
+        pixels = images.train.images[index]
+        pixels = augment(
+            pixels, generator, recipe.crop, recipe.flip, 0, images.train.mean
+        )
+        yield images.train.normalize(pixels).to(device)
 
 
 # %%
@@ -119,354 +155,550 @@ for batch in augmented(seed, 3):
     with torch.no_grad():
         x = network.bn1(network.conv1(batch)).relu().cpu()
     proposed = {levels: greedy_search(x, levels)[1] for levels in (4, 16)}
-    low, high = min(low, x.min().item()), max(high, x.max().item())  # the whole range enters first,
+    # the range enters first,
+    low, high = min(low, x.min().item()), max(high, x.max().item())
     after = max(high, proposed[4])  # then the proposal
-    lines.append({"whole range": x.max().item(), **{f"proposed for {k} levels": v for k, v in proposed.items()}, "kept": after})
-    assert abs(after - high) <= 1e-4 * high, "the proposal lies inside what is kept already"
-pd.DataFrame(lines, index=pd.Index(range(1, len(lines) + 1), name="batch")).round(3)
+    named = {f"proposed for {k} levels": end for k, end in proposed.items()}
+    lines.append({"whole range": x.max().item(), **named, "kept": after})
+    assert abs(after - high) <= 1e-4 * high, "the proposal lies inside what is kept"
+show(pd.DataFrame(lines, index=pd.RangeIndex(1, len(lines) + 1, name="batch")).round(3))
 
 
 # %% [markdown]
-# **fake-hist** takes the int(0.9999 N)-th smallest $|x|$ of a batch; the first batch sets the range, every later one moves it by a tenth of the
-# difference. Both depend on the order of the batches. A class of a few lines is enough for them and for everything in between:
+# **fake-hist** takes the int(0.9999 N)-th smallest $|x|$ of a batch; the first batch sets the range,
+# every later one moves it by a tenth of the difference. Both depend on the order of the batches. A class
+# of a few lines is enough for them and for everything in between:
+
 
 # %%
 class Running:
-    """Range of one edge over the batches it sees: of a batch `share` of its |x|; over batches the widest, or an average that keeps `memory`."""
+    """Range of an edge: of a batch `fraction` of its |x|; over batches the widest,
+    or an average that keeps `memory` of the old one."""
 
-    def __init__(self, share, memory):
-        self.share, self.memory, self.range = share, memory, None
+    def __init__(self, fraction, memory):
+        self.fraction, self.memory, self.range = fraction, memory, None
 
     def __call__(self, x, bits, symmetric):
         now = torch.stack(torch.aminmax(x)).cpu()
-        if self.share < 1:
-            k = int(self.share * x.numel()) - 1
-            now = torch.tensor([0.0, np.partition(x.abs().flatten().cpu(), k)[k]])
+        if self.fraction < 1:
+            k = int(self.fraction * x.numel())
+            now = torch.tensor([0.0, smallest(x.abs().flatten(), k)])
         old = now if self.range is None else self.range
-        widest = torch.stack([min(old[0], now[0]), max(old[1], now[1])])
-        self.range = widest if self.memory is None else self.memory * old + (1 - self.memory) * now
+        self.range = torch.stack([min(old[0], now[0]), max(old[1], now[1])])
+        if self.memory is not None:
+            self.range = self.memory * old + (1 - self.memory) * now
         return tuple(self.range.tolist())
 
 
 # %%
+def smallest(values, k):
+    """The k-th smallest; NumPy's partition is much faster than torch's on a CPU."""
+    if values.is_cuda:
+        return values.kthvalue(k).values.item()
+    return float(np.partition(values.numpy(), k - 1)[k - 1])
+
 def hist():
-    return Running(share=1.0, memory=None)
+    return Running(fraction=1.0, memory=None)
 
 def fake_hist():
-    return Running(share=0.9999, memory=0.9)
+    return Running(fraction=0.9999, memory=0.9)
 
 x = torch.randn(10_007, generator=torch.Generator().manual_seed(0))
-assert fake_hist()(x, 4, True)[1] == x.abs().kthvalue(int(0.9999 * len(x))).values.item()
+kth = x.abs().kthvalue(int(0.9999 * len(x))).values.item()
+assert fake_hist()(x, 4, True)[1] == kth
 
 
 # %% [markdown]
-# ## 2. Its seven rows
-# Its way: a quantizer in front of every convolution, linear layer, ReLU and pool; all codes signed and symmetric, also behind a ReLU;
-# weights over their whole range, one scale a tensor (the linear layer: one a row); BatchNorm not folded. And calibration ran **the quantized
-# network in training mode**: the quantizers followed their inputs while they rounded them, and BatchNorm overwrote its running statistics.
-# So what was published is quantization *plus BatchNorm re-estimation*, which its README does not say.
+# ## 2. Its way
+# **Where it rounds.** A quantizer in front of every convolution, linear layer, ReLU and pool, and nowhere
+# else; the residual add, the logits and all biases stay float. The package knows one placement, so the
+# original's is a `Plan` of our own:
+
+
+# %%
+def original_places(graph):
+    """What is read by layers, ReLUs and pools is rounded in front of each of them."""
+    kinds = find_kinds(graph)
+    readers = [n for n in kinds if kinds[n] in ("compute", "clamp", "average")]
+    reads = {node.name: node.args[0].name for node in readers}
+    ours = make_plan(graph)
+    return Plan({}, reads, {}, first=ours.first, last=ours.last, floats=())
+
+# %%
+def float_graph(fold):
+    if fold:
+        return folded(network)
+    graph = trace(network)  # BatchNorm stays a step of its own
+    normalize(graph)
+    return graph
+
+PLACES = {"inputs": original_places, "fused": make_plan}
+n_places = len(original_places(float_graph(fold=False)).reads)
+print(f"{model}: {n_places} quantizers its way")
+
+# %% [markdown]
+# **With which codes.** Signed and symmetric everywhere, also behind a ReLU, where half of them are of no
+# use. A range setter chooses signed codes for an edge that has negative values; so all that is needed is
+# to say that it has.
+
+
+# %%
+@functools.cache
+def statistics(placement, fold, s):
+    graph = float_graph(fold)
+    names = PLACES[placement](graph).observed
+    return collect_edges(graph, names, study.calibration(s))[0]
+
+def signed(edges):
+    """The same statistics, but every edge goes below zero by next to nothing."""
+    below = {name: min(edge.minimum, -1e-30) for name, edge in edges.items()}
+    return {n: dataclasses.replace(e, minimum=below[n]) for n, e in edges.items()}
+
+# %%
+q = ptq.choose_edge_qparams(
+    next(iter(signed(statistics("inputs", False, seed)).values())), 4,
+    ql.QuantConfig(4, 4, observer="minmax", act_symmetric=True),
+)
+assert (q.qmin, q.qmax) == (-7, 7), "4 bits, signed, narrow"
+
+# %% [markdown]
+# **Weights** over their whole range, one scale a tensor; the linear layer had one for every row.
+
+
+# %%
+def weights_by_row(qmodel, config):
+    for name, layer in qmodel.layers.items():
+        if isinstance(layer, torch.nn.Linear) and not config.per_channel:
+            weight = network.get_submodule(name).weight.detach()
+            per_row = dataclasses.replace(config, per_channel=True)
+            q = ptq.choose_weight_qparams(weight, config.weight_bits, per_row)
+            layer.weight_qparams = q.to(weight.device)
+            layer.weight.data.copy_(ql.fake_quantize(weight, layer.weight_qparams))
+    return qmodel
+
+# %%
+def quantized(config, placement, fold, act_signed, s):
+    graph, edges = float_graph(fold), statistics(placement, fold, s)
+    biases = {k: v.clone() for k, v in graph.state_dict().items() if k.endswith("bias")}
+    plan = PLACES[placement](graph)
+    edges = signed(edges) if act_signed else edges
+    qmodel = weights_by_row(ptq.quantize_graph(graph, plan, edges, config), config)
+    if placement == "inputs":
+        qmodel.load_state_dict(biases, strict=False)  # its biases stay float
+    return qmodel
+
+
+# %% [markdown]
+# **How it calibrated.** It ran *the quantized network in training mode*: the quantizers followed their
+# inputs while they rounded them, and BatchNorm overwrote its running statistics. So what was published
+# is quantization *plus BatchNorm re-estimation*, which its README does not say.
+
 
 # %%
 def follow(running, symmetric, quantizer, inputs):
     """Set a Quantizer's range from what is about to pass it."""
-    low, high = running(inputs[0], quantizer.qparams.bits, symmetric)
-    q = ql.choose_qparams(low, high, quantizer.qparams.bits, symmetric=symmetric, signed=quantizer.qmin < 0)
+    bits, signed = quantizer.qparams.bits, quantizer.qmin < 0
+    low, high = running(inputs[0], bits, symmetric)
+    q = ql.choose_qparams(low, high, bits, symmetric=symmetric, signed=signed)
     quantizer.scale.copy_(q.scale)
     quantizer.zero_point.copy_(q.zero_point)
+
+def batchnorms(qmodel):
+    return [m for m in qmodel.modules() if isinstance(m, torch.nn.BatchNorm2d)]
 
 
 # %%
 @torch.no_grad()
 def training_pass(qmodel, batches, observer=None, momentum=0.1):
-    """Run in training mode: BatchNorm moves (momentum None: to the plain average); an `observer` sets every quantizer's range as it goes."""
-    hooks = [m.register_forward_pre_hook(functools.partial(follow, observer(), qmodel.config.act_symmetric))
-             for m in qmodel.modules() if isinstance(m, ptq.Quantizer) and observer]
-    for norm in (m for m in qmodel.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+    """Run in training mode: BatchNorm moves (momentum None: to the plain average),
+    and an `observer` sets every quantizer's range as it goes."""
+    hooks = []
+    for quantizer in qmodel.quantizer_nodes.values() if observer else ():
+        set_range = functools.partial(follow, observer(), qmodel.config.act_symmetric)
+        hooks.append(quantizer.register_forward_pre_hook(set_range))
+    for norm in batchnorms(qmodel):
         norm.momentum = momentum
     for batch in batches:
-        qmodel.train()(batch.to(next(qmodel.parameters()).device))
+        qmodel.train()(batch.to(device))
     for hook in hooks:
         hook.remove()
     return qmodel.eval()
 
 
-# %%
-def weights_by_row(qmodel, config):
-    """The original gave every row of a linear layer its own scale, and every convolution one."""
-    for name, layer in qmodel.named_modules():
-        if isinstance(layer, torch.nn.Linear) and not config.per_channel:
-            weight = network.get_submodule(name).weight.detach()
-            low, high = observers.weight_range(weight, config.weight_bits, observer=config.weight_observer, p=config.weight_norm)
-            layer.weight_qparams = ql.choose_qparams(low, high, config.weight_bits, symmetric=True, axis=0).to(weight.device)
-            layer.weight.data.copy_(ql.fake_quantize(weight, layer.weight_qparams))
-    return qmodel
+# %% [markdown]
+# Two ends and everything between them are dictionaries: the fields of `QuantConfig`, its three decisions
+# beside them, where the ranges come from (`ranges`: an observer that follows the training pass, or None:
+# one pass over the float network) and what happens to BatchNorm.
 
+# %%
+OURS = dict(
+    ranges=None, batchnorm="kept", placement="fused", fold=True, act_signed=False,
+    observer="histogram", act_symmetric=False, residual_bits=8, input_bits=8,
+    per_channel=True, weight_observer="lp",
+)
+ORIGINAL = dict(
+    ranges=hist, batchnorm="moved", placement="inputs", fold=False, act_signed=True,
+    observer="minmax", act_symmetric=True, residual_bits=None, input_bits=None,
+    per_channel=False, weight_observer="minmax",
+)
+
+
+# %%
 @functools.lru_cache(maxsize=4)
-def calibrated(config, ranges, moved, s):
-    stats = statistics(config.placement, config.fold_batchnorm, s)
-    qmodel = weights_by_row(ql.quantize(network, stats, config), config)
+def calibrated(config, placement, fold, act_signed, ranges, moved, s):
+    qmodel = quantized(config, placement, fold, act_signed, s).to(device)
     return training_pass(qmodel, augmented(s), ranges) if moved else qmodel
+
+# %%
+def build(bits, s, ranges, batchnorm, placement, fold, act_signed, input_bits, **more):
+    config = ql.QuantConfig(bits, bits, input_bits=input_bits or bits, **more)
+    moved = ranges is not None or batchnorm == "moved"
+    qmodel = calibrated(config, placement, fold, act_signed, ranges, moved, s)
+    qmodel = copy.deepcopy(qmodel)
+    if batchnorm == "kept":  # as trained
+        trained = {k: v for k, v in network.state_dict().items() if "running" in k}
+        qmodel.load_state_dict(trained, strict=False)
+    if batchnorm == "re-estimated":
+        for norm in batchnorms(qmodel):
+            norm.reset_running_stats()
+        training_pass(qmodel, study.calibration(s), momentum=None)
+    return qmodel
 
 
 # %% [markdown]
-# Two ends and everything between them are dictionaries: the fields of `QuantConfig`, where the ranges come from (`ranges`: an observer that
-# follows the training pass, or None: our one pass over the float network) and what happens to BatchNorm.
+# Each state is measured once and recorded at once, under the first name it is asked for by.
 
 # %%
-OURS = dict(ranges=None, batchnorm="kept", observer="histogram", act_symmetric=False, act_signed=False, placement="fused", residual_bits=8,
-            input_bits=8, fold_batchnorm=True, per_channel=True, weight_observer="lp")
-ORIGINAL = dict(ranges=hist, batchnorm="moved", observer="minmax", act_symmetric=True, act_signed=True, placement="inputs", residual_bits=None,
-                input_bits=None, fold_batchnorm=False, per_channel=False, weight_observer="minmax")
+evaluations = {}
 
-
-# %%
-def build(bits, s, ranges, batchnorm, input_bits, **settings):
-    config = ql.QuantConfig(weight_bits=bits, act_bits=bits, input_bits=input_bits or bits, **settings)
-    qmodel = copy.deepcopy(calibrated(config, ranges, bool(ranges) or batchnorm == "moved", s))
-    qmodel.config = config
-    if batchnorm == "kept":  # as trained
-        qmodel.load_state_dict({k: v for k, v in network.state_dict().items() if "running" in k}, strict=False)
-    if batchnorm == "re-estimated":
-        for norm in (m for m in qmodel.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-            norm.reset_running_stats()
-        training_pass(qmodel, images.calibration(n_calibration, s), momentum=None)
-    return qmodel
-
-
-# %%
-evaluations, rows = {}, []
-
-def add_row(result, method, name, s, n, size, **more):
-    rows.append(results.make_row(data=images, model=model, card=card, baseline=baseline, result=result, method=method, corrections=name, seed=s,
-                                 n_calibration=n, bytes=size, notebook="10_original_experiment", **more))
-    results.record(rows[-1:])  # at once: a run that is stopped keeps them
-
-
-# %%
 def measure(settings, bits, s, name, method="ablation"):
-    """The Evaluation of one state on the test images; each is measured once and recorded under the first name it is asked for by."""
-    key = str((bits, s, sorted((k, getattr(v, "__name__", str(v))) for k, v in settings.items())))
+    """The Evaluation of one state on the test images."""
+    named = sorted((k, getattr(v, "__name__", str(v))) for k, v in settings.items())
+    key = str((bits, s, named))
     if key not in evaluations:
         qmodel = build(bits, s, **settings)
-        evaluations[key] = ql.evaluate(qmodel, images.test, limit=limit)
-        passed = settings["ranges"] or settings["batchnorm"] == "moved"
-        more = {"observer": settings["ranges"].__name__} if settings["ranges"] else {}
-        add_row(evaluations[key], method, name, s, 128 * n_batches if passed else n_calibration, ql.weight_bytes(qmodel), config=qmodel.config, **more)
+        result = evaluations[key] = study.evaluate(qmodel)
+        ranges, passed = settings["ranges"], settings["batchnorm"] == "moved"
+        n = 128 * n_batches if ranges or passed else n_calibration
+        more = {"placement": settings["placement"], "bytes": ql.weight_bytes(qmodel)}
+        more |= {"observer": ranges.__name__} if ranges else {}
+        more |= {"corrections": name, "seed": s, "n_calibration": n}
+        study.record(result, method, qmodel.config, **more)
     return evaluations[key]
 
 
 # %% [markdown]
+# ## 3. Its seven rows
 # The rows below 8 bits over all seeds. The right way is this workbook's default at the same width.
 
 # %%
-published = tables.original().top1  # in %, of ResNet-50 on the official files, from its README
-FLOAT = published["fp32 original"]
+published = tables.original().top1  # in %, of ResNet-50 on the official files
 PUBLISHED = published.drop(["fp32 original", "8bit built-in"])
-WAYS = list(plots.ladder.WAYS)
-ways = {("fp32 original", way): [baseline] for way in WAYS[1:]}
-for name, s in tqdm([(n, s) for n in PUBLISHED.index for s in (seeds[:1] if n[0] == "8" else seeds)]):
-    ranges = {"hist": hist, "fake-hist": fake_hist}[name[5:]]
-    ways.setdefault((name, WAYS[1]), []).append(measure({**ORIGINAL, "ranges": ranges}, int(name[0]), s, name, "original"))
-    ways.setdefault((name, WAYS[2]), []).append(measure(OURS, int(name[0]), s, "", "by hand"))
+ITS, RIGHT = plots.ladder.WAYS[1:]
+ways = {("fp32 original", way): [baseline] for way in (ITS, RIGHT)}
+cases = [(n, s) for n in PUBLISHED.index for s in (seeds[:1] if n[0] == "8" else seeds)]
+for name, s in tqdm(cases):
+    bits, ranges = int(name[0]), {"hist": hist, "fake-hist": fake_hist}[name[5:]]
+    its = measure({**ORIGINAL, "ranges": ranges}, bits, s, name, "original")
+    ways.setdefault((name, ITS), []).append(its)
+    ways.setdefault((name, RIGHT), []).append(measure(OURS, bits, s, "", "by hand"))
 
 # %% [markdown]
-# The built-in row: eager int8 with 7-bit activations, calibrated on one batch of *test* images; the right way is on training images.
+# The built-in row: eager int8 with 7-bit activations, calibrated on one batch of *test* images; the right
+# way is on training images.
 
 # %%
 ready = next(backend for backend in builtin.backends() if backend.name == "eager")
 print(ready.note)
-order = torch.randperm(len(images.test), generator=torch.Generator().manual_seed(seed))[:128]
-sets = {WAYS[1]: [next(images.test.subset(order).batches(128))[0]], WAYS[2]: images.calibration(n_calibration, seed)}
+generator = torch.Generator().manual_seed(seed)
+order = torch.randperm(len(images.test), generator=generator)[:128]
+batch = next(images.test.subset(order).batches(128))[0]
+sets = {ITS: [batch], RIGHT: study.calibration()}
+on_cpu = copy.deepcopy(network).cpu().to(memory_format=torch.channels_last)
+
+# %%
 for way, calibration in sets.items() if ready.available else []:
-    int8 = builtin.eager_int8(copy.deepcopy(network).cpu().to(memory_format=torch.channels_last), calibration)
-    result = ql.evaluate(int8, images.test, limit=limit, on="cpu")
+    int8 = builtin.eager_int8(on_cpu, calibration)
+    result = study.evaluate(int8, on="cpu")
     ways["8bit built-in", way] = [result]
-    if way == WAYS[1]:
-        add_row(result, "original", "8bit built-in on 128 test images", seed, 128, builtin.bytes_on_disk(int8), weight_bits=8,
-                act_bits=builtin.eager_act_bits())
+    columns = {"weight_bits": 8, "act_bits": builtin.eager_act_bits()}
+    columns |= {"bytes": builtin.bytes_on_disk(int8)}
+    if way == ITS:
+        name = "8bit built-in on 128 test images"
+        study.record(result, "original", corrections=name, n_calibration=128, **columns)
+    else:
+        study.record(result, "eager int8", n_calibration=n_calibration, **columns)
 
 
 # %%
 def mean(pairs):
-    """Of (Evaluation before, after), over seeds: top-1 after, points lost and their paired 95 % interval."""
-    lost = [(after.top1, *ql.paired_drop(before.correct, after.correct)) for before, after in pairs]
+    """Of (Evaluation before, after), over seeds: top-1, points lost, their interval."""
+    lost = [(b.top1, *ql.paired_drop(a.correct, b.correct)) for a, b in pairs]
     return dict(zip(("top1", "drop", "low", "high"), np.mean(lost, axis=0)))
 
+# %%
 NAMES = list(published.index)
-table = [{"quantization": n, "way": WAYS[0], "top1": published[n], "drop": FLOAT - published[n]} for n in NAMES]
-table += [{"quantization": n, "way": w, **mean((baseline, e) for e in ways[n, w])} for n in NAMES for w in WAYS[1:] if (n, w) in ways]
-table = pd.DataFrame(table)
-table.pivot(index="quantization", columns="way", values=["top1", "drop", "low", "high"]).reindex(NAMES).dropna(axis=1, how="all").round(2)
+THEIRS, FLOAT = plots.ladder.WAYS[0], published["fp32 original"]
+theirs = {"quantization": NAMES, "way": THEIRS, "top1": published.to_numpy()}
+theirs = pd.DataFrame(theirs)
+lines = theirs.assign(drop=FLOAT - theirs.top1).to_dict("records")
+for name, way in ways:
+    numbers = mean((baseline, result) for result in ways[name, way])
+    lines.append({"quantization": name, "way": way, **numbers})
+table = pd.DataFrame(lines)
+columns = ["top1", "drop", "low", "high"]
+wide = table.pivot(index="quantization", columns="way", values=columns).reindex(NAMES)
+show(wide.dropna(axis=1, how="all").round(2))
 
 # %%
-text = plots.row_caption(images, model, baseline.n, f"test images, {len(seeds)} calibration seed(s) below 8 bits. The original's: ResNet-50 on the official "
-                         "CIFAR-10 files, 10,000 test images, one run, from its README")
-plots.save(plots.original_rows(table, text), "10_seven_rows", images, model)
+text = f"test images, {len(seeds)} calibration seed(s) below 8 bits. The original's: "
+text += "ResNet-50 on the official CIFAR-10 files, one run, from its README"
+text = study.caption(baseline.n, text)
+study.save(plots.original_rows(table, text), "10_seven_rows")
 
 
 # %% [markdown]
-# ## 3. Why hist collapsed at 4 bits and fake-hist did not
-# Both quantize the same network in the same places, with the same signed codes and the same training pass. Only the range of an edge differs,
-# in two ways: what is taken of a batch (all, or 0.9999 of it) and how batches are joined (the widest, or an average). One at a time, and
-# each with BatchNorm's statistics as the pass left them and as they were trained:
+# ## 4. The ladder
+# From the original's hist to this workbook's default, one change a step, at 4 and 3 bits. Where folding is
+# not yet done, BatchNorm is computed in float before a layer's result is stored.
+
+# %%
+STREAM = {"residual_bits": 8, "input_bits": 8}
+LADDER = {
+    "the original's hist": {},
+    "BatchNorm kept as trained": {"batchnorm": "kept"},
+    "ranges from the float network": {"ranges": None},
+    "the search works": {"observer": "histogram"},
+    "unsigned after ReLU": {"act_signed": False},
+    "codes stored once": {"placement": "fused"},
+    "image and stream 8 bits, zero-point": {**STREAM, "act_symmetric": False},
+    "BatchNorm folded": {"fold": True},
+    "one scale a channel": {"per_channel": True},
+    "best range of weights": {"weight_observer": "lp"},
+    "BatchNorm re-estimated": {"batchnorm": "re-estimated", "fold": False},
+}
+
+# %%
+steps = itertools.accumulate(LADDER.values(), dict.__or__, initial=ORIGINAL)
+states = dict(zip(LADDER, list(steps)[1:]))
+assert states["best range of weights"] == OURS
+
+# %%
+top = {}
+widths = (4, 3) if ablations else (4,)
+for s, bits, step in tqdm(list(itertools.product(seeds, widths, LADDER))):
+    name = f"W{bits}A{bits} ladder: {step}"
+    top[step, bits, s] = measure(states[step], bits, s, name)
+
+# %%
+ladder = []
+pairs = list(itertools.pairwise([None, *LADDER]))
+for bits, (before, step) in itertools.product(widths, pairs):
+    change = dict.fromkeys(("change", "low", "high"), np.nan)
+    m = mean((top[before or step, bits, s], top[step, bits, s]) for s in seeds)
+    if before:
+        change = {"change": -m["drop"], "low": -m["high"], "high": -m["low"]}
+    ladder.append({"bits": bits, "step": step, "top1": m["top1"], **change})
+ladder = pd.DataFrame(ladder)
+columns = ["top1", "change", "low", "high"]
+wide = ladder.pivot(index="step", columns="bits", values=columns)
+show(wide.reindex(LADDER).round(2))
+
+# %%
+dots = [{"bits": b, "step": step, "top1": e.top1} for (step, b, s), e in top.items()]
+text = (
+    f"test images, float {baseline.top1:.2f} %; bars: mean of {len(seeds)} "
+    "calibration "
+)
+text += "seed(s), dots: each seed; in brackets the paired 95 % interval of the step"
+text = study.caption(baseline.n, text)
+study.save(plots.waterfall(ladder, pd.DataFrame(dots), text), "10_ladder")
+
+
+# %% [markdown]
+# Per channel, folding changes nothing: a channel's factor goes into its scale. Per tensor it does, because
+# one range must then hold all channels' factors. So the order of the steps matters, and a step's bar is
+# not the whole of what it is worth.
+#
+# ## 5. Why hist collapsed at 4 bits and fake-hist did not
+# Both quantize the same network in the same places, with the same signed codes and the same training pass.
+# Only the range of an edge differs, in two ways: what is taken of a batch (all, or 0.9999 of it) and how
+# batches are joined (the widest, or an average). One at a time, and each with BatchNorm's statistics as
+# the pass left them and as they were trained:
+
 
 # %%
 def hist_averaged():
-    return Running(share=1.0, memory=0.9)
+    return Running(fraction=1.0, memory=0.9)
 
 def fake_hist_widest():
-    return Running(share=0.9999, memory=None)
+    return Running(fraction=0.9999, memory=None)
 
 KINDS = {f.__name__: f for f in (hist, hist_averaged, fake_hist_widest, fake_hist)}
-found = {(k, b): measure({**ORIGINAL, "ranges": KINDS[k], "batchnorm": b}, 4, seed, f"W4A4 {k}, BatchNorm {b}")
-         for k, b in tqdm(list(itertools.product(KINDS, ("moved", "kept"))))}
-why = pd.DataFrame({f"BatchNorm {b}": {k: found[k, b].top1 for k in KINDS} for b in ("moved", "kept")})
-why.rename_axis("top-1 in % at W4A4").round(2)
+why = pd.DataFrame(index=pd.Index(KINDS, name="top-1 in % at W4A4"))
+kinds = KINDS if ablations else {"hist": hist, "fake_hist": fake_hist}
+for b, kind in itertools.product(("moved", "kept"), kinds):
+    settings = {**ORIGINAL, "ranges": KINDS[kind], "batchnorm": b}
+    result = measure(settings, 4, seed, f"W4A4 {kind}, BatchNorm {b}")
+    why.loc[kind, f"BatchNorm {b}"] = result.top1
+show(why.round(2))
 
 
 # %% [markdown]
-# The ranges of both on every edge, and what they do to the values there: the share of the non-zero values that the middle code swallows.
+# The ranges of both on every edge, and what they do to the values there: the fraction of the non-zero
+# values that the middle code swallows.
+
 
 # %%
 def quantizers(kind):
-    config = ql.QuantConfig(4, 4, input_bits=4, **{k: v for k, v in ORIGINAL.items() if k not in ("ranges", "batchnorm", "input_bits")})
-    named = calibrated(config, kind, True, seed).named_modules()
-    return {n.removeprefix("quantizers.").removesuffix("_4bit"): m.qparams for n, m in named if isinstance(m, ptq.Quantizer)}
+    known = ql.QuantConfig.__dataclass_fields__
+    own = {k: v for k, v in ORIGINAL.items() if k in known}
+    config = ql.QuantConfig(4, 4, **{**own, "input_bits": 4})
+    qmodel = calibrated(config, "inputs", False, True, kind, True, seed)
+    found = qmodel.quantizer_nodes.items()
+    return {edge_name(n).removesuffix("_4bit"): q.qparams for n, q in found}
 
 def swallowed(edge, q):
     centers, counts = edge.histogram()
     return float(counts[centers.abs() < q.scale.item() / 2].sum() / counts.sum())
 
-edges, pair = statistics("inputs", False, seed).edges, {k: quantizers(KINDS[k]) for k in ("hist", "fake_hist")}
-step = pd.DataFrame({k: {n: q.scale.item() for n, q in named.items()} for k, named in pair.items()})
-zeros = pd.DataFrame({k: {n: swallowed(edges[n], q) for n, q in named.items()} for k, named in pair.items()})
-report = step.add_prefix("step, ").join(zeros.add_prefix("become 0, ")).assign(ratio=step["hist"] / step["fake_hist"])
-report.sort_values("ratio", ascending=False).head(8).round(3)
+# %%
+edges = statistics("inputs", False, seed)
+pair = {kind: quantizers(KINDS[kind]) for kind in ("hist", "fake_hist")}
+columns = {}
+for kind, found in pair.items():
+    columns[f"step, {kind}"] = {n: q.scale.item() for n, q in found.items()}
+    columns[f"become 0, {kind}"] = {n: swallowed(edges[n], q) for n, q in found.items()}
+report = pd.DataFrame(columns)
+report["ratio"] = report["step, hist"] / report["step, fake_hist"]
+show(report.sort_values("ratio", ascending=False).head(8).round(3))
 
 # %%
 edge = report.ratio.idxmax()
-low, high = observers.histogram(edges[edge], 4)
-codes = {"hist": pair["hist"][edge], "fake-hist": pair["fake_hist"][edge], "ours": ql.choose_qparams(low, high, 4)}
-levels = {k: (torch.arange(q.qmin, q.qmax + 1) - q.zero_point.cpu()) * q.scale.cpu() for k, q in codes.items()}
-text = plots.row_caption(images, model, edges[edge].count, f"values on edge {edge}, {n_calibration:,} calibration images; ranges for 4 bits after "
-                         f"{n_batches} augmented batches")
-plots.save(plots.code_strips(edges[edge], levels, text, f"The same edge, three sets of codes: {edge}", "activation"), "10_why_hist", images, model)
-
-# %% [markdown]
-# ## 4. The ladder
-# From the original's hist to this workbook's default, one change a step, at 4 and 3 bits. Where folding is not yet done, BatchNorm is
-# computed in float before a layer's result is stored.
-
-# %%
-LADDER = {
-    "the original's hist": {}, "BatchNorm kept as trained": {"batchnorm": "kept"}, "ranges from the float network": {"ranges": None},
-    "the search works": {"observer": "histogram"}, "unsigned after ReLU": {"act_signed": False}, "codes stored once": {"placement": "fused"},
-    "image and stream 8 bits, zero-point": {"residual_bits": 8, "input_bits": 8, "act_symmetric": False},
-    "BatchNorm folded": {"fold_batchnorm": True}, "one scale a channel": {"per_channel": True},
-    "best range of weights": {"weight_observer": "lp"}, "BatchNorm re-estimated": {"batchnorm": "re-estimated", "fold_batchnorm": False},
-}
-states = dict(zip(LADDER, list(itertools.accumulate(LADDER.values(), dict.__or__, initial=ORIGINAL))[1:]))
-assert states["best range of weights"] == OURS
-
-# %%
-top = {(step, bits, s): measure(states[step], bits, s, f"W{bits}A{bits} ladder: {step}") for s, bits, step in tqdm(list(itertools.product(seeds, (4, 3), LADDER)))}
-ladder = []
-for bits, (before, step) in itertools.product((4, 3), itertools.pairwise([None, *LADDER])):
-    m = mean((top[before or step, bits, s], top[step, bits, s]) for s in seeds)
-    change = {"change": -m["drop"], "low": -m["high"], "high": -m["low"]} if before else dict.fromkeys(("change", "low", "high"), np.nan)
-    ladder.append({"bits": bits, "step": step, "top1": m["top1"], **change})
-ladder = pd.DataFrame(ladder)
-ladder.pivot(index="step", columns="bits", values=["top1", "change", "low", "high"]).reindex(LADDER).round(2)
-
-# %%
-dots = pd.DataFrame([{"bits": b, "step": step, "top1": e.top1} for (step, b, s), e in top.items()])
-text = plots.row_caption(images, model, baseline.n, f"test images, float {baseline.top1:.2f} %; bars: mean of {len(seeds)} calibration seed(s), dots: "
-                         "each seed; in brackets the paired 95 % interval of the step")
-plots.save(plots.waterfall(ladder, dots, text), "10_ladder", images, model)
+ours = ql.choose_qparams(*observers.histogram(edges[edge], 4), 4)
+codes = {"hist": pair["hist"][edge], "fake-hist": pair["fake_hist"][edge], "ours": ours}
+values = {}
+for name, q in codes.items():
+    q = q.to("cpu")
+    values[name] = (torch.arange(q.qmin, q.qmax + 1) - q.zero_point) * q.scale
+text = (
+    f"values on edge {edge}, {n_calibration:,} calibration images; ranges for 4 bits "
+    "after "
+)
+text = study.caption(edges[edge].count, text + f"{n_batches} augmented batches")
+title = f"The same edge, three sets of codes: {edge}"
+figure = plots.code_strips(edges[edge], values, text, title, "activation")
+study.save(figure, "10_why_hist")
 
 
 # %% [markdown]
-# Per channel, folding changes nothing: a channel's factor goes into its scale. Per tensor it does, because one range must then hold
-# all channels' factors. So the order of the steps matters, and a step's bar is not the whole of what it is worth.
-#
-# ## 5. Every repair alone, from both ends
-# At 4 bits and with the first seed: the original plus one repair, and ours with that one repair undone. Where repairs only add up, both bars are equally long. Three
-# conditions: a folded BatchNorm cannot move, so folding is measured against the original with BatchNorm kept; what BatchNorm re-estimation adds is
-# undone and added back on the unfolded graph; a search in training mode looks at batches 1, 2, 4, 8, … only.
+# ## 6. Every repair alone, from both ends
+# At 4 bits and with the first seed: the original plus one repair, and ours with that one repair undone.
+# Where repairs only add up, both bars are equally long. Three conditions: a folded BatchNorm cannot move,
+# so folding is measured against the original with BatchNorm kept; what BatchNorm re-estimation adds is
+# undone and added back on the unfolded graph; a search in training mode looks at batches 1, 2, 4, 8, ...
+# only.
+
 
 # %%
 class Searched:
-    """Counts the values of batches 1, 2, 4, 8, … and searches anew after each."""
+    """Counts the values of batches 1, 2, 4, 8, ... and searches anew after each."""
 
     def __init__(self):
-        self.edge, self.batches, self.range = edgestats.EdgeStats(), 0, None
+        self.edge, self.batches, self.range = EdgeStats(), 0, None
 
     def __call__(self, x, bits, symmetric):
         self.batches += 1
         if self.batches & (self.batches - 1) == 0:
             self.edge.update(x)
-            half = symmetric and self.edge.minimum >= 0  # signed codes, of which only half are of use
+            # of signed codes only half are of use
+            half = symmetric and self.edge.minimum >= 0
             self.range = observers.histogram(self.edge, max(bits - half, 2), symmetric)
         return self.range
 
 
 # %%
-UNFOLDED = {"fold_batchnorm": False}
-FUSED = {"placement": "fused", "residual_bits": 8, "input_bits": 8}
-REPAIRS = {  # what it changes of the original, what undoes it in ours, and what both sides of the original's comparison have beside
-    "BatchNorm kept as trained": ({"batchnorm": "kept"}, {"batchnorm": "re-estimated", **UNFOLDED}, {}),
-    "ranges from the float network": ({"ranges": None}, {"ranges": Searched, **UNFOLDED}, {}),
-    "the search works": ({"ranges": Searched}, {"observer": "minmax"}, {}),
-    "unsigned after ReLU": ({"act_signed": False}, {"act_signed": True, "act_symmetric": True}, {}),
-    "codes stored once, stream 8 bits": (FUSED, {"placement": "inputs"}, {}),
-    "BatchNorm folded": ({"fold_batchnorm": True}, UNFOLDED, {"batchnorm": "kept"}),
-    "one scale a channel": ({"per_channel": True}, {"per_channel": False}, {}),
-    "best range of weights": ({"weight_observer": "lp"}, {"weight_observer": "minmax"}, {}),
+UNFOLDED = {"fold": False}
+FUSED = {"placement": "fused", **STREAM}
+KEPT, AGAIN = {"batchnorm": "kept"}, {"batchnorm": "re-estimated", **UNFOLDED}
+SEARCH = {"ranges": Searched}
+SIGNED = {"act_signed": True, "act_symmetric": True}
+# what it changes of the original, and what undoes it in ours
+REPAIRS = {
+    "BatchNorm kept as trained": (KEPT, AGAIN),
+    "ranges from the float network": ({"ranges": None}, {**SEARCH, **UNFOLDED}),
+    "the search works": (SEARCH, {"observer": "minmax"}),
+    "unsigned after ReLU": ({"act_signed": False}, SIGNED),
+    "codes stored once, stream 8 bits": (FUSED, {"placement": "inputs"}),
+    "BatchNorm folded": ({"fold": True}, UNFOLDED),
+    "one scale a channel": ({"per_channel": True}, {"per_channel": False}),
+    "best range of weights": ({"weight_observer": "lp"}, {"weight_observer": "minmax"}),
 }
 
 
 # %%
+ENDS = ("the original plus this", "ours minus this")
+
 def worth(repair, end):
-    change, undo, beside = REPAIRS[repair]
-    if end == "the original plus this":
-        without, repaired = ORIGINAL | beside, ORIGINAL | beside | change
+    change, undo = REPAIRS[repair]
+    if end == ENDS[0]:
+        without = ORIGINAL | (KEPT if repair == "BatchNorm folded" else {})
+        repaired = without | change
     else:  # what needs a BatchNorm to move is compared on the unfolded graph
-        without, repaired = OURS | undo, OURS | (UNFOLDED if undo.keys() > UNFOLDED.keys() else {})
+        moving = undo.keys() > UNFOLDED.keys()
+        without, repaired = OURS | undo, OURS | (UNFOLDED if moving else {})
     name = f"W4A4 {end}: {repair}"
     m = mean([(measure(repaired, 4, seed, name), measure(without, 4, seed, name))])
-    return {"repair": repair, "end": end, "worth": m["drop"], "low": m["low"], "high": m["high"]}
-
-ends = ("the original plus this", "ours minus this")
-alone = pd.DataFrame([worth(*g) for g in tqdm(list(itertools.product(REPAIRS, ends)))])
-alone.pivot(index="repair", columns="end", values=["worth", "low", "high"]).reindex(REPAIRS).round(2)
+    interval = {"low": m["low"], "high": m["high"]}
+    return {"repair": repair, "end": end, "worth": m["drop"], **interval}
 
 # %%
-text = plots.row_caption(images, model, baseline.n, f"test images, W4A4, calibration seed {seed}, lines: paired 95 % interval; the original's "
-                         f"hist {top[next(iter(LADDER)), 4, seed].top1:.1f} %, ours {top['best range of weights', 4, seed].top1:.1f} %")
-plots.save(plots.repair_bars(alone, text), "10_repairs", images, model)
+pairs = list(itertools.product(REPAIRS, ENDS)) if ablations else []
+alone = pd.DataFrame([worth(*pair) for pair in tqdm(pairs)])
+if ablations:
+    columns = ["worth", "low", "high"]
+    wide = alone.pivot(index="repair", columns="end", values=columns)
+    show(wide.reindex(REPAIRS).round(2))
+    first = top["the original's hist", 4, seed]
+    ours = top["best range of weights", 4, seed]
+    text = f"test images, W4A4, calibration seed {seed}, lines: paired 95 % interval; "
+    text += f"the original's hist {first.top1:.1f} %, ours {ours.top1:.1f} %"
+    figure = plots.repair_bars(alone, study.caption(baseline.n, text))
+    study.save(figure, "10_repairs")
 
 # %% [markdown]
-# **Why a repair can cost.** In the original's places the input of a ReLU is rounded, and what leaves the ReLU again. With the same signed codes on
-# both sides the second rounding changes nothing; its README asks for just that. Finer codes or another range behind the ReLU do not bring
-# back what the first rounding took, and round once more on another grid. Signal to noise behind the first ReLU, in decibels:
+# **Why a repair can cost.** In the original's places the input of a ReLU is rounded, and what leaves the
+# ReLU again. With the same signed codes on both sides the second rounding changes nothing; its README asks
+# for just that. Finer codes or another range behind the ReLU do not bring back what the first rounding
+# took, and round once more on another grid. Signal to noise behind the first ReLU, in decibels:
 
 # %%
-before, after = (statistics("inputs", False, seed).edges[n] for n in ("bn1", "relu"))
+edges = statistics("inputs", False, seed)
+before, after = edges["bn1"], edges["relu"]
 x, counts = after.histogram()
+counts = counts.double()
 
-def snr(observer, signed, twice=True):
-    def choose(edge, signed):
-        return ptq.choose_edge_qparams(edge, 4, ql.QuantConfig(observer=observer, act_symmetric=True, act_signed=signed))
-    first = ql.fake_quantize(x.float(), choose(before, True)) if twice else x.float()
-    noise = counts.double() @ (ql.fake_quantize(first, choose(after, signed)) - x).double().square()
-    return 10 * torch.log10(counts.double() @ x.square() / noise).item()
+def codes_of(edge, observer, signed_codes):
+    edge = signed({"it": edge})["it"] if signed_codes else edge
+    config = ql.QuantConfig(observer=observer, act_symmetric=True)
+    return ptq.choose_edge_qparams(edge, 4, config)
 
-CASES = {"signed, twice": (True,), "then unsigned": (False,), "unsigned, once": (False, False)}
-grids = pd.DataFrame({case: {o: snr(o, *options) for o in ("minmax", "histogram")} for case, options in CASES.items()})
-grids.rename_axis("W4A4, dB").round(1)
+def snr(observer, signed_codes, twice=True):
+    first = x.float()
+    if twice:
+        first = ql.fake_quantize(first, codes_of(before, observer, True))
+    rounded = ql.fake_quantize(first, codes_of(after, observer, signed_codes))
+    return decibels(counts @ x.square(), counts @ (rounded - x).double().square())
 
 # %%
-print(f"{len(rows)} rows recorded")
+cases = {"signed, twice": (True,), "then unsigned": (False,)}
+cases |= {"unsigned, once": (False, False)}
+grids = pd.DataFrame({
+    case: {o: snr(o, *options) for o in ("minmax", "histogram")}
+    for case, options in cases.items()
+})
+show(grids.rename_axis("W4A4, dB").round(1))
+print(f"{len(evaluations)} states measured and recorded")
 
 # %% [markdown]
 # ## What we learned
@@ -475,31 +707,67 @@ print(f"{len(rows)} rows recorded")
 # %%
 lost = table.set_index(["quantization", "way"])["drop"]
 for name in PUBLISHED.index:
-    print(f"- {name}: the original lost {lost[name, WAYS[0]]:.2f} points with its ResNet-50, our {model} {lost[name, WAYS[1]]:.2f} its way "
-          f"and {lost[name, WAYS[2]]:.2f} the right way.")
-w, kept = (why[f"BatchNorm {b}"].to_dict() for b in ("moved", "kept"))
-print(f"- hist to fake-hist at W4A4: {w['fake_hist'] - w['hist']:+.2f} points. Leaving out the largest 0.01 % of every batch does "
-      f"{w['fake_hist_widest'] - w['hist']:+.2f} alone, averaging over batches {w['hist_averaged'] - w['hist']:+.2f}.")
+    theirs, its, right = (lost[name, way] for way in (THEIRS, ITS, RIGHT))
+    print(
+        f"- {name}: the original lost {theirs:.2f} points with its ResNet-50, "
+        f"our {model} {its:.2f} its way and {right:.2f} the right way."
+    )
 m = report.median()
-print(f"- On the median edge hist's step is {m['ratio']:.2f} times fake-hist's ({report.ratio.max():.2f} on {edge}), and {m['become 0, hist']:.0%} of the "
-      f"non-zero values become 0 instead of {m['become 0, fake_hist']:.0%}.")
-gift = {k: w[k] - kept[k] for k in ("hist", "fake_hist")}
-print(f"- Of these accuracies at W4A4, BatchNorm re-estimation gave {gift['hist']:+.2f} points to hist and {gift['fake_hist']:+.2f} to fake-hist.")
+print(
+    f"- On the median edge hist's step is {m['ratio']:.2f} times fake-hist's "
+    f"({report.ratio.max():.2f} on {edge}); {m['become 0, hist']:.0%} of the non-zero "
+    f"values become 0 instead of {m['become 0, fake_hist']:.0%}."
+)
+
+# %%
+moved, kept = (why[f"BatchNorm {b}"] for b in ("moved", "kept"))
+gained = moved["fake_hist"] - moved["hist"]
+gift = moved - kept
+print(
+    f"- hist to fake-hist at W4A4: {gained:+.2f} points. BatchNorm re-estimation gave "
+    f"{gift['hist']:+.2f} to hist and {gift['fake_hist']:+.2f} to fake-hist."
+)
+if ablations:
+    clipped = moved["fake_hist_widest"] - moved["hist"]
+    averaged = moved["hist_averaged"] - moved["hist"]
+    print(
+        f"- Leaving out the largest 0.01 % of every batch gives {clipped:+.2f} alone, "
+        f"averaging over batches {averaged:+.2f}."
+    )
 
 # %%
 for bits, part in ladder.groupby("bits", sort=False):
-    steps = part.dropna().set_index("step")
-    up, down = steps.change.idxmax(), steps.change.idxmin()
-    print(f"- Ladder at {bits} bits, {part.top1.iloc[0]:.2f} % to {part.top1.iloc[-1]:.2f} % (float {baseline.top1:.2f} %): the largest gain is \"{up}\" with "
-          f"{steps.change[up]:+.2f}, the largest loss \"{down}\" with {steps.change[down]:+.2f} points.")
-sides = alone.pivot(index="repair", columns="end", values="worth")[list(ends)]
-for end in ends:
-    print(f"- W4A4, {end}: worth most is \"{sides[end].idxmax()}\" with {sides[end].max():+.2f} points, least \"{sides[end].idxmin()}\" with {sides[end].min():+.2f}.")
-print(f"- Behind the first ReLU, unsigned codes are worth {grids['then unsigned']['minmax'] - grids['signed, twice']['minmax']:+.1f} dB while its input is rounded "
-      f"too, and {grids['unsigned, once']['minmax'] - grids['signed, twice']['minmax']:+.1f} dB once it is not (both over the whole range, 4 bits).")
-gap = top["best range of weights", 4, seed].top1 - top["the original's hist", 4, seed].top1
-print(f"- Added up one by one, the repairs of the original are worth {sides[ends[0]].sum():.2f} points and those undone in ours {sides[ends[1]].sum():.2f}; "
-      f"together they are worth {gap:.2f}. The difference is interaction.")
+    change = part.dropna().set_index("step").change
+    up, down = change.idxmax(), change.idxmin()
+    print(
+        f"- Ladder at {bits} bits, {part.top1.iloc[0]:.2f} % to "
+        f"{part.top1.iloc[-1]:.2f} %: "
+        f'the largest gain is "{up}" with {change[up]:+.2f}, '
+        f'the largest loss "{down}" with {change[down]:+.2f} points.'
+    )
+minmax = grids.loc["minmax"] - grids.loc["minmax", "signed, twice"]
+print(
+    f"- Behind the first ReLU, unsigned codes are worth "
+    f"{minmax['then unsigned']:+.1f} dB while its input is rounded too, "
+    f"{minmax['unsigned, once']:+.1f} dB once it is not."
+)
+
+# %%
+if ablations:
+    sides = alone.pivot(index="repair", columns="end", values="worth")
+    for end in ENDS:
+        best, worst = sides[end].idxmax(), sides[end].idxmin()
+        most, least = sides[end].max(), sides[end].min()
+        words = f'most "{best}" ({most:+.2f}), least "{worst}" ({least:+.2f})'
+        print(f"- W4A4, {end}: {words}.")
+    gap = ours.top1 - first.top1
+    print(
+        "- One by one, the original's repairs are worth "
+        f"{sides[ENDS[0]].sum():.2f} points, those undone in ours "
+        f"{sides[ENDS[1]].sum():.2f}; together {gap:.2f}. "
+        "The rest is interaction."
+    )
 
 # %% [markdown]
-# Next: [13_report](13_report.ipynb), everything measured so far on one page.
+# Next: [11_questions](11_questions.ipynb), the questions of the original's README, each answered by a
+# measurement.
