@@ -113,6 +113,8 @@ print(f"{len(shared)} histograms agree with collect's in every bin")
 def density(stats, bins=160):
     """Middle and density of bins, neighbours added until about `bins` remain."""
     counts = stats.histogram()[1]
+    if not len(counts):
+        return [0.0], [0.0]  # a dead layer: nothing but zeros
     size = max(1, len(counts) // bins)
     # aligned: zero is an edge
     group = (stats.first + torch.arange(len(counts))) // size
@@ -122,6 +124,7 @@ def density(stats, bins=160):
     x = (torch.arange(len(total)) + stats.first // size + 0.5) * size * stats.width
     return x, total / (size * stats.width * stats.count)
 
+# %%
 def density_rows(layer, point, bins):
     stats = edges[layer, point]
     x, y = density(stats, bins)
@@ -169,7 +172,8 @@ def outliers(stats, sigmas=()):
     std = ((values - mean).square() @ share).sqrt()
     size, order = values.abs().sort()
     at = torch.searchsorted(share[order].cumsum(0), 0.9999).clamp(max=len(size) - 1)
-    ratio = max(max(-stats.minimum, stats.maximum) / float(size[at]), 1.0)
+    quantile = float(size[at]) or float("nan")  # 0 where nearly all values are
+    ratio = max(max(-stats.minimum, stats.maximum) / quantile, 1.0)
     distance = (values - mean).abs()
     beyond = {f"beyond_{k}": float(share[distance > k * std].sum()) for k in sigmas}
     return {"std": float(std), "max_over_p": ratio, **beyond}

@@ -39,7 +39,7 @@ import pandas as pd
 import quantlab as ql
 from IPython.display import Markdown
 from quantlab import observers, plots
-from quantlab.analysis import histograms
+from quantlab.analysis.histograms import densities, observe_layers
 from quantlab.analysis.sensitivity import edge_errors
 from quantlab.evaluate import decibels
 from quantlab.graph import folded, operation_name
@@ -77,8 +77,8 @@ if data in SOURCES:
     calibration, test = ql.limited(images.train, n), ql.limited(images.test, n)
     classes = images.classes
 else:
-    channels = [tuple(map(float, text.split())) for text in (mean, std)]
-    calibration, test, classes = load_folder(data, size, *channels, n)
+    constants = [tuple(map(float, text.split())) for text in (mean, std)]
+    calibration, test, classes = load_folder(data, size, *constants, n)
 classes = () if unlabelled else classes
 model = import_model(target, weights).to(device())
 batches = Calibration(calibration, 32)
@@ -87,7 +87,7 @@ check_outputs(model, next(iter(batches))[:2].to(device()), classes)
 # %%
 stats = ql.collect(model, batches)
 qmodel = ql.quantize(model, stats, ql.QuantConfig(weight_bits=bits, act_bits=bits))
-edges, channels = histograms.observe_layers(model, batches)
+layer_edges = observe_layers(model, batches)
 
 
 def caption(n, text):
@@ -185,12 +185,12 @@ show(plots.clip_histogram(edge, ranges, text, f"Edge {worst.edge}", "activation"
 # codes; a layer of nearly only zeros needs few.
 
 # %%
-names = channels.layer.unique()
-stored = {name: edges.get((name, "after"), edges[name, "before"]) for name in names}
+points = {key: edge for key, edge in layer_edges.items() if key[1] != "weight"}
+stored = {layer: edge for (layer, _), edge in points.items()}  # after a ReLU if any
 rows = [(name, *observers.histogram(edge, bits)) for name, edge in stored.items()]
 ranges = pd.DataFrame(rows, columns=["layer", "low", "high"])
 text = caption(len(calibration), "calibration images; square root of the density")
-show(plots.ridges(histograms.densities(edges), text, ranges))
+show(plots.ridges(densities(layer_edges), text, ranges))
 
 # %% [markdown]
 # ## 6. Weights
@@ -233,5 +233,5 @@ show(f"- Computed in float: {', '.join(operations) or 'nothing'}.")
 
 # %% [markdown] tags=["intro"]
 # What to do about it: `QuantConfig(layer_weight_bits=…, layer_act_bits=…, observer=…)` takes these
-# findings at once; [04](04_observers.ipynb) compares the ranges, [06](07_low_bit_methods.ipynb) learns the
-# rounding and shares out the bits.
+# findings at once; [04](04_observers.ipynb) compares the ranges, [06](06_learned_rounding.ipynb) learns
+# the rounding.

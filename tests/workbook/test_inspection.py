@@ -3,17 +3,17 @@
 
 import re
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CHECKOUT, make_image_folder, read_text
+from cells import run_cells
+from conftest import make_image_folder, read_text
 
 import quantlab as ql
 from quantlab.__main__ import main
 from quantlab.observers import OBSERVERS
-from quantlab.workbook.inspection import NOTEBOOK, check_outputs, import_model
+from quantlab.workbook.inspection import check_outputs, import_model
 
 MODULE = """
 import torch
@@ -48,17 +48,9 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run_cells(**parameters):
-    """What the notebook's cells define, run one after another in this process."""
-    space = {}
+def run(target, **parameters):
     with pd.option_context("display.max_rows", 60):  # the notebook sets it
-        for cell in nbformat.read(CHECKOUT / "notebooks" / NOTEBOOK, as_version=4).cells:
-            if cell.cell_type == "code":
-                exec(cell.source, space)
-                if "parameters" in cell.metadata.get("tags", []):
-                    assert parameters.keys() <= space.keys()
-                    space |= parameters
-    return space
+        return run_cells("inspect_network", target=target, weights="", **parameters)
 
 
 def test_one_file_names_every_edge_float_operation_and_the_accuracy(place, workbook):
@@ -78,7 +70,7 @@ def test_one_file_names_every_edge_float_operation_and_the_accuracy(place, workb
 
 
 def test_tables_agree_with_a_direct_calculation(place, capsys):
-    space = run_cells(target="my_networks:build", weights="", data="pets", size=10, n=16)
+    space = run("my_networks:build", data="pets", size=10, n=16)
     assert "top-1 quantized" in capsys.readouterr().out
     model, qmodel, stats = (space[name] for name in ("model", "qmodel", "stats"))
     assert len(space["calibration"]) == 16 and len(space["test"]) == 14
@@ -109,7 +101,7 @@ def test_folders_without_classes_have_no_accuracy(place, capsys):
     flat.mkdir()
     for i, file in enumerate(sorted((place / "pets").rglob("*.png"))):
         file.rename(flat / f"{i}.png")
-    space = run_cells(target="my_networks:three", weights="", data="flat", size=8, n=100)
+    space = run("my_networks:three", data="flat", size=8, n=100)
     said = capsys.readouterr().out
     assert "top-1" not in said and "hardswish" in said
     assert len(space["test"]) == 54, "too few for both parts"
