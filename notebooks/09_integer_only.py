@@ -149,7 +149,7 @@ worst = layers[(layers.rounding == "double") & (layers.kind == "conv")].nlargest
 reference = ql.to_integer(qmodel)
 op = reference.operations[worst]
 acc = op.accumulate(codes[quantizer_at(ptq.find_node(qmodel, worst).args[0], False)[0]])
-exact = acc.double() * op.unit / op.out.scale
+exact = acc.double() * op.acc_scale / op.out.scale
 inside = (exact > op.out.low - op.out.zero_point) & (exact < op.out.high - op.out.zero_point)
 errors = pd.concat(pd.DataFrame({"rounding": mode, "error": (multiply(acc, op.multiplier, op.shift, mode) - exact)[inside].numpy()})
                    for mode in ("single", "double"))
@@ -175,7 +175,7 @@ report.drop(columns=["bops", "live_bytes"]).head(6).round(4)
 
 # %% [markdown]
 # The reference runs int32 tensors and is made to be read. The fast executor keeps int8 codes in memory and accumulators in registers (in C,
-# `quantlab/integer_kernels.c`, or by torch's integer matrix product); it must give the same codes.
+# `quantlab/integer/fast/kernels.c`, or by torch's integer matrix product); it must give the same codes.
 
 # %%
 count = equal = 0
@@ -213,8 +213,8 @@ why.assign(per_million=lambda f: 1e6 * f.differing / f["values"])
 def sums_that_differ(network, edge):
     """Accumulators of an operation, fed the simulation's codes, where it stores another code than the simulation."""
     integer, codes = ql.to_integer(qmodels[network].cpu()), proof.simulated_codes(qmodels[network], compared[0])
-    edges = {node: name for name, (node, _) in integer.edges.items()}
-    node = ptq.find_node(integer.network, integer.edges[edge][0])
+    edges = {node: name for name, (node, _) in integer.stored.items()}
+    node = ptq.find_node(integer.network, integer.stored[edge][0])
     op, operands = integer.operations[node.name], [codes[edges[source.name]] for source in node.args]
     return op.accumulate(*operands)[op(*operands) != codes[edge]]
 
