@@ -43,10 +43,12 @@ from quantlab.analysis.histograms import densities, observe_layers
 from quantlab.analysis.sensitivity import edge_errors
 from quantlab.evaluate import decibels
 from quantlab.graph import folded, operation_name
+from quantlab.quantized import find_node
+
+# %%
 from quantlab.images.datasets import Calibration
 from quantlab.images.files import SOURCES
 from quantlab.images.folder import load_folder
-from quantlab.quantized import find_node
 from quantlab.system.machine import device
 from quantlab.workbook.inspection import check_outputs, import_model
 from quantlab.workbook.study import show
