@@ -73,12 +73,12 @@ pictures = images.train.images[shown]
 grid = plots.image_grid(pictures, titles, [False] * len(shown), caption)
 plots.save(grid, "images_train", images)
 
+
 # %% [markdown]
 # ## 2. The two networks
 # The original experiment's **ResNet-50** is torchvision's with a 3x3 stem of stride 1 and no max-pool,
 # for images of 32 pixels (its head had 1,000 outputs, ours has one a class). **ResNet-20** is the small
 # network on which everything can be tried in minutes.
-
 
 # %%
 def describe(network):

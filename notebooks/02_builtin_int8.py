@@ -80,7 +80,6 @@ calibration = study.calibration()
 # ReLU only cuts off what the convolution writes. Fusing turns three modules into one, so that values are
 # rounded once instead of three times.
 
-
 # %%
 def kinds(module):
     leaves = [m for m in module.modules() if not list(m.children())]

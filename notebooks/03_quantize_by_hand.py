@@ -64,6 +64,7 @@ study = Study(
 network, images = study.network.cpu(), study.images
 n_seeds = study.choose(n_seeds, smoke=1, full=3)
 
+
 # %% [markdown]
 # ## 1. Scale and zero-point
 # A *code* is a small integer that stands for a real number. Map a range of reals $[a, b]$ to the codes
@@ -84,7 +85,6 @@ n_seeds = study.choose(n_seeds, smoke=1, full=3)
 # itself be a code, and is rounded to one. (The original's README writes $x = s(x_q + z)$, with the other
 # sign of $z$; this is the form of Jacob et al. 2018 and of every runtime.)
 
-
 # %%
 def scale_and_zero_point(a, b, bits):
     """Of codes 0..2^bits-1 for the reals a..b, a <= 0 <= b."""
@@ -98,12 +98,12 @@ q = ql.choose_qparams(-1.0, 3.0, bits=4)
 print(f"s = {s:.4f}, z = {z}, codes 0..15")
 assert abs(q.scale.item() - s) < 1e-7 and q.zero_point.item() == z, "ql does the same"
 
+
 # %% [markdown]
 # ## 2. Quantize, dequantize
 # Divide by the scale, round to the nearest integer, add the zero-point, and *clip* to the codes there
 # are. Back again is one multiplication. One after the other is called *fake quantization*: the result is
 # a float, but only values that have a code occur.
-
 
 # %%
 def quantize(x, s, z, bits):
@@ -198,7 +198,6 @@ study.save(picture, "03_weight_8bit", data=study.card.trained_on)
 # Clipping error rises, rounding error falls, and their sum has its minimum in between. The fewer the
 # bits, the further inside it lies.
 
-
 # %%
 def tradeoff(bits, fraction):
     low, high = weight.min() * fraction, weight.max() * fraction
@@ -216,7 +215,6 @@ study.save(picture, "03_tradeoff", data=study.card.trained_on)
 
 # %% [markdown]
 # A scale for every channel, and the best range instead of the whole one: what the two bring together.
-
 
 # %%
 def weight_error(bits, **options):
@@ -315,12 +313,12 @@ simulated = F.conv2d(x_hat, w_hat, b_hat, conv.stride, conv.padding)
 print(f"integer against simulated: {(simulated.relu() - result).abs().max():.1e}")
 assert torch.allclose(simulated.relu(), result.float(), atol=1e-4)
 
+
 # %% [markdown]
 # ## 5. One activation edge
 # Activations are not known in advance: *calibration* runs training images through the float network and
 # counts what passes every edge. One pass yields a histogram per edge, and every range setter at every
 # width is a function of it. Here is the edge with the longest tail:
-
 
 # %%
 def tail(edge):
@@ -337,6 +335,7 @@ print(
     f"up to {edge.maximum:.2f}"
 )
 
+
 # %% [markdown]
 # **A percentile**, the original's *fake-hist*: leave out the largest 0.01 % and be done. It knows
 # nothing of the number of codes.
@@ -344,7 +343,6 @@ print(
 # **The histogram observer**, in three steps. *One*: count. *Two*: for a candidate range, sum up what every
 # bin loses: its values move from the bin's middle to the nearest code. *Three*: take the range that loses
 # least, searching both ends.
-
 
 # %%
 def error_of_range(low, high, bits):
@@ -361,6 +359,7 @@ def search(bits, steps=60):
     highs = [edge.maximum * f for f in fractions]
     pairs = itertools.product(lows, highs)
     return min(pairs, key=lambda pair: error_of_range(*pair, bits))
+
 
 # %%
 by_hand = search(act_bits)
@@ -388,7 +387,6 @@ study.save(figure, "03_activation_edge")
 # %% [markdown]
 # The mean squared error that each choice makes on this edge, by width. The whole range wastes codes on
 # values that hardly occur; a fixed percentile cannot know how many codes there are; the search does.
-
 
 # %%
 def edge_error(observer, bits):
@@ -434,7 +432,6 @@ print(f"weights {ql.weight_bytes(quantized):,} bytes instead of {in_float:,}")
 # a little, and layers multiply. A larger exponent $p$ in $\sum|\hat w - w|^p$ clips less. Such a choice is
 # made on the *held-out* part of the training images:
 
-
 # %%
 def heldout_top1(bits, p):
     config = ql.QuantConfig(weight_bits=bits, act_bits=bits, weight_norm=p)
@@ -459,7 +456,6 @@ show(norms.round(2))
 # Three range setters, four widths, from the same statistics. `minmax` takes the whole range of
 # activations *and* weights, as the simplest tool would; with the other two the weights' range is
 # searched. So their difference is not that of the activations' ranges alone.
-
 
 # %%
 def measure(observer, bits, stats, seed):

@@ -78,7 +78,6 @@ seeds = range(seed, seed + n_seeds)
 # by shrinking; *entropy* wants to keep the distribution's information; the two *aciq* assume a Laplace or
 # a normal distribution and calculate.
 
-
 # %%
 def tail(name):
     e = stats.edges[name]
@@ -146,7 +145,6 @@ study.save(plots.error_landscape(landscape, choices, text), "04_landscape")
 # ## 4. The whole network
 # Weights at 8 bits, so that only the activations' ranges differ between the lines.
 
-
 # %%
 def measure(observer, act_bits, stats, s):
     config = ql.QuantConfig(weight_bits=8, act_bits=act_bits, observer=observer)
@@ -176,7 +174,6 @@ show(groups.top1.agg(["mean", "std"]).unstack("bits").round(2))
 # %% [markdown]
 # ## 5. How many calibration images are enough?
 # On the held-out images, because the answer is a choice. The band is the spread between seeds.
-
 
 # %%
 def heldout_top1(observer, n, s):
@@ -288,6 +285,7 @@ def measured(setter, width):
     mse = lost / seen.count
     return {"bits": width, "by": setter, "upper end": high, "mean squared error": mse}
 
+
 # %%
 setters = ("ours", "PyTorch") if HistogramObserver else ("ours",)
 levels = pd.DataFrame(measured(s, b) for b in (8, 4, 3, 2) for s in setters)
@@ -300,7 +298,6 @@ show(levels.sort_index(ascending=False).style.format("{:.3g}"))
 # it is sequential by its definition. With PyTorch's c = 0.01 the first batch alone decides most of it.
 # The same batches in four orders, and a second case for whoever expects order not to matter: 16 batches
 # of a heavy-tailed tensor whose spread grows.
-
 
 # %%
 def moving_average(batches, c=0.01):  # as torch.ao's MovingAverageMinMaxObserver

@@ -108,7 +108,6 @@ print(f"{len(shared)} histograms agree with collect's in every bin")
 # away, coloured what it lets through: the codes are for that part only. The red bar is the range that the
 # squared-error search gives to it.
 
-
 # %%
 def density(stats, bins=160):
     """Middle and density of bins, neighbours added until about `bins` remain."""
@@ -124,6 +123,7 @@ def density(stats, bins=160):
     x = (torch.arange(len(total)) + stats.first // size + 0.5) * size * stats.width
     return x, total / (size * stats.width * stats.count)
 
+
 # %%
 def density_rows(layer, point, bins):
     stats = edges[layer, point]
@@ -131,6 +131,7 @@ def density_rows(layer, point, bins):
     zeros = stats.zeros / stats.count
     row = {"order": layers.index(layer), "layer": layer, "point": point}
     return pd.DataFrame({**row, "x": x, "density": y, "zeros": zeros})
+
 
 # %%
 densities = pd.concat([density_rows(*key, 160) for key in edges], ignore_index=True)
@@ -161,7 +162,6 @@ study.save(figure, "05_before_after")
 # distribution with the same deviation. Right: how much of a min-max range behind the ReLU serves one
 # value in 10,000. A ratio of 2 is a bit that nearly nobody uses.
 
-
 # %%
 def outliers(stats, sigmas=()):
     """Deviation, largest value over the 99.99 % quantile, fractions beyond k std."""
@@ -177,6 +177,7 @@ def outliers(stats, sigmas=()):
     distance = (values - mean).abs()
     beyond = {f"beyond_{k}": float(share[distance > k * std].sum()) for k in sigmas}
     return {"std": float(std), "max_over_p": ratio, **beyond}
+
 
 # %%
 sigmas = (3, 4, 6)
@@ -228,7 +229,6 @@ show(dead if len(dead) else "no dead channel")
 # same 20 fractions of their extremes. (Integer convolutions cannot use it, because they add over the
 # channels of their input; equalisation moves some of it into the weights.)
 
-
 # %%
 def squared_errors(x, low, high):
     """Of x [C, values]: the error of every range, by tensor and by channel, and the signal."""
@@ -242,6 +242,7 @@ def squared_errors(x, low, high):
             errors[key].append(error.cpu())
     signal = x.double().square().sum(1).cpu()
     return torch.stack([*errors["tensor"], *errors["channel"], signal])
+
 
 # %%
 sums = {}

@@ -86,7 +86,6 @@ seeds = list(range(seed, seed + study.choose(n_seeds, smoke=1, full=3)))
 # the squared error. Where the number of levels belongs, $2^b$, it had $b$. (Written here from its
 # description; the error takes a value for the middle of its bin.)
 
-
 # %%
 def squared_error(counts, first, last, levels):
     """Of merging bins first..last into `levels` equal groups, in squared bin widths.
@@ -112,6 +111,7 @@ def greedy_search(x, levels, bins=2048, step=1e-5):
         kept, least = moved, error
     return low + width * kept[0], low + width * (kept[1] + 1)
 
+
 # %%
 def narrower(counts, step):
     """Bins first..last after every step: the end that skips more bins moves."""
@@ -133,7 +133,6 @@ def narrower(counts, step):
 # What the search proposes does not matter. The batch's whole range has already entered a running minimum
 # and maximum, and the proposal goes through the same running minimum and maximum, which only widen. A
 # range inside them changes nothing: **hist is min-max**. Three batches on the edge behind the first ReLU:
-
 
 # %%
 def augmented(s, n=n_batches):
@@ -168,7 +167,6 @@ show(pd.DataFrame(lines, index=pd.RangeIndex(1, len(lines) + 1, name="batch")).r
 # **fake-hist** takes the int(0.9999 N)-th smallest $|x|$ of a batch; the first batch sets the range,
 # every later one moves it by a tenth of the difference. Both depend on the order of the batches. A class
 # of a few lines is enough for them and for everything in between:
-
 
 # %%
 class Running:
@@ -214,7 +212,6 @@ assert fake_hist()(x, 4, True)[1] == kth
 # else; the residual add, the logits and all biases stay float. The package knows one placement, so the
 # original's is a `Plan` of our own:
 
-
 # %%
 def original_places(graph):
     """What is read by layers, ReLUs and pools is rounded in front of each of them."""
@@ -223,6 +220,7 @@ def original_places(graph):
     reads = {node.name: node.args[0].name for node in readers}
     ours = make_plan(graph)
     return Plan({}, reads, {}, first=ours.first, last=ours.last, floats=())
+
 
 # %%
 def float_graph(fold):
@@ -236,11 +234,11 @@ PLACES = {"inputs": original_places, "fused": make_plan}
 n_places = len(original_places(float_graph(fold=False)).reads)
 print(f"{model}: {n_places} quantizers its way")
 
+
 # %% [markdown]
 # **With which codes.** Signed and symmetric everywhere, also behind a ReLU, where half of them are of no
 # use. A range setter chooses signed codes for an edge that has negative values; so all that is needed is
 # to say that it has.
-
 
 # %%
 @functools.cache
@@ -254,6 +252,7 @@ def signed(edges):
     below = {name: min(edge.minimum, -1e-30) for name, edge in edges.items()}
     return {n: dataclasses.replace(e, minimum=below[n]) for n, e in edges.items()}
 
+
 # %%
 q = ptq.choose_edge_qparams(
     next(iter(signed(statistics("inputs", False, seed)).values())), 4,
@@ -261,9 +260,9 @@ q = ptq.choose_edge_qparams(
 )
 assert (q.qmin, q.qmax) == (-7, 7), "4 bits, signed, narrow"
 
+
 # %% [markdown]
 # **Weights** over their whole range, one scale a tensor; the linear layer had one for every row.
-
 
 # %%
 def weights_by_row(qmodel, config):
@@ -275,6 +274,7 @@ def weights_by_row(qmodel, config):
             layer.weight_qparams = q.to(weight.device)
             layer.weight.data.copy_(ql.fake_quantize(weight, layer.weight_qparams))
     return qmodel
+
 
 # %%
 def quantized(config, placement, fold, act_signed, s):
@@ -292,7 +292,6 @@ def quantized(config, placement, fold, act_signed, s):
 # **How it calibrated.** It ran *the quantized network in training mode*: the quantizers followed their
 # inputs while they rounded them, and BatchNorm overwrote its running statistics. So what was published
 # is quantization *plus BatchNorm re-estimation*, which its README does not say.
-
 
 # %%
 def follow(running, symmetric, quantizer, inputs):
@@ -348,6 +347,7 @@ ORIGINAL = dict(
 def calibrated(config, placement, fold, act_signed, ranges, moved, s):
     qmodel = quantized(config, placement, fold, act_signed, s).to(device)
     return training_pass(qmodel, augmented(s), ranges) if moved else qmodel
+
 
 # %%
 def build(bits, s, ranges, batchnorm, placement, fold, act_signed, input_bits, **more):
@@ -436,6 +436,7 @@ def mean(pairs):
     lost = [(b.top1, *ql.paired_drop(a.correct, b.correct)) for a, b in pairs]
     return dict(zip(("top1", "drop", "low", "high"), np.mean(lost, axis=0)))
 
+
 # %%
 NAMES = list(published.index)
 THEIRS, FLOAT = plots.ladder.WAYS[0], published["fp32 original"]
@@ -455,7 +456,6 @@ text = f"test images, {len(seeds)} calibration seed(s) below 8 bits. The origina
 text += "ResNet-50 on the official CIFAR-10 files, one run, from its README"
 text = study.caption(baseline.n, text)
 study.save(plots.original_rows(table, text), "10_seven_rows")
-
 
 # %% [markdown]
 # ## 4. The ladder
@@ -526,7 +526,6 @@ study.save(plots.waterfall(ladder, pd.DataFrame(dots), text), "10_ladder")
 # batches are joined (the widest, or an average). One at a time, and each with BatchNorm's statistics as
 # the pass left them and as they were trained:
 
-
 # %%
 def hist_averaged():
     return Running(fraction=1.0, memory=0.9)
@@ -548,7 +547,6 @@ show(why.round(2))
 # The ranges of both on every edge, and what they do to the values there: the fraction of the non-zero
 # values that the middle code swallows.
 
-
 # %%
 def quantizers(kind):
     known = ql.QuantConfig.__dataclass_fields__
@@ -561,6 +559,7 @@ def quantizers(kind):
 def swallowed(edge, q):
     centers, counts = edge.histogram()
     return float(counts[centers.abs() < q.scale.item() / 2].sum() / counts.sum())
+
 
 # %%
 edges = statistics("inputs", False, seed)
@@ -599,7 +598,6 @@ study.save(figure, "10_why_hist")
 # undone and added back on the unfolded graph; a search in training mode looks at batches 1, 2, 4, 8, ...
 # only.
 
-
 # %%
 class Searched:
     """Counts the values of batches 1, 2, 4, 8, ... and searches anew after each."""
@@ -635,7 +633,6 @@ REPAIRS = {
     "best range of weights": ({"weight_observer": "lp"}, {"weight_observer": "minmax"}),
 }
 
-
 # %%
 ENDS = ("the original plus this", "ours minus this")
 
@@ -651,6 +648,7 @@ def worth(repair, end):
     m = mean([(measure(repaired, 4, seed, name), measure(without, 4, seed, name))])
     interval = {"low": m["low"], "high": m["high"]}
     return {"repair": repair, "end": end, "worth": m["drop"], **interval}
+
 
 # %%
 pairs = list(itertools.product(REPAIRS, ENDS)) if ablations else []
@@ -689,6 +687,7 @@ def snr(observer, signed_codes, twice=True):
         first = ql.fake_quantize(first, codes_of(before, observer, True))
     rounded = ql.fake_quantize(first, codes_of(after, observer, signed_codes))
     return decibels(counts @ x.square(), counts @ (rounded - x).double().square())
+
 
 # %%
 cases = {"signed, twice": (True,), "then unsigned": (False,)}
