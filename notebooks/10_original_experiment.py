@@ -51,6 +51,7 @@ from quantlab.evaluate import decibels
 from quantlab.graph import find_kinds, folded, normalize, trace
 from quantlab.networks.train import augment, default_config
 from quantlab.plan import Plan, make_plan
+from quantlab.plots import ladder
 from quantlab.quantized import edge_name
 from quantlab.rivals import pytorch as builtin
 from quantlab.workbook import tables
@@ -394,7 +395,7 @@ def measure(settings, bits, s, name, method="ablation"):
 # %%
 published = tables.original().top1  # in %, of ResNet-50 on the official files
 PUBLISHED = published.drop(["fp32 original", "8bit built-in"])
-ITS, RIGHT = plots.ladder.WAYS[1:]
+ITS, RIGHT = ladder.WAYS[1:]
 ways = {("fp32 original", way): [baseline] for way in (ITS, RIGHT)}
 cases = [(n, s) for n in PUBLISHED.index for s in (seeds[:1] if n[0] == "8" else seeds)]
 for name, s in tqdm(cases):
@@ -439,7 +440,7 @@ def mean(pairs):
 
 # %%
 NAMES = list(published.index)
-THEIRS, FLOAT = plots.ladder.WAYS[0], published["fp32 original"]
+THEIRS, FLOAT = ladder.WAYS[0], published["fp32 original"]
 theirs = {"quantization": NAMES, "way": THEIRS, "top1": published.to_numpy()}
 theirs = pd.DataFrame(theirs)
 lines = theirs.assign(drop=FLOAT - theirs.top1).to_dict("records")
@@ -455,7 +456,7 @@ show(wide.dropna(axis=1, how="all").round(2))
 text = f"test images, {len(seeds)} calibration seed(s) below 8 bits. The original's: "
 text += "ResNet-50 on the official CIFAR-10 files, one run, from its README"
 text = study.caption(baseline.n, text)
-study.save(plots.original_rows(table, text), "10_seven_rows")
+study.save(ladder.original_rows(table, text), "10_seven_rows")
 
 # %% [markdown]
 # ## 4. The ladder
@@ -491,17 +492,17 @@ for s, bits, step in tqdm(list(itertools.product(seeds, widths, LADDER))):
     top[step, bits, s] = measure(states[step], bits, s, name)
 
 # %%
-ladder = []
+changes = []
 pairs = list(itertools.pairwise([None, *LADDER]))
 for bits, (before, step) in itertools.product(widths, pairs):
     change = dict.fromkeys(("change", "low", "high"), np.nan)
     m = mean((top[before or step, bits, s], top[step, bits, s]) for s in seeds)
     if before:
         change = {"change": -m["drop"], "low": -m["high"], "high": -m["low"]}
-    ladder.append({"bits": bits, "step": step, "top1": m["top1"], **change})
-ladder = pd.DataFrame(ladder)
+    changes.append({"bits": bits, "step": step, "top1": m["top1"], **change})
+changes = pd.DataFrame(changes)
 columns = ["top1", "change", "low", "high"]
-wide = ladder.pivot(index="step", columns="bits", values=columns)
+wide = changes.pivot(index="step", columns="bits", values=columns)
 show(wide.reindex(LADDER).round(2))
 
 # %%
@@ -512,7 +513,7 @@ text = (
 )
 text += "seed(s), dots: each seed; in brackets the paired 95 % interval of the step"
 text = study.caption(baseline.n, text)
-study.save(plots.waterfall(ladder, pd.DataFrame(dots), text), "10_ladder")
+study.save(ladder.waterfall(changes, pd.DataFrame(dots), text), "10_ladder")
 
 
 # %% [markdown]
@@ -586,7 +587,7 @@ text = (
 )
 text = study.caption(edges[edge].count, text + f"{n_batches} augmented batches")
 title = f"The same edge, three sets of codes: {edge}"
-figure = plots.code_strips(edges[edge], values, text, title, "activation")
+figure = ladder.code_strips(edges[edge], values, text, title, "activation")
 study.save(figure, "10_why_hist")
 
 
@@ -661,7 +662,7 @@ if ablations:
     ours = top["best range of weights", 4, seed]
     text = f"test images, W4A4, calibration seed {seed}, lines: paired 95 % interval; "
     text += f"the original's hist {first.top1:.1f} %, ours {ours.top1:.1f} %"
-    figure = plots.repair_bars(alone, study.caption(baseline.n, text))
+    figure = ladder.repair_bars(alone, study.caption(baseline.n, text))
     study.save(figure, "10_repairs")
 
 # %% [markdown]
@@ -735,7 +736,7 @@ if ablations:
     )
 
 # %%
-for bits, part in ladder.groupby("bits", sort=False):
+for bits, part in changes.groupby("bits", sort=False):
     change = part.dropna().set_index("step").change
     up, down = change.idxmax(), change.idxmin()
     print(

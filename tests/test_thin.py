@@ -13,7 +13,7 @@ from conftest import CHECKOUT, read_text
 PACKAGE = CHECKOUT / "quantlab"
 CORE = sorted(set(PACKAGE.glob("*.py")) - {PACKAGE / "__init__.py", PACKAGE / "__main__.py"})
 NOTEBOOKS = [next((CHECKOUT / "notebooks").glob(f"{n:02d}_*.ipynb")) for n in range(1, 6)]
-ROOMS = {"images", "networks", "plots", "workbook"}  # beside the core; rivals in 02
+ROOMS = {"images", "networks", "plots", "workbook", "system"}  # beside the core
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
            tokenize.ENDMARKER}
 

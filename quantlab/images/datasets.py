@@ -108,7 +108,7 @@ class Dataset:
         """Batches of `n` training images, not augmented, in the order of `seed`; for `collect`."""
         there = len(self.train)
         if not 1 <= n <= there:
-            raise UserError(f"n_calibration={n}: {self.name} has training images for 1 to {there}")
+            raise UserError(f"n_calibration={n}: {self.name} has 1 to {there} training images")
         order = torch.randperm(there, generator=torch.Generator().manual_seed(seed))
         return Calibration(self.train.subset(order[:n]), batch_size)
 

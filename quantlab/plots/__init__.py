@@ -1,6 +1,6 @@
 """Figures: one function each, from a tidy frame (or the tensors it names) to a matplotlib figure.
 
-Figures of one notebook stay in its module: `from quantlab.plots import lowbit, panel, questions`.
+Figures of one notebook stay in its module: `from quantlab.plots import ladder, lowbit, panel`.
 """
 
 # ruff: noqa: F401
@@ -12,8 +12,6 @@ from quantlab.plots.distributions import (
     tails,
     weights_beside_activations,
 )
-from quantlab.plots.integer import codes_by_depth, layer_costs, rounding_modes
-from quantlab.plots.ladder import code_strips, original_rows, repair_bars, waterfall
 from quantlab.plots.page import caption, data_label, row_caption, save
 from quantlab.plots.ranges import (
     clip_histogram,

@@ -17,7 +17,7 @@ import quantlab as ql
 from quantlab import plots
 from quantlab.edgestats import EdgeStats
 from quantlab.observers import OBSERVERS
-from quantlab.plots import beyond, lowbit, panel, questions
+from quantlab.plots import beyond, integer, ladder, lowbit, panel, questions
 from quantlab.system.errors import UserError
 
 TEXT = ("cifar10-jpeg, resnet20, n = 10,000; test images, 1,024 calibration images, 3 calibration "
@@ -178,23 +178,23 @@ def rounding(networks=("W8A8", "W4A4")):
     depth = [{"network": n, "rounding": m, "fed": fed, "order": i, "share": 1e-6 * j * i**3}
              for n, (j, m), fed, i in
              itertools.product(networks, enumerate(modes), ("same", "own"), range(20))]
-    modes = plots.rounding_modes(errors, pd.DataFrame(layers), TEXT)
-    return modes, plots.codes_by_depth(pd.DataFrame(depth), TEXT)
+    modes = integer.rounding_modes(errors, pd.DataFrame(layers), TEXT)
+    return modes, integer.codes_by_depth(pd.DataFrame(depth), TEXT)
 
 
 def costs():
     kinds = ["conv", "conv", "add", "requantize", "average", "linear"] * 6
     report = pd.DataFrame({"layer": [f"{k}_{i}" for i, k in enumerate(kinds)], "kind": kinds,
                            "accumulator_bits": 20.0, "bops": 3e8, "live_bytes": 20_480})
-    return plots.layer_costs(report, TEXT)
+    return integer.layer_costs(report, TEXT)
 
 
 def original_rows():
     names = ["fp32 original", "8bit built-in", "8bit hist", "8bit fake-hist", "4bit hist",
              "4bit fake-hist", "3bit fake-hist"]
     rows = [{"quantization": n, "way": w, "top1": 93 - i**2 * (2 - j), "drop": i**2 * (2 - j) - 0.1}
-            for (i, n), (j, w) in itertools.product(enumerate(names), enumerate(plots.ladder.WAYS))]
-    return plots.original_rows(pd.DataFrame(rows), TEXT)
+            for (i, n), (j, w) in itertools.product(enumerate(names), enumerate(ladder.WAYS))]
+    return ladder.original_rows(pd.DataFrame(rows), TEXT)
 
 
 def waterfall():
@@ -209,20 +209,20 @@ def waterfall():
             rows.append({"bits": bits, "step": step, "top1": top1, "change": change,
                          "low": change - 1, "high": change + 1})
             dots += [{"bits": bits, "step": step, "top1": top1 + s} for s in (-2, 0, 1)]
-    return plots.waterfall(pd.DataFrame(rows), pd.DataFrame(dots), TEXT)
+    return ladder.waterfall(pd.DataFrame(rows), pd.DataFrame(dots), TEXT)
 
 
 def repairs():
     rows = [{"repair": n, "end": e, "worth": w * s} for (n, w), (e, s) in itertools.product(
         (("BatchNorm kept as trained", 12.3), ("codes stored once, stream 8 bits", 20.1),
          ("unsigned after ReLU", -0.4)), (("the original plus this", 1), ("ours minus this", 0.1)))]
-    return plots.repair_bars(with_interval(rows, "worth", "low", "high"), TEXT)
+    return ladder.repair_bars(with_interval(rows, "worth", "low", "high"), TEXT)
 
 
 def strips(stats):
     levels = {name: torch.arange(-8, 8) * step for name, step in
               (("hist", 4.0), ("fake-hist", 1.5), ("ours", 0.9))}
-    return plots.code_strips(stats, levels, TEXT, "Three sets of codes", "activation")
+    return ladder.code_strips(stats, levels, TEXT, "Three sets of codes", "activation")
 
 
 def dataflow():
