@@ -26,7 +26,7 @@ _NAMES = {  # the core, then the rooms
     "networks.recipe": ["TrainConfig"],
     "networks.train": ["train"],
     "improving.reconstruct": ["ReconstructConfig", "reconstruct"],
-    "improving.tune": ["tune_end_to_end"],
+    "improving.tune": ["TuneConfig", "tune_end_to_end"],
     "improving.equalization": ["equalize"],
     "improving.corrections": ["correct_bias"],
     "integer.network": ["to_integer"],

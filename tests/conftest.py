@@ -75,10 +75,11 @@ def _executed(tmp_path_factory):
         shutil.rmtree(place / "checkpoint")
         first, *others = notebooks.notebooks()
         trained = run.run([first], {"data": "digits", "epochs": "1"}, time_limit=400)
-        card = (place / "checkpoint" / "resnet20-digits.json").read_text("utf-8")
+        assert trained.status[0] == "done", trained.message[0]
+        card = json.loads(read_text(place / "checkpoint" / "resnet20-digits.json"))
         copy_checkpoint(place)
         frame = run.run(others, source="digits", time_limit=400)
-    return place, pd.concat([trained, frame], ignore_index=True), json.loads(card)
+    return place, pd.concat([trained, frame], ignore_index=True), card
 
 
 @pytest.fixture

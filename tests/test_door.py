@@ -57,6 +57,8 @@ def test_names_are_the_functions_also_where_a_module_has_the_same_name():
     from quantlab.evaluate import evaluate
 
     assert ql.evaluate is evaluate and ql.quantize.__module__ == "quantlab.ptq"
+    assert ql.improving.reconstruct is ql.reconstruct and callable(ql.reconstruct)
+    assert ql.integer.to_integer is ql.to_integer and ql.export.export_onnx is ql.export_onnx
 
 
 def test_the_import_loads_no_torch_and_torchvision_is_repaired_when_it_is_imported():

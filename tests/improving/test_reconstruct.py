@@ -3,6 +3,7 @@ formulas, resume, bounded memory; tuning, with the float network as target or wi
 """
 
 import dataclasses
+import importlib
 import itertools
 import math
 
@@ -14,11 +15,12 @@ from torch import nn
 import quantlab as ql
 from quantlab.graph import folded
 from quantlab.improving import learned as stand_ins
-from quantlab.improving import reconstruct as rc
 from quantlab.improving import units
 from quantlab.improving.activations import Cache
 from quantlab.improving.tune import TuneConfig, Tuner, tune_end_to_end
 from quantlab.quantized import Quantizer, find_node
+
+rc = importlib.import_module("quantlab.improving.reconstruct")  # the package has the function
 
 
 class Tiny(nn.Module):
