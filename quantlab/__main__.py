@@ -250,7 +250,8 @@ def _bench(options):
 
 
 def _inspect(options):
-    _check_file(options.data)
+    if options.data not in SOURCES:
+        _check_file(options.data)
     _check_file(options.weights)
 
     from quantlab.workbook.inspection import inspect

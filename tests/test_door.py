@@ -116,6 +116,9 @@ def test_an_unknown_command_option_or_number_loads_nothing_heavy(arguments, mess
     (["data", "images"], "no image set in"),
     (["data", "nowhere"], "data 'nowhere' not found"),
     (["bench", "integers"], "did you mean integer?"),
+    (["inspect", "json", "--data", "digits"], "write module:function"),
+    (["inspect", "no_such.module:f", "--data", "digits"], "module 'no_such.module' was not found"),
+    (["inspect", "json:loads", "--data", "nowhere"], "nowhere not found"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_a_mistake_gets_one_line_and_status_1_before_anything_heavy_is_loaded(
     workbook, arguments, message

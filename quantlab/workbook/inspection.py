@@ -5,6 +5,7 @@ one HTML file.
 """
 
 import importlib
+import importlib.util
 import os
 import pathlib
 import sys
@@ -23,7 +24,9 @@ def inspect(target, data, out, *, size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD
 
     Raises UserError for what `import_model`, `check_outputs` and the data's reader refuse.
     """
-    _, attribute = split_target(target)
+    module, attribute = split_target(target)
+    find_module(module)
+
     from quantlab.affine import check_bits
     from quantlab.workbook.run import execute, export_html, runs_folder
 
@@ -46,6 +49,23 @@ def split_target(target):
     return module, attribute
 
 
+def find_module(module):
+    """UserError unless `module` can be imported from the working directory; imports nothing."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of the package that it would be in
+        found = None
+    if found is None:
+        raise _not_found(module, module)
+
+
+def _not_found(name, module):
+    return UserError(f"module {name!r} was not found from {os.getcwd()}; "
+                     f"run this where `import {module}` works")
+
+
 def import_model(target, weights=""):
     """The nn.Module that `module:name` is, builds or has for a class, in eval mode.
 
@@ -55,12 +75,11 @@ def import_model(target, weights=""):
     from torch import nn
 
     module, attribute = split_target(target)
-    sys.path.insert(0, os.getcwd())
+    find_module(module)
     try:
         found = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        raise UserError(f"module {error.name!r} was not found from {os.getcwd()}; "
-                        f"run this where `import {module}` works") from None
+        raise _not_found(error.name, module) from None
     except AttributeError:
         raise UserError(f"module {module} has no {attribute!r}") from None
     model = found() if callable(found) and not isinstance(found, nn.Module) else found
