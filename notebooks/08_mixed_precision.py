@@ -37,6 +37,10 @@ import numpy as np
 import pandas as pd
 import quantlab as ql
 import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+# %%
 from quantlab import ptq
 from quantlab.analysis import mixed
 from quantlab.graph import folded
@@ -47,8 +51,6 @@ from quantlab.workbook.methods import (
     METHODS, Methods, check_methods, config_of, correct_images, name_of,
 )
 from quantlab.workbook.study import Study, show
-from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive
@@ -267,6 +269,8 @@ def compare(width, convention, change):
     named = {"width": name_of(width), "convention": convention}
     return {**named, "top1": row["top1"], **gain}
 
+
+# %%
 compared = []
 for width in study.choose(widths, smoke="3/3", full="4/4,3/3").split(","):
     changes = conventions(config_of(width).act_bits)
@@ -276,8 +280,9 @@ compared = pd.DataFrame(compared)
 
 # %%
 named = builder.note(convention_method) or "nearest rounding"
-text = f"test images, {named}, {study.n_calibration:,} calibration images, seed {seed}; "
-text = study.caption(len(study.test), text + "paired 95 % intervals")
+text = f"test images, {named}, {study.n_calibration:,} calibration images, "
+text += f"seed {seed}; paired 95 % intervals"
+text = study.caption(len(study.test), text)
 study.save(lowbit.conventions(compared, text), "08_conventions")
 
 # %%
@@ -359,8 +364,9 @@ for axis, part in points.groupby("axis", sort=False):
         for row in part[part.kind == "mixed"].itertuples()
     ]
     print(
-        f"- Mixed precision by {axis}: {np.nanmin(gain):+.2f} to {np.nanmax(gain):+.2f} "
-        "points against the best uniform width that costs no more."
+        f"- Mixed precision by {axis}: {np.nanmin(gain):+.2f} to "
+        f"{np.nanmax(gain):+.2f} points against the best uniform width that costs no "
+        "more."
     )
 for width, part in compared.replace("\n", " ", regex=True).groupby("width", sort=False):
     best, worst = part.loc[part.gain.idxmax()], part.loc[part.gain.idxmin()]

@@ -128,7 +128,12 @@ def config_key(row):
 
 def is_default(frame, free=("weight_bits", "act_bits")):
     """bool Series: rows by hand of QuantConfig()'s configuration, but for the columns in `free`."""
-    wanted = {"method": "by hand", **describe(QuantConfig())}
+    return has_config(frame, QuantConfig(), free)
+
+
+def has_config(frame, config, free=()):
+    """bool Series: rows by hand of a QuantConfig, but for the columns in `free`."""
+    wanted = {"method": "by hand", **describe(config)}
     same = [_equal(frame[name], value) for name, value in wanted.items() if name not in free]
     return pd.concat(same, axis=1).all(axis=1)
 

@@ -1,0 +1,221 @@
+"""Every method by its name, from nearest rounding to fine-tuning, and its row, measured once.
+
+    methods = Methods(study, iterations=500)
+    row = methods.measure("QDrop + fine-tuning", config_of("2/2"), seed=0)
+    frame = methods.known(["4/4", "2/2/8"])      # rows published and new
+
+A name is a start (ranges, equalisation or learning) and, behind " + ", what is done to its result.
+"""
+
+import dataclasses
+
+import pandas as pd
+import torch
+
+from quantlab.calibration import collect
+from quantlab.config import QuantConfig
+from quantlab.improving.corrections import correct_bias, correct_bias_analytic, reestimate_batchnorm
+from quantlab.improving.equalization import equalize
+from quantlab.improving.reconstruct import ReconstructConfig, reconstruct
+from quantlab.improving.tune import TuneConfig, tune_end_to_end
+from quantlab.ptq import quantize
+from quantlab.quantized import weight_bytes
+from quantlab.system.errors import UserError, did_you_mean
+from quantlab.workbook import results
+
+LEARNED = ("AdaRound", "BRECQ", "QDrop")  # in lower case, presets of ReconstructConfig
+CORRECTIONS = ("bias correction", "analytic bias correction", "BatchNorm re-estimation")
+TUNED = ("end to end", "fine-tuning")
+METHODS = ("nearest", "equalisation", *CORRECTIONS, *LEARNED, *(f"QDrop + {t}" for t in TUNED))
+STARTS = ("nearest", "equalisation", *CORRECTIONS, *LEARNED)
+STEPS = ("Fisher", *CORRECTIONS, *TUNED)  # Fisher: the loss that is learned with
+
+
+# ---- Names ---------------------------------------------------------------------------------------
+
+
+def check_methods(names):
+    """The names as a list; UserError for one that is not made of known parts."""
+    names = list(names)
+    for name in names:
+        start, *steps = name.split(" + ")
+        parts = [(start, STARTS), *((step, STEPS) for step in steps)]
+        for part, known in parts:
+            if part not in known:
+                raise UserError(f"method {name!r}: {part!r} is unknown{did_you_mean(part, known)}; "
+                                f"there are: {', '.join(known)}")
+        if "Fisher" in steps and start not in LEARNED:
+            raise UserError(f"method {name!r}: nothing is learned; Fisher goes with "
+                            f"{', '.join(LEARNED)}")
+    return names
+
+
+def _bits(width):
+    parts = width.split("/")
+    if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts):
+        raise UserError(f"width {width!r}: give the bits of weights/activations, or also those of "
+                        "the first and the last layer, as in 4/4 or 2/2/8")
+    return [int(part) for part in parts]
+
+
+def config_of(width, **convention):
+    """The QuantConfig of a width such as "4/4" or "2/2/8", with other fields of a convention."""
+    weight_bits, act_bits, *outer = _bits(width)
+    fields = {"first_last_bits": outer[0] if outer else None} | convention
+    return QuantConfig(weight_bits, act_bits, **fields)
+
+
+def name_of(width):
+    """A width in words: "W4A4", "W2A2, first/last 8"."""
+    weight_bits, act_bits, *outer = _bits(width)
+    return f"W{weight_bits}A{act_bits}" + (f", first/last {outer[0]}" if outer else "")
+
+
+# ---- Building and measuring ----------------------------------------------------------------------
+
+
+class Methods:
+    """Builds networks by the name of their method and measures them, for one Study.
+
+    iterations: of learning a unit and of fine-tuning; tuning end to end takes half as many. 0: 3 in
+    a smoke run, 500 in a full one. seed, everywhere: of the calibration images and of what is
+    random in learning; None: the study's.
+    """
+
+    def __init__(self, study, iterations=0):
+        self.study = study
+        self.iterations = study.choose(iterations, smoke=3, full=500)
+        self._stats = {}  # seed -> CalibrationStats
+        self._learned = None, None  # settings and network learned last: what a "+" goes on from
+
+    def learning(self, method, seed=None):
+        """The ReconstructConfig that a learned method starts with."""
+        start, *steps = method.split(" + ")
+        loss = "fisher" if "Fisher" in steps else "mse"
+        return ReconstructConfig.preset(
+            start.lower(), iterations=self.iterations, seed=self._seed(seed), loss=loss)
+
+    def tuning(self, step, seed=None):
+        """The TuneConfig of a step: "end to end" or "fine-tuning"."""
+        shared = dict(batch_size=min(64, self.study.n_calibration), seed=self._seed(seed))
+        if step == "end to end":
+            return TuneConfig(iterations=max(self.iterations // 2, 1), **shared)
+        return TuneConfig(iterations=self.iterations, learn_weights=True, flip=True, **shared)
+
+    def build(self, method, config, seed=None, state=None):
+        """The QuantizedNetwork of a method. state: a path from which a killed learning resumes."""
+        network, images = self.study.network, self.study.calibration(self._seed(seed))
+        start, *steps = method.split(" + ")
+        if start in LEARNED:
+            qmodel = self._learn(self.learning(method, seed), config, images, state)
+        elif start == "equalisation":
+            equal = equalize(network)
+            qmodel = quantize(equal, collect(equal, images), config)
+        else:
+            qmodel = quantize(network, self.stats(seed), config)
+        for step in [start, *steps] if start in CORRECTIONS else steps:
+            if step == "bias correction":
+                qmodel = correct_bias(network, qmodel, images)
+            elif step == "analytic bias correction":
+                qmodel = correct_bias_analytic(network, qmodel)
+            elif step == "BatchNorm re-estimation":
+                qmodel = reestimate_batchnorm(network, qmodel, images)
+            elif step in TUNED:
+                qmodel = tune_end_to_end(network, qmodel, images, self.tuning(step, seed))
+        return qmodel
+
+    def measure(self, method, config, seed=None, **columns):
+        """`row` of the network that `build` gives, measured once for these settings."""
+        def build(state):
+            return self.build(method, config, seed, state)
+
+        return self.once(build, method, config, seed, **columns)
+
+    def once(self, build, method, config, seed=None, **columns):
+        """`row` of build(state), once for these settings, also in another notebook or run."""
+        start, *steps = method.split(" + ")
+        learning = [self.learning(method, seed)] if start in LEARNED else []
+        learning += [self.tuning(step, seed) for step in steps if step in TUNED]
+        settings = {
+            "method": method, "config": dataclasses.asdict(config), "seed": self._seed(seed),
+            "learning": [dataclasses.asdict(part) for part in learning], "columns": columns}
+
+        def measure(state):
+            return self.row(build(state), method, config, seed, **columns)
+
+        return self.study.once(settings, measure)
+
+    def row(self, qmodel, method, config, seed=None, **columns):
+        """A row of results.csv as a dict and with it, for learned methods, `units` (what learning
+        did to each) and `heldout` (top-1 in % on held-out images), and `wrong`: the indices of the
+        test images that it gets wrong. columns: instead of those that method and config decide.
+        """
+        result = self.study.evaluate(qmodel)
+        own = {"corrections": self.note(method), "bytes": weight_bytes(qmodel)}
+        row = self.study.row(
+            result, "by hand", config, seed=self._seed(seed), **{**own, **columns})
+        more = {"wrong": (~result.correct).nonzero().flatten().tolist(), "heldout": None}
+        if method.split(" + ")[0] in LEARNED:
+            more["heldout"] = self.study.evaluate(qmodel, self.study.images.heldout).top1
+        units = qmodel.meta.get("reconstruction", pd.DataFrame())
+        return row | more | {"units": units.to_dict("records")}
+
+    def note(self, method):
+        """What the column `corrections` says of a method."""
+        if method.split(" + ")[0] in LEARNED:
+            return f"{method}, {self.iterations} iterations"
+        return "" if method == "nearest" else method
+
+    def stats(self, seed=None):
+        """CalibrationStats of the float network for a calibration seed."""
+        if self._seed(seed) == self.study.seed:
+            return self.study.stats
+        if seed not in self._stats:
+            self._stats[seed] = collect(self.study.network, self.study.calibration(seed))
+        return self._stats[seed]
+
+    def _learn(self, learning, config, images, state):
+        if self._learned[0] != (learning, config):
+            self._learned = None, None  # one network at a time
+            network, stats = self.study.network, self.stats(learning.seed)
+            qmodel = reconstruct(network, stats, images, config, learning, state)
+            self._learned = (learning, config), qmodel
+        return self._learned[1]
+
+    def _seed(self, seed):
+        return self.study.seed if seed is None else seed
+
+    # ---- Rows there are --------------------------------------------------------------------------
+
+    def rows(self):
+        """Rows published and recorded here of this network, these test images and as many
+        calibration images, of each configuration and seed the newest.
+        """
+        files = [results.load(results.published_path()), results.load()]
+        rows = results.newest(pd.concat(files)).reset_index(drop=True)
+        own = {
+            "checkpoint_sha": self.study.card.sha256[:12], "n_test": len(self.study.test),
+            "data_sha": self.study.images.fingerprint[:12],
+            "n_calibration": self.study.n_calibration}
+        return rows[rows[list(own)].eq(pd.Series(own)).all(axis=1)]
+
+    def known(self, widths, **convention):
+        """Those of METHODS, in their order, at these widths, under one convention: a frame like
+        results.csv, with `name` (of the method) and `width`. Learned ones: for `iterations`.
+        """
+        rows, parts = self.rows(), []
+        names = rows.corrections.str.removesuffix(f", {self.iterations} iterations")
+        rows = rows.assign(name=names.replace("", "nearest"))
+        rows = rows[rows.name.isin(METHODS)]
+        for width in widths:
+            same = results.has_config(rows, config_of(width, **convention))
+            parts.append(rows[same].assign(width=width))
+        order = dict(key=lambda names: names.map(METHODS.index), kind="stable")
+        return pd.concat(parts, ignore_index=True).sort_values("name", **order)
+
+
+def correct_images(row):
+    """bool [n]: which test images the network of a row gets right; for `paired_drop`."""
+    correct = torch.ones(row["n_test"], dtype=torch.bool)
+    correct[torch.tensor(row["wrong"], dtype=torch.long)] = False
+    return correct
