@@ -277,6 +277,8 @@ def torch_range(batches, width):
     scale, zero_point = observer.calculate_qparams()
     return -(scale * zero_point).item(), (scale * (top - zero_point)).item()
 
+
+# %%
 def measured(setter, width):
     ours = setter == "ours"
     low, high = observers.histogram(seen, width) if ours else torch_range(values, width)
@@ -365,6 +367,8 @@ print(
     f"- With histogram, {last.index[0]} images give {last.iloc[0]:.2f} % on "
     "held-out images, ", end=""
 )
+
+# %%
 print(f"{last.index[-1]:,} give {last.iloc[-1]:.2f} %.")
 low = report.loc[report.sqnr.idxmin()]
 print(
@@ -382,6 +386,8 @@ if HistogramObserver:
     )
     print(f"8 bits, {ratio[4]:.1f} times at 4 and {ratio[3]:.1f} times at 3.")
 largest, smallest = (getattr(order_table.groupby(level=0), f)() for f in ("max", "min"))
+
+# %%
 apart = (largest / smallest - 1).drop(columns="ours")
 for case, row in apart.iterrows():
     moved = ", ".join(f"{fraction:.1%} ({name})" for name, fraction in row.items())

@@ -319,6 +319,8 @@ print(
     f"- {heavy.layer}'s largest value is {heavy.max_over_p:.1f} times its 99.99 % "
     "quantile."
 )
+
+# %%
 print(f"- {dead['dead channels'].sum():.0f} of {len(behind_relu):,} channels are dead.")
 gains = table.gain_db
 worst = activations.loc[activations.gain_db.idxmax()]

@@ -171,8 +171,7 @@ show(pd.DataFrame(lines, index=pd.RangeIndex(1, len(lines) + 1, name="batch")).r
 
 # %%
 class Running:
-    """Range of an edge: of a batch `fraction` of its |x|; over batches the widest,
-    or an average that keeps `memory` of the old one."""
+    """Range of an edge: `fraction` of a batch's |x|; widest, or averaged over batches."""
 
     def __init__(self, fraction, memory):
         self.fraction, self.memory, self.range = fraction, memory, None
@@ -372,6 +371,8 @@ def build(bits, s, ranges, batchnorm, placement, fold, act_signed, input_bits, *
 # %%
 evaluations = {}
 
+
+# %%
 def measure(settings, bits, s, name, method="ablation"):
     """The Evaluation of one state on the test images."""
     named = sorted((k, getattr(v, "__name__", str(v))) for k, v in settings.items())
@@ -622,6 +623,8 @@ FUSED = {"placement": "fused", **STREAM}
 KEPT, AGAIN = {"batchnorm": "kept"}, {"batchnorm": "re-estimated", **UNFOLDED}
 SEARCH = {"ranges": Searched}
 SIGNED = {"act_signed": True, "act_symmetric": True}
+
+# %%
 # what it changes of the original, and what undoes it in ours
 REPAIRS = {
     "BatchNorm kept as trained": (KEPT, AGAIN),
@@ -682,6 +685,8 @@ def codes_of(edge, observer, signed_codes):
     config = ql.QuantConfig(observer=observer, act_symmetric=True)
     return ptq.choose_edge_qparams(edge, 4, config)
 
+
+# %%
 def snr(observer, signed_codes, twice=True):
     first = x.float()
     if twice:
