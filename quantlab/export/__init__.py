@@ -1,5 +1,4 @@
 """Quantized networks as files: packed codes, and ONNX for other runtimes."""
 
-# ruff: noqa: F401
 from quantlab.export.onnx import export_onnx
 from quantlab.export.packed import load_quantized, save_quantized

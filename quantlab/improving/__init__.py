@@ -1,6 +1,5 @@
 """Better codes for the same bits: corrections in closed form, learned rounding, fine-tuning."""
 
-# ruff: noqa: F401
 from quantlab.improving.corrections import (
     correct_bias,
     correct_bias_analytic,
