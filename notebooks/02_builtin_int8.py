@@ -41,7 +41,7 @@ from quantlab.system.timing import latency
 from quantlab.workbook.study import Study, brief, show
 from torch import nn
 
-# torch.ao announces on every call that torchao will replace it: the sections below say so once
+# torch.ao says on every call that torchao will replace it; this notebook says it once
 warnings.filterwarnings("ignore", module="torch.ao")
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 

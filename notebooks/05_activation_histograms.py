@@ -231,7 +231,7 @@ show(dead if len(dead) else "no dead channel")
 
 # %%
 def squared_errors(x, low, high):
-    """Of x [C, values]: the error of every range, by tensor and by channel, and the signal."""
+    """Of x [C, values]: every range's error, by tensor and by channel; the signal."""
     errors = {"tensor": [], "channel": []}
     for fraction in torch.arange(1, 21) / 20:
         for key, a, b in (("tensor", low.min(), high.max()), ("channel", low, high)):

@@ -46,7 +46,7 @@ from quantlab.improving.equalization import equalizable_pairs
 from quantlab.improving.learned import LearnedRounding, round_to_step
 from quantlab.plots import lowbit
 from quantlab.quantized import find_node
-from quantlab.workbook.methods import LEARNED, Methods, check_methods
+from quantlab.workbook.methods import LEARNED, Methods
 from quantlab.workbook.study import Study, show
 
 # %% tags=["parameters"]
@@ -70,7 +70,7 @@ study = Study(
 if study.smoke and not n_calibration:
     study.n_calibration = min(study.n_calibration, 64)
 builder = Methods(study, iterations)
-check_methods([method])
+builder.check([method])
 network = study.network.cpu()
 
 # %% [markdown]

@@ -45,10 +45,7 @@ from quantlab.improving.tune import tune_end_to_end
 from quantlab.plots import lowbit
 from quantlab.rivals import pytorch as builtin
 from quantlab.rivals.onnxruntime import onnxruntime_int8
-from quantlab.workbook.methods import (
-    CORRECTIONS, LEARNED, METHODS, Methods, check_methods, config_of, correct_images,
-    name_of,
-)
+from quantlab.workbook.methods import LEARNED, METHODS, Methods, config_of, name_of
 from quantlab.workbook.study import Study, brief, show
 
 # %% tags=["parameters"]
@@ -94,8 +91,8 @@ iterations = builder.iterations
 full = "8/8,4/8,4/4,3/3,2/4,2/2,2/2/8"
 widths = study.choose(widths, smoke="4/4,2/2", full=full).split(",")
 named = {"auto": METHODS, "none": ()}.get(methods, methods.split(","))
-methods = check_methods(named)
-check_methods([best_method])
+methods = builder.check(named)
+builder.check([best_method])
 print("methods:", ", ".join(methods) or "none")
 print("widths:", "; ".join(name_of(width) for width in widths))
 
@@ -292,7 +289,8 @@ if try_rates and methods:
 def fisher_gain(width):
     plain = builder.measure("QDrop", config_of(width))
     fisher = builder.measure("QDrop + Fisher", config_of(width))
-    gains = ql.paired_drop(correct_images(fisher), correct_images(plain))
+    pair = [builder.correct_images(row) for row in (fisher, plain)]
+    gains = ql.paired_drop(*pair)
     gain = dict(zip(("gain", "low", "high"), gains))
     return {"width": width, "plain": plain["top1"], "fisher": fisher["top1"], **gain}
 
@@ -317,7 +315,7 @@ for width in [w for w in widths if w in frame.width.values]:
     )
 
 # %%
-against = dict.fromkeys(("equalisation", *CORRECTIONS), "nearest")
+against = dict.fromkeys(METHODS[1:5], "nearest")  # they learn nothing
 against |= {"BRECQ": "AdaRound", "QDrop": "BRECQ", "QDrop + end to end": "QDrop"}
 against |= {"QDrop + fine-tuning": "QDrop + end to end"}
 single = frame[frame.seed == seed].set_index(["name", "width"])["drop"]

@@ -47,9 +47,7 @@ from quantlab.graph import folded
 from quantlab.plan import make_plan
 from quantlab.plots import lowbit
 from quantlab.quantized import find_node
-from quantlab.workbook.methods import (
-    METHODS, Methods, check_methods, config_of, correct_images, name_of,
-)
+from quantlab.workbook.methods import METHODS, Methods, config_of, name_of
 from quantlab.workbook.study import Study, show
 
 # %% tags=["parameters"]
@@ -79,7 +77,7 @@ if study.smoke and not n_calibration:
 n_sensitivity = study.choose(n_sensitivity, smoke=32, full=512)
 n_seeds = study.choose(n_seeds, smoke=1, full=3)
 builder = Methods(study, iterations)
-check_methods([pareto_method, convention_method, best_method])
+builder.check([pareto_method, convention_method, best_method])
 network, images = study.network, study.images
 
 # %% [markdown]
@@ -264,7 +262,7 @@ def compare(width, convention, change):
         method = again + convention
     base = builder.measure(convention_method, config_of(width))
     row = builder.measure(method, config_of(width, **change))
-    gains = ql.paired_drop(correct_images(row), correct_images(base))
+    gains = ql.paired_drop(builder.correct_images(row), builder.correct_images(base))
     gain = dict(zip(("gain", "gain_low", "gain_high"), gains))
     named = {"width": name_of(width), "convention": convention}
     return {**named, "top1": row["top1"], **gain}

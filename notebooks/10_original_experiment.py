@@ -44,7 +44,7 @@ import torch
 from tqdm.auto import tqdm
 
 # %%
-from quantlab import observers, plots, ptq
+from quantlab import observers, ptq
 from quantlab.calibration import collect_edges
 from quantlab.edgestats import EdgeStats
 from quantlab.evaluate import decibels
@@ -171,7 +171,7 @@ show(pd.DataFrame(lines, index=pd.RangeIndex(1, len(lines) + 1, name="batch")).r
 
 # %%
 class Running:
-    """Range of an edge: `fraction` of a batch's |x|; widest, or averaged over batches."""
+    """Range of an edge: `fraction` of a batch's |x|; the widest, or an average."""
 
     def __init__(self, fraction, memory):
         self.fraction, self.memory, self.range = fraction, memory, None

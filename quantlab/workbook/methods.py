@@ -34,22 +34,6 @@ STEPS = ("Fisher", *CORRECTIONS, *TUNED)  # Fisher: the loss that is learned wit
 # ---- Names ---------------------------------------------------------------------------------------
 
 
-def check_methods(names):
-    """The names as a list; UserError for one that is not made of known parts."""
-    names = list(names)
-    for name in names:
-        start, *steps = name.split(" + ")
-        parts = [(start, STARTS), *((step, STEPS) for step in steps)]
-        for part, known in parts:
-            if part not in known:
-                raise UserError(f"method {name!r}: {part!r} is unknown{did_you_mean(part, known)}; "
-                                f"there are: {', '.join(known)}")
-        if "Fisher" in steps and start not in LEARNED:
-            raise UserError(f"method {name!r}: nothing is learned; Fisher goes with "
-                            f"{', '.join(LEARNED)}")
-    return names
-
-
 def _bits(width):
     parts = width.split("/")
     if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts):
@@ -87,6 +71,23 @@ class Methods:
         self.iterations = study.choose(iterations, smoke=3, full=500)
         self._stats = {}  # seed -> CalibrationStats
         self._learned = None, None  # settings and network learned last: what a "+" goes on from
+
+    @staticmethod
+    def check(names):
+        """The names as a list; UserError for one that is not made of known parts."""
+        names = list(names)
+        for name in names:
+            start, *steps = name.split(" + ")
+            parts = [(start, STARTS), *((step, STEPS) for step in steps)]
+            for part, known in parts:
+                if part not in known:
+                    hint = did_you_mean(part, known)
+                    raise UserError(f"method {name!r}: {part!r} is unknown{hint}; "
+                                    f"there are: {', '.join(known)}")
+            if "Fisher" in steps and start not in LEARNED:
+                raise UserError(f"method {name!r}: nothing is learned; Fisher goes with "
+                                f"{', '.join(LEARNED)}")
+        return names
 
     def learning(self, method, seed=None):
         """The ReconstructConfig that a learned method starts with."""
@@ -160,6 +161,13 @@ class Methods:
         units = qmodel.meta.get("reconstruction", pd.DataFrame())
         return row | more | {"units": units.to_dict("records")}
 
+    @staticmethod
+    def correct_images(row):
+        """bool [n]: which test images the network of a row gets right; for `paired_drop`."""
+        correct = torch.ones(row["n_test"], dtype=torch.bool)
+        correct[torch.tensor(row["wrong"], dtype=torch.long)] = False
+        return correct
+
     def note(self, method):
         """What the column `corrections` says of a method."""
         if method.split(" + ")[0] in LEARNED:
@@ -212,10 +220,3 @@ class Methods:
             parts.append(rows[same].assign(width=width))
         order = dict(key=lambda names: names.map(METHODS.index), kind="stable")
         return pd.concat(parts, ignore_index=True).sort_values("name", **order)
-
-
-def correct_images(row):
-    """bool [n]: which test images the network of a row gets right; for `paired_drop`."""
-    correct = torch.ones(row["n_test"], dtype=torch.bool)
-    correct[torch.tensor(row["wrong"], dtype=torch.long)] = False
-    return correct
