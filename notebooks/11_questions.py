@@ -849,7 +849,7 @@ for b in widths[1:]:
     )
 broken = [b for b in widths if lost[b, b] > 1]
 if broken:
-    print(f"- It breaks at {broken[0]} bits: more than a point lost, both at that width.")
+    print(f"- It breaks at {broken[0]} bits: over a point lost, both at that width.")
 else:
     print("- No width loses more than one point.")
 
