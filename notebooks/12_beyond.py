@@ -428,17 +428,24 @@ def watched(network):
 
 
 # %%
+def mismatch(x, watched):
+    """How far images are from what BatchNorm remembers, and from mean 0, deviation 1."""
+    net, wanted, read = watched
+    net(x)
+    return distance(spread(x), (0.0, 1.0)) + sum(
+        distance(read[norm], wanted[norm]) for norm in wanted
+    )
+
+
+# %%
 def distil(watched, x, steps):
     """(images [N, 3, H, W] made of x by Adam, the distance at every step)."""
-    net, wanted, read = watched
     x = x.to(device()).requires_grad_()
     optimizer = torch.optim.Adam([x], 0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for _ in tqdm(range(steps), "distil", leave=False):
-        net(x)
-        loss = distance(spread(x), (0.0, 1.0))
-        loss += sum(distance(read[norm], wanted[norm]) for norm in wanted)
+        loss = mismatch(x, watched)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -7,6 +7,8 @@ from quantlab.plots.page import caption, distinct, panels
 from quantlab.plots.parts import in_order, legend, plain
 from quantlab.plots.style import BLUE, DASHED, KIND_COLOURS, RED, colour_of, method_style, styled
 
+FED = {"same": "Each operation fed the simulation's codes", "own": "End to end, own codes"}
+
 
 @styled
 def rounding_modes(errors, layers, text):
@@ -39,10 +41,9 @@ def _percent_axis(axes, smallest):
 
 
 @styled
-def codes_by_depth(frame, text):
-    """frame: network, rounding, fed ("same" or "own" codes), order, share (that differ)."""
-    figure, axes = panels(2, 11, 3.8, sharey=True)
-    titles = {"same": "Each operation fed the simulation's codes", "own": "End to end, own codes"}
+def codes_by_depth(frame, text, titles=FED):
+    """frame: network, rounding, fed, order, share (that differ). titles: fed -> its panel's."""
+    figure, axes = panels(len(titles), 11, 3.8, sharey=True)
     lines = dict(zip(distinct(frame.network), ("-", ":", "--", "-.")))
     for panel, (fed, title) in zip(axes, titles.items()):
         groups = frame[frame.fed == fed].groupby(["network", "rounding"], sort=False)
@@ -53,7 +54,7 @@ def codes_by_depth(frame, text):
         in_order(panel, "edges")
     _percent_axis(axes[0], 1e-4)
     axes[0].set_ylabel("% of codes that differ")
-    legend(axes[1], "network, rounding")
+    legend(axes[-1], "network, rounding")
     return caption(figure, text)
 
 

@@ -20,8 +20,8 @@ from quantlab.plan import Plan, make_plan
 from quantlab.workbook import results, tables
 
 SHOWN = {
-    "squared_error", "greedy_search", "narrower", "Running", "smallest", "hist", "fake_hist",
-    "follow", "batchnorms", "training_pass", "original_places", "float_graph", "signed",
+    "squared_error", "greedy_search", "narrower", "Running", "smallest", "range_of", "hist",
+    "fake_hist", "follow", "batchnorms", "training_pass", "original_places", "float_graph", "signed",
 }
 
 
