@@ -429,7 +429,7 @@ def watched(network):
 
 # %%
 def mismatch(x, watched):
-    """How far images are from what BatchNorm remembers, and from mean 0, deviation 1."""
+    """How far x is from what BatchNorm remembers, and from mean 0, deviation 1."""
     net, wanted, read = watched
     net(x)
     return distance(spread(x), (0.0, 1.0)) + sum(

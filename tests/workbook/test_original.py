@@ -21,7 +21,8 @@ from quantlab.workbook import results, tables
 
 SHOWN = {
     "squared_error", "greedy_search", "narrower", "Running", "smallest", "range_of", "hist",
-    "fake_hist", "follow", "batchnorms", "training_pass", "original_places", "float_graph", "signed",
+    "fake_hist", "follow", "batchnorms", "training_pass", "original_places", "float_graph",
+    "signed",
 }
 
 
