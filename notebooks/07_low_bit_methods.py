@@ -289,8 +289,8 @@ if try_rates and methods:
 def fisher_gain(width):
     plain = builder.measure("QDrop", config_of(width))
     fisher = builder.measure("QDrop + Fisher", config_of(width))
-    pair = [builder.correct_images(row) for row in (fisher, plain)]
-    gains = ql.paired_drop(*pair)
+    correct = [builder.correct_images(row) for row in (fisher, plain)]
+    gains = ql.paired_drop(*correct)
     gain = dict(zip(("gain", "low", "high"), gains))
     return {"width": width, "plain": plain["top1"], "fisher": fisher["top1"], **gain}
 

@@ -78,14 +78,12 @@ class Methods:
         names = list(names)
         for name in names:
             start, *steps = name.split(" + ")
-            parts = [(start, STARTS), *((step, STEPS) for step in steps)]
-            for part, known in parts:
+            for part, known in [(start, STARTS), *((step, STEPS) for step in steps)]:
                 if part not in known:
-                    hint = did_you_mean(part, known)
-                    raise UserError(f"method {name!r}: {part!r} is unknown{hint}; "
-                                    f"there are: {', '.join(known)}")
+                    hint = f"{did_you_mean(part, known)}; there are: {', '.join(known)}"
+                    raise UserError(f"method {name!r}: {part!r} is unknown{hint}")
             if "Fisher" in steps and start not in LEARNED:
-                raise UserError(f"method {name!r}: nothing is learned; Fisher goes with "
+                raise UserError(f"method {name!r}: Fisher is a loss of learning; begin with one of "
                                 f"{', '.join(LEARNED)}")
         return names
 
