@@ -43,13 +43,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 # %%
-from quantlab import plots
 from quantlab.evaluate import decibels
 from quantlab.export.packed import file_sizes
 from quantlab.graph import find_kinds, folded
 from quantlab.integer import proof
 from quantlab.integer.fixedpoint import fixed_point, multiply, signed_bits
 from quantlab.integer.network import IntegerRun
+from quantlab.plots import integer as pictures
 from quantlab.quantized import edge_name, find_node, find_quantizer
 from quantlab.rivals import onnxruntime as onnx_runtime
 from quantlab.system.machine import device, exact_float
@@ -73,7 +73,8 @@ study = Study(
     data, model, checkpoint, preset,
     n_calibration=n_calibration, seed=seed, notebook="09_integer_only",
 )
-n_proof = study.choose(n_proof, smoke=64, full=50 if model == "resnet50" else 1000)
+deep = model == "resnet50"
+n_proof = study.choose(n_proof, smoke=64, full=50 if deep else 1000)
 proof_images = list(study.calibration(seed + 2, n_proof, batch_size=25))
 batch = next(iter(study.calibration(seed + 1, 16)))
 image_shape = tuple(batch.shape[1:])
@@ -124,7 +125,8 @@ print(f"and writes {edge}, {q_y.bits} bits")
 
 # %%
 def mantissa_and_shift(real):
-    fraction, shift = torch.frexp(real)  # real = fraction * 2^shift, 0.5 <= fraction < 1
+    # real = fraction * 2^shift, 1/2 <= fraction < 1
+    fraction, shift = torch.frexp(real)
     return torch.round(fraction * 2**31).long(), shift
 
 bias_scale = q_x.scale.double() * conv.weight_qparams.scale.double()
@@ -132,8 +134,8 @@ factor = (bias_scale / q_y.scale.double()).view(-1, 1, 1)  # M, of every channel
 multiplier, shift = mantissa_and_shift(factor)
 assert torch.equal(multiplier, fixed_point(factor)[0].long()), "ql does the same"
 assert torch.equal(shift, fixed_point(factor)[1])
-off = (multiplier * 2.0 ** (shift - 31) / factor - 1).abs().max()
-print(f"M from {factor.min():.5f} to {factor.max():.5f}, coded to within {off:.0e} of it")
+off = (multiplier * 2.0 ** (shift.double() - 31) / factor - 1).abs().max()
+print(f"M from {factor.min():.5f} to {factor.max():.5f}; coded, it is {off:.0e} off")
 
 # %% [markdown]
 # From here on every line is an integer tensor; the widths in the table are those of the values that
@@ -144,7 +146,8 @@ codes = proof.simulated_codes(qmodel, batch)
 x, z_x, z_y = codes[source], q_x.zero_point, q_y.zero_point
 w = ql.quantize_tensor(conv.weight.detach(), conv.weight_qparams)
 bias = torch.round(conv.bias.detach().double() / bias_scale).int()
-assert torch.equal(w, qmodel.codes(layer)) and torch.equal(bias, qmodel.bias_codes(layer))
+assert torch.equal(w, qmodel.codes(layer))
+assert torch.equal(bias, qmodel.bias_codes(layer))
 
 sums = F.conv2d(x - z_x, w, None, conv.stride, conv.padding)
 acc = sums + bias.view(-1, 1, 1)
@@ -251,18 +254,18 @@ for rounding in ("single", "double"):
         assert error.abs().max() < 0.5 + 1e-6, "single rounding: the nearest code"
 text = f"training images, {low}; left: layer {worst}, {inside.sum():,} values that are "
 text = study.caption(n_proof, text + f"not clamped, of {len(batch)} images")
-study.save(plots.rounding_modes(pd.concat(errors), layers, text), "09_rounding")
+study.save(pictures.rounding_modes(pd.concat(errors), layers, text), "09_rounding")
 
 # %% [markdown]
 # The first step of double rounding makes whole units of the accumulator. With few bits an accumulator
-# holds small numbers, $M$ is large, and that step costs a good part of a code. Adds escape: they carry 20
-# fractional bits.
+# holds small numbers, $M$ is large, and that step costs a good part of a code. Adds escape: they carry
+# 20 fractional bits.
 
 # %% [markdown]
 # ## 3. The whole network
-# `to_integer` walks the graph of the simulation and turns every Quantizer into one operation that ends in
-# codes. Where a layer reads fewer bits than the residual stream has, codes are requantized to codes; an
-# add rescales both operands with 20 fractional bits; an average's division is part of its multiplier.
+# `to_integer` walks the graph of the simulation and turns every Quantizer into one operation that ends
+# in codes. Where a layer reads fewer bits than the residual stream has, codes are requantized to codes;
+# an add rescales both operands with 20 fractional bits; an average's division is part of its multiplier.
 # Bounds of every accumulator are checked before anything runs.
 
 # %%
@@ -279,7 +282,7 @@ show(report.drop(columns=["bops", "live_bytes"]).head(6).round(4))
 # order of additions and no depth can part them. One code would be a bug.
 
 # %%
-few = batch[:4] if model == "resnet50" else batch  # the reference is slow
+few = batch[:4] if deep else batch  # the reference is slow
 slow, fast = reference.codes(few), imodels[low, "single"].codes(few)
 equal = sum(torch.equal(slow[name], fast[name].cpu()) for name in slow)
 assert equal == len(slow), "two executors, one result"
@@ -311,17 +314,16 @@ show(table.rename(columns=names | {"farthest": "farthest from a tie"}))
 # Operation by operation, those that ever differ (single rounding), in order of execution:
 
 # %%
-index = ["network", "order", "edge", "kind"]
+index = ["network", "edge", "kind", "values", "simulation"]
 columns = ["differing", "max_difference", "ties", "from_tie"]
-by_operation = one_rounding.set_index([*index, "simulation"])
-differs = by_operation.differing.groupby(level=index).transform("sum") > 0
-table = by_operation[differs].unstack("simulation")[columns]
-table.insert(0, "codes", by_operation["values"].groupby(level=index).first())
+rows = one_rounding.set_index(index)[columns]
+judges = ("float32", "float64")
+table = pd.concat({j: rows.xs(j, level="simulation") for j in judges}, axis=1)
+differs = table.xs("differing", axis=1, level=1).sum(axis=1) > 0
 names = {"max_difference": "by steps", "ties": "within 2^-15", "from_tie": "farthest"}
-table = table.rename(columns=names).droplevel("order")
-show(table.style.format("{:.1e}", subset=["farthest"]))
-n_operations = by_operation.groupby(level=index).ngroups
-print(f"{n_operations - len(table)} more operations never differ, {n_proof:,} images")
+with pd.option_context("display.max_rows", None):
+    show(table[differs].rename(columns=names).rename_axis(index={"values": "codes"}))
+print(f"{(~differs).sum()} more operations never differ, on {n_proof:,} images")
 
 
 # %% [markdown]
@@ -329,16 +331,18 @@ print(f"{n_operations - len(table)} more operations never differ, {n_proof:,} im
 # one occurs often.
 
 # %%
+# accumulators for which integers store another code than float32
 def sums_that_differ(w, edge):
-    """Accumulators for which integers store another code than float32, same operands."""
     integer = ql.to_integer(qmodels[w])
     codes = proof.simulated_codes(qmodels[w], proof_images[0])
     edges = {name: edge for edge, (name, _) in integer.stored.items()}
     node = find_node(integer.network, integer.stored[edge][0])
-    op = integer.operations[node.name]
     operands = [codes[edges[source.name]] for source in node.args]
+    op = integer.operations[node.name]
     return op.accumulate(*operands)[op(*operands) != codes[edge]]
 
+
+# %%
 most = one_rounding[one_rounding.simulation == "float32"]
 most = most[most.kind.isin(["conv", "add"])].nlargest(4, "differing")
 sums = [sums_that_differ(row.network, row.edge) for row in most.itertuples()]
@@ -348,9 +352,10 @@ show(most[["network", "edge", "kind", "in_one_batch", "different_sums"]])
 
 # %% [markdown]
 # **Fed its own codes**, the network is equal only up to the first flipped tie. The code behind it is one
-# step off, and so is something of every sum that reads it, and some of those sums lie close enough to
-# the next border. So a whole deep network is *not* equal code for code to any float simulation, and two
-# float simulations are not equal to each other.
+# step off, and with it every sum that reads it; some of those sums lie close enough to the next border
+# to cross it. So a deep network need not be equal, code for code, to a float simulation, nor two float
+# simulations to each other. A zero in this table says that no tie was met, and is no property of the
+# method.
 
 # %%
 together = pd.concat(compare(proof.end_to_end, key) for key in tqdm(keys))
@@ -360,8 +365,10 @@ table = groups.agg(
     codes=("values", "sum"), differing=("differing", "sum"),
     steps=("max_difference", "max"), most=("share", "max"),
 )
-table = table.join(first.edge.first().rename("first edge")).fillna({"first edge": "none"})
-table = table.assign(differing=100 * table.differing / table.codes, most=100 * table.most)
+table = table.join(first.edge.first().rename("first edge"))
+table = table.fillna({"first edge": "none"})
+percent = 100 * table.differing / table.codes
+table = table.assign(differing=percent, most=100 * table.most)
 names = {"differing": "differing, %", "steps": "by steps", "most": "most at an edge, %"}
 show(table.rename(columns=names).round(5))
 
@@ -369,7 +376,7 @@ show(table.rename(columns=names).round(5))
 depth = pd.concat([alone.assign(fed="same"), together.assign(fed="own")])
 depth = depth[depth.simulation == "float32"]
 text = study.caption(n_proof, "training images, float32; 0: not one code differs")
-study.save(plots.codes_by_depth(depth, text), "09_codes_by_depth")
+study.save(pictures.codes_by_depth(depth, text), "09_codes_by_depth")
 
 
 # %% [markdown]
@@ -377,11 +384,13 @@ study.save(plots.codes_by_depth(depth, text), "09_codes_by_depth")
 # Where integers and float32 part for the first time, everything before agrees: the operation there was
 # fed the same codes, and its result lay next to a tie. Take the first such code, run the rest of the
 # network once with the one code and once with its neighbour, **both in integers**, and count what
-# differs behind it. Nothing else can: integers do not round otherwise the second time.
+# differs behind it. Nothing else can differ: integers add up the same way every time. (Float32 does not:
+# in a batch of another size the same image may be summed in another order, and the tie fall to the other
+# side.)
 
 # %%
 def first_tie(w):
-    """(image, edge, index of the code, simulated - integer) of the first; None: equal."""
+    """(images, edge, index of the code, simulated - integer); None: all equal."""
     for images in proof_images:
         ours = imodels[w, "single"].codes(images)
         theirs = proof.simulated_codes(qmodels[w], images)
@@ -389,15 +398,14 @@ def first_tie(w):
             steps = theirs[edge] - ours[edge]
             if steps.any():
                 place = tuple(steps.nonzero()[0].tolist())
-                image = images[place[0] : place[0] + 1]
-                return image, edge, (0, *place[1:]), steps[place].item()
+                return images, edge, place, steps[place].item()
     return None
 
 
 # %%
-def run_flipped(imodel, image, edge, place, step):
+def run_flipped(imodel, images, edge, place, step):
     """Values of all nodes: as they are, and with one code `step` off."""
-    network, codes = imodel.network, imodel.input_codes(image)
+    network, codes = imodel.network, imodel.input_codes(images)
     plain, flipped = IntegerRun(network, keep=True), IntegerRun(network, keep=True)
     plain.run(codes)
     nodes = list(network.graph.nodes)
@@ -410,19 +418,22 @@ def run_flipped(imodel, image, edge, place, step):
 
 
 # %%
-def path_of(w, image, edge, place, step):
-    """The rows of the figure: by edge, the fraction that differs of this one image."""
-    imodel = imodels[w, "single"]
-    before, after = run_flipped(imodel, image, edge, place, step)
-    rows = []
-    for order, (name, _) in enumerate(imodel.stored.values()):
-        node = find_node(imodel.network, name)
-        differs = (before[node] != after[node]).double()
-        rows.append({"order": order, "share": differs.mean().item()})
-    one = pd.DataFrame(rows).assign(fed="one", network=w, rounding="single")
-    every = proof.end_to_end(qmodels[w], imodel, [image])
-    return pd.concat([one, every.assign(fed="every", network=w, rounding="single")])
+def path_of(w, images, edge, place, step):
+    """Rows for the figure: by edge, the fraction of one image's codes that differ."""
+    imodel, i = imodels[w, "single"], place[0]
+    before, after = run_flipped(imodel, images, edge, place, step)
+    simulated, rows = proof.simulated_codes(qmodels[w], images), []
+    for order, (edge, (node, offset)) in enumerate(imodel.stored.items()):
+        node = find_node(imodel.network, node)
+        ours = before[node][i].int() + offset
+        others = {"one": after[node][i].int() + offset, "every": simulated[edge][i]}
+        for fed, codes in others.items():
+            share = (ours != codes).double().mean().item()
+            rows.append({"fed": fed, "order": order, "share": share})
+    return pd.DataFrame(rows).assign(network=w, rounding="single")
 
+
+# %%
 ties = {w: first_tie(w) for w in qmodels}
 paths = [path_of(w, *tie) for w, tie in ties.items() if tie is not None]
 
@@ -431,9 +442,9 @@ titles = {
     "one": "One code flipped, all in integers",
     "every": "The same image in float32: every tie",
 }
-text = "training image per network; 0: not one code differs"
+text = "a training image for each network; 0: not one code differs"
 if paths:
-    figure = plots.codes_by_depth(pd.concat(paths), study.caption(1, text), titles)
+    figure = pictures.codes_by_depth(pd.concat(paths), study.caption(1, text), titles)
     study.save(figure, "09_one_tie")
 
 # %%
@@ -445,18 +456,18 @@ for w, tie in ties.items():
     imodel, (_, edge, place, step) = imodels[w, "single"], tie
     output = next(reversed(imodel.network.graph.nodes))
     envs = run_flipped(imodel, *tie)
-    before, after = (imodel.dequantize(env[output]) for env in envs)
+    before, after = (imodel.dequantize(env[output])[place[0]] for env in envs)
     reached[w] = decibels(before.square().sum(), (after - before).square().sum())
     same = (before.argmax() == after.argmax()).item()
-    print(f"{w}: {edge}{list(place[1:])} moved by {step:+d} step; the logits agree")
+    print(f"{w}: {edge}{list(place)} moved by {step:+d} step; the logits agree")
     print(f"to {reached[w]:.0f} dB, the same answer: {same}")
 
 
 # %% [markdown]
-# A flipped code spreads or dies: it dies where everything that reads it rounds back to the same codes,
-# which is likelier the coarser those are; what survives reaches all channels within a few layers, and the
-# more layers follow, the more of the last ones it reaches. What stays is that all changes are single steps
-# in either direction, as much noise as rounding itself makes, and far below what bits cost.
+# A flipped code dies where everything that reads it rounds back to the same codes, and spreads
+# otherwise: what survives reaches all channels within a few layers, and the more layers follow, the more
+# of their codes it reaches. How that compares with the noise of quantization itself, the last table of
+# this section says.
 
 # %% [markdown]
 # ### The same answers
@@ -473,54 +484,64 @@ def measure(w, rounding):
     show(study.record(result, method, q.config, bytes=ql.weight_bytes(q)))
     return result
 
-measured = {}
-for rounding, w in itertools.product(("single", "double"), qmodels):
-    measured[w, rounding] = measure(w, rounding)
+measured = {(w, "single"): measure(w, "single") for w in qmodels}
+if not deep:
+    measured |= {(w, "double"): measure(w, "double") for w in qmodels}
 
 
 # %% [markdown]
-# Then the logits beside those of the simulation on up to 1,000 test images. Signal is the simulation's
-# logits, noise what separates the integers' from them.
+# Then the logits beside those of the simulation, on all test images, for ResNet-50 on 1,000. Signal is
+# the simulation's logits, noise what separates the integers' from them. The last column is the
+# yardstick: the same ratio between the simulation and the float network, the noise of quantization.
 
 # %%
 def logits_of(network, dtype=torch.float32):
     where = device()
     network.to(where)
-    batches = ql.limited(study.test, 1000).batches(100)
+    batches = ql.limited(study.test, 1000 if deep else None).batches(100)
     with torch.inference_mode(), exact_float():
-        return torch.cat([network(x.to(where, dtype)).cpu().double() for x, _ in batches])
+        parts = [network(x.to(where, dtype)).cpu().double() for x, _ in batches]
+        return torch.cat(parts)
 
-logits = {}
+logits = {"float": logits_of(study.network)}
 for w, q in tqdm(qmodels.items()):
     logits[w, "float32"] = logits_of(q)
     logits[w, "float64"] = logits_of(simulations[w, "float64"], torch.float64)
     for rounding in ("single", "double"):
         logits[w, rounding] = logits_of(imodels[w, rounding])
 
+
 # %%
+def ratio(reference, other):
+    return decibels(reference.square().sum(), (other - reference).square().sum())
+
 rows = []
-for (w, rounding), simulation in itertools.product(imodels, ("float32", "float64")):
+for (w, rounding), simulation in itertools.product(imodels, judges):
     ours, theirs = logits[w, rounding], logits[w, simulation]
     equal = (ours.argmax(1) == theirs.argmax(1)).double()
     row = {"network": w, "rounding": rounding, "simulation": simulation, "n": len(ours)}
-    noise = (ours - theirs).square().sum()
     row |= {"same answer, %": 100 * equal.mean().item()}
-    row |= {"logits, dB": decibels(theirs.square().sum(), noise)}
+    row |= {"logits, dB": ratio(theirs, ours)}
+    row |= {"simulation to float, dB": ratio(logits["float"], theirs)}
     rows.append(row)
+
+# %%
 agreement = pd.DataFrame(rows)
-same = agreement[agreement.rounding == "single"].set_index("simulation")["same answer, %"]
-assert study.smoke or same["float64"].min() >= 99, "one network, whoever computes it"
+same = agreement[agreement.rounding == "single"].set_index("simulation")
+same = same["same answer, %"]
+enough = 99 if deep else 99.9
+assert study.smoke or same["float64"].min() >= enough, "one network, two computers"
 show(agreement.round(2))
 
 # %% [markdown]
 # ## 5. What it costs
-# Accumulators need far fewer than 32 bits; an add needs its 20 fractional ones. Operations in bits (BOPs)
-# count a multiplication of a $b_w$-bit weight with a $b_x$-bit code as $b_w b_x$ (van Baalen et al. 2020,
-# arXiv:2005.07093).
+# Accumulators need far fewer than 32 bits; an add needs its 20 fractional ones. Operations in bits
+# (BOPs) count a multiplication of a $b_w$-bit weight with a $b_x$-bit code as $b_w b_x$ (van Baalen et
+# al. 2020, arXiv:2005.07093).
 
 # %%
 text = f"image of {' x '.join(map(str, image_shape))}, {low}, residual stream 8 bits"
-study.save(plots.layer_costs(report, study.caption(1, text)), "09_layer_costs")
+study.save(pictures.layer_costs(report, study.caption(1, text)), "09_layer_costs")
 
 
 # %%
@@ -556,8 +577,8 @@ ql.save_quantized(qmodel, packed_path)
 loaded = ql.to_integer(ql.load_quantized(packed_path, study.network))
 again, codes = loaded.codes(few), reference.codes(few)
 assert all(torch.equal(again[name], codes[name]) for name in codes), "nothing is lost"
-print(f"{packed_path.stat().st_size / 1000:.1f} kB as a file, of which weights, scales and")
-print(f"biases are {ql.weight_bytes(qmodel) / 1000:.1f} kB")
+print(f"{packed_path.stat().st_size / 1000:,.1f} kB as a file, of which weights,")
+print(f"scales and biases are {ql.weight_bytes(qmodel) / 1000:,.1f} kB")
 
 
 # %% [markdown]
@@ -575,7 +596,8 @@ def packed_sizes(name):
         networks[f"{b} bits"] = ql.quantize(untrained, seen, config)
     return file_sizes(networks, folder.name).set_index("name").file_bytes / 1e6
 
-packed = pd.DataFrame({name: packed_sizes(name) for name in ("resnet20", "resnet50")}).T
+names = ("resnet20",) if study.smoke else ("resnet20", "resnet50")
+packed = pd.DataFrame({name: packed_sizes(name) for name in names}).T
 smaller = (1 / packed.div(packed.float32, axis=0)).drop(columns="float32")
 show(packed.join(smaller.add_suffix(", times smaller")).round(2))
 
@@ -593,7 +615,8 @@ def in_onnxruntime(w):
     result = study.evaluate(onnx_runtime.OnnxModel(path), on="cpu")
     equal = (result.predictions == integer.predictions).double().mean().item()
     return {
-        "network": w, "top-1, ONNX Runtime": result.top1, "top-1, integer": integer.top1,
+        "network": w, "top-1, ONNX Runtime": result.top1,
+        "top-1, integer": integer.top1,
         "same answer, %": 100 * equal, "n": result.n,
         "local codes that differ": edges.local_differing.sum(), "of": edges.n.sum(),
         "by at most": edges.local_max_difference.max(),
@@ -601,14 +624,16 @@ def in_onnxruntime(w):
 
 
 # %%
-has_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
-if has_onnx:
+needed = ("onnx", "onnxscript", "onnxruntime")
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+if not missing:
     exported = pd.DataFrame([in_onnxruntime(w) for w in qmodels])
     assert exported["by at most"].max() <= 1, "fed the same codes: at most one step"
-    assert study.smoke or exported["same answer, %"].min() >= 99, "the export is the network"
+    gap = (exported["top-1, ONNX Runtime"] - exported["top-1, integer"]).abs().max()
+    assert study.smoke or gap <= (0.3 if deep else 0.05), "the export is the network"
     show(exported.round(2))
 else:
-    print("not installed, so not compared: pip install onnx onnxruntime")
+    print(f"skipped: pip install {' '.join(missing)}")
 folder.cleanup()
 
 # %% [markdown]
@@ -618,21 +643,27 @@ folder.cleanup()
 in_float32 = one_rounding[one_rounding.simulation == "float32"]
 for w, part in in_float32.groupby("network", sort=False):
     count, total = part.differing.sum(), part["values"].sum()
-    print(f"- {w}: fed the same codes, {count:,} of {total:,} differ from float32, by at")
-    print(f"  most {part.max_difference.max()} step, {part.from_tie.max():.0e} from a tie.")
+    print(f"- {w}: fed the same codes, {count:,} of {total:,} differ from float32,")
+    print(f"  by {part.max_difference.max()} step at most and at most", end=" ")
+    print(f"{part.from_tie.max():.0e} of a code from a tie.")
+
+# %%
 for (w, rounding), result in measured.items():
     about = agreement[(agreement.network == w) & (agreement.rounding == rounding)]
     about = about.set_index("simulation").loc["float64"]
-    print(f"- {w}, {rounding} rounding: {result.top1:.2f} % of {result.n:,} right;", end=" ")
-    print(f"as float64 on {about['same answer, %']:.1f} % of {about.n:,}, logits to", end=" ")
-    print(f"{about['logits, dB']:.0f} dB.")
+    print(f"- {w}, {rounding} rounding: {result.top1:.2f} % of", end=" ")
+    print(f"{result.n:,} right; as float64 on", end=" ")
+    print(f"{about['same answer, %']:.1f} % of {about.n:,}, logits to", end=" ")
+    print(f"{about['logits, dB']:.0f} dB")
+    noise = about["simulation to float, dB"]
+    print(f"  (the simulation itself, to those of the float network: {noise:.0f} dB).")
 
 # %%
 for w, dB in reached.items():
     print(f"- {w}: one code flipped by a tie leaves the logits equal to {dB:.0f} dB.")
 share = convs.share.max()
-print(f"- Double rounding alone changes up to {100 * share:.1f} % of a layer's codes ", end="")
-print(f"({worst}, {low}).")
+print(f"- Double rounding alone changes up to {100 * share:.1f} % of", end=" ")
+print(f"the codes of a layer ({worst}, {low}).")
 widest = sizes["widest accumulator of a layer"].max()
 print(f"- No layer's accumulator needs more than {widest:.0f} bits.")
 
