@@ -72,7 +72,7 @@ study = Study(
 network, n_calibration = study.network, study.n_calibration
 n_sample = study.choose(n_sample, smoke=16, full=64)
 sample = next(iter(study.calibration(batch_size=n_sample)))
-depths = (4, 3) if study.smoke else (8, 4, 3)  # bits in sections 6 and 7
+depths = (3,) if study.smoke else (8, 4, 3)  # bits in sections 6 and 7
 widths = (8, 4, 3) if study.smoke else (8, 6, 4, 3, 2)  # in sections 2 and 8
 
 
@@ -111,7 +111,8 @@ patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
 halves = patterns.view(torch.float16)
 counted = len(halves[torch.isfinite(halves)].double().unique())
 assert counted == rows["float16"]["different numbers"], "counted one by one"
-show(pd.DataFrame(rows, dtype=object).T.map(text_of))
+texts = {name: {k: text_of(v) for k, v in row.items()} for name, row in rows.items()}
+show(pd.DataFrame(texts).T)
 
 # %% [markdown]
 # The largest float32 is $(2 - 2^{-23})\cdot 2^{127}$; the original's table lacks the minus sign in the
@@ -134,7 +135,7 @@ assert torch.finfo(torch.float32).max == (2 - 2.0**-23) * 2.0**127
 # quantized network consists of:
 
 # %%
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Conv:
     """A convolution in codes, on the CPU; w and b: float64 that hold integers."""
 
@@ -360,14 +361,15 @@ def bits_needed(conv, codes):
     }
     return {name: width(*pair) for name, pair in found.items()}
 
-needed = {}
 
 # %%
+needed = {}
 for b in widths:
     own, read = quantized(b, b), codes_read(quantized(b, b))
     layers = [bits_needed(take(own, n), read[n]) for n in read]
     needed[f"{b} bits"] = pd.DataFrame(layers).max()
 needed = pd.DataFrame(needed).rename_axis("bits needed, widest layer")
+assert needed.max().max() < 32, "none needs the whole int32"
 show(needed)
 
 
@@ -388,11 +390,11 @@ def step_by_step(conv, codes, dtype):
     rounded = torch.round(y / conv.q_out.scale.to(dtype)) + conv.q_out.zero_point
     return rounded.clamp(conv.q_out.qmin, conv.q_out.qmax).int()
 
+
+# %%
 def frozen_integer(conv, codes):
     return requantization(conv)(accumulators(conv, codes))
 
-
-# %%
 def frozen_float(conv, codes):
     frozen = requantization(conv)  # its clamp, with M as a float64
     M = conv.scale / conv.q_out.scale.double()
@@ -410,14 +412,14 @@ for name in tqdm(codes, desc="freeze"):
     conv = take(qmodel, name)
     reference = step_by_step(conv, codes[name], torch.float64)
     for form, function in forms.items():
-        apart = (function(conv, codes[name]) - reference).abs()
-        row = {"form": form, "codes": apart.numel(), "largest": int(apart.max())}
-        counts.append({**row, "differing": int((apart > 0).sum())})
+        off = (function(conv, codes[name]) - reference).abs()
+        row = {"form": form, "codes": off.numel(), "largest": int(off.max())}
+        counts.append({**row, "differing": int((off > 0).sum())})
+
+# %%
 freeze = pd.DataFrame(counts).groupby("form", sort=False)
 freeze = freeze.agg({"codes": "sum", "differing": "sum", "largest": "max"})
 assert freeze.largest.max() <= 1, "a difference is a tie that falls to the other side"
-
-# %%
 show(freeze)
 
 # %% [markdown]
@@ -435,12 +437,13 @@ print(
 
 # %% [markdown]
 # ## 4. One weight tensor to 8 bits
-# *"Explain how you do the quantization, and what is the trade-off."* One filter of the middle layer on
-# its way: weights, codes, values, errors. The original writes $x = s\,(x_q + z)$; with $z$ of the other
-# sign it is the same.
+# *"Explain how you do the quantization, and what is the trade-off."* One 3x3 filter of a layer in the
+# middle on its way: weights, codes, values, errors. The original writes $x = s\,(x_q + z)$; with $z$ of
+# the other sign it is the same.
 
 # %%
-name = convolutions(qmodel)[len(convolutions(qmodel)) // 2]
+square = [n for n in codes if qmodel.layers[n].kernel_size == (3, 3)]
+name = square[len(square) // 2]
 weight = graph.get_submodule(find_node(graph, name).target).weight.detach().cpu()
 largest = weight.abs().max().item()
 q = ql.choose_qparams(-largest, largest, bits=8, symmetric=True)
@@ -535,18 +538,17 @@ def rounded(part, q):
     own = copy.deepcopy(graph)
     node = find_node(own, name)
     if part == "input":
-        node.replace_input_with(
-            node.args[0], add_quantizer(own, node.args[0], "input", q)
-        )
+        read = node.args[0]
+        node.replace_input_with(read, add_quantizer(own, read, "input", q))
     else:
         layer = own.get_submodule(node.target)
         layer.weight.data = ql.fake_quantize(weight, q)
     return own
 
-node = find_node(graph, name)
-behind = next(iter(node.users))
 
 # %%
+node = find_node(graph, name)
+behind = next(iter(node.users))
 behind = behind if find_kinds(graph)[behind] == "clamp" else node
 places = {node.args[0].name: "the input", behind.name: "the layer's output"}
 places["output"] = "the logits"  # the graph's last node
@@ -658,12 +660,12 @@ def apart(graph):
             more[node.args[0].name] = more[node.name] = "activation"
     return dataclasses.replace(plan, stores=more | plan.stores)
 
-plans = [make_plan(folded(network)), make_plan(unfolded()), apart(unfolded())]
 
 # %%
-places = [len(plan.stores) for plan in plans]
-assert places[0] == places[1] < places[2]
-print(f"values stored: {places[0]} folded or not, {places[2]} rounded apart")
+plans = [make_plan(folded(network)), make_plan(unfolded()), apart(unfolded())]
+stored = [len(plan.stores) for plan in plans]
+assert stored[0] == stored[1] < stored[2]
+print(f"values stored: {stored[0]} folded or not, {stored[2]} rounded apart")
 
 # %%
 names = apart(unfolded()).observed
@@ -815,16 +817,15 @@ print(
     f"- Dataflow: at 8 bits the widest accumulator needs {seen['8 bits']} bits on real "
     f"images and {worst['8 bits']} at worst; at 4 bits {worst['4 bits']}."
 )
-apart = freeze.differing
+in_float32, in_float64, in_integers = freeze.differing[list(forms)]
 print(
-    f"- Freeze: of {freeze.codes.iloc[0]:,} codes "
-    f"{apart['frozen M, 31-bit integer']:,} differ with 31-bit multipliers, "
-    f"{apart['frozen M, float64']:,} with float64 ones, "
-    f"{apart['step by step, float32']:,} with float32 step by step."
+    f"- Freeze: of {freeze.codes.iloc[0]:,} codes {in_integers:,} differ with 31-bit "
+    f"multipliers, {in_float64:,} with float64 ones, {in_float32:,} with float32 step "
+    "by step."
 )
-worth = trade["worth bits"]
 
 # %%
+worth = trade["worth bits"]
 print(
     f"- Trade-off: at 8 bits the best range is worth {worth[8]:.2f} bits, at 3 bits "
     f"{worth[3]:.2f}."
