@@ -198,6 +198,8 @@ def range_of(x, fraction):
     k = int(fraction * x.numel())
     return torch.tensor([0.0, smallest(x.abs().flatten(), k)])
 
+
+# %%
 def hist():
     return Running(fraction=1.0, memory=None)
 
@@ -490,7 +492,7 @@ assert states["best range of weights"] == OURS
 
 # %%
 top = {}
-widths = (4, 3) if ablations else (4,)
+widths = (4, 3) if ablations and not study.smoke else (4,)
 for s, bits, step in tqdm(list(itertools.product(seeds, widths, LADDER))):
     name = f"W{bits}A{bits} ladder: {step}"
     top[step, bits, s] = measure(states[step], bits, s, name)

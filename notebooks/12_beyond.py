@@ -63,12 +63,12 @@ checkpoint = "auto"  # auto, or the path of a .safetensors file
 seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 qat_bits = 3  # 2 to 8, of weights and activations in section 2
-# in section 2, over the training images; 0: one and a half in a smoke run, else three
+# in section 2, over the training images; 0: one in a smoke run, three in a full one
 qat_epochs = 0.0
 qat_lr = 0.001  # of steps, scales and biases
 qat_lr_weights = 0.0  # of codes; 0: chosen on held-out images (a smoke run takes 0.01)
 distilled = 0  # images in section 3; 0: 32 in a smoke run, 128 in a full one
-distillation_steps = 0  # 0: 40 in a smoke run, 500 in a full one
+distillation_steps = 0  # 0: 20 in a smoke run, 500 in a full one
 n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
 n_seeds = 0  # seeds in section 3; 0: one in a smoke run, three in a full one
 
@@ -234,7 +234,8 @@ def lsq(x, s, low, high):
 # %%
 q = ql.choose_qparams(-0.7, 0.7, 3, symmetric=True)
 low, high = q.qmin, q.qmax
-x = torch.linspace(-1, 2, 100, requires_grad=True)  # none on an edge
+# none of them at s Q_N or s Q_P, where the slope jumps
+x = torch.linspace(-1, 2, 100, requires_grad=True)
 s = q.scale.clone().requires_grad_()
 grad_x, grad_s = torch.autograd.grad(lsq(x, s, low, high).sum(), (x, s))
 ratio = (x / s).detach()
@@ -309,7 +310,7 @@ def heldout_top1(net):
 # smoke run tries one rate: nothing is chosen there.)
 
 # %%
-passes = qat_epochs or study.choose(0.0, smoke=1.5, full=3.0)
+passes = qat_epochs or study.choose(0.0, smoke=1.0, full=3.0)
 total = max(8, round(passes * len(images.train) / 64))
 tried = study.choose(0, smoke=[0.01], full=[0.003, 0.01, 0.03])
 trials = {}
@@ -428,24 +429,23 @@ def watched(network):
 
 
 # %%
-def mismatch(x, watched):
-    """How far x is from what BatchNorm remembers, and from mean 0, deviation 1."""
+def mismatch(watched, x):
+    """How far images x, and what BatchNorm reads of them, are from the statistics."""
     net, wanted, read = watched
     net(x)
-    return distance(spread(x), (0.0, 1.0)) + sum(
-        distance(read[norm], wanted[norm]) for norm in wanted
-    )
+    inside = sum(distance(read[norm], wanted[norm]) for norm in wanted)
+    return distance(spread(x), (0.0, 1.0)) + inside
 
 
 # %%
 def distil(watched, x, steps):
-    """(images [N, 3, H, W] made of x by Adam, the distance at every step)."""
+    """(images [N, 3, H, W] made of x by Adam, the mismatch at every step)."""
     x = x.to(device()).requires_grad_()
     optimizer = torch.optim.Adam([x], 0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for _ in tqdm(range(steps), "distil", leave=False):
-        loss = mismatch(x, watched)
+        loss = mismatch(watched, x)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -461,7 +461,7 @@ def distil(watched, x, steps):
 
 # %%
 count = study.choose(distilled, smoke=32, full=128)
-steps = study.choose(distillation_steps, smoke=40, full=500)
+steps = study.choose(distillation_steps, smoke=20, full=500)
 four = ql.QuantConfig(weight_bits=4, act_bits=4)
 shape = next(iter(study.calibration(n=1))).shape[1:]
 network = network.to(device())

@@ -12,8 +12,8 @@
 #
 # **Question.** What has been measured, on what, and how sure is it?
 #
-# **Cost.** Seconds: this notebook reads `results/` and `pic/` only and computes nothing anew.
-# `python -m quantlab report` writes it as `results/report.html`.
+# **Cost.** Seconds, with or without an accelerator: this notebook reads `results/` and `pic/` only and
+# measures nothing. `python -m quantlab report` writes it as `results/report.html`.
 
 # %%
 import os
@@ -37,90 +37,138 @@ from quantlab.workbook import results, tables
 from quantlab.workbook.study import show
 
 # %% tags=["parameters"]
-source = "auto"  # local (results.csv), published, or auto: local where there are rows
+# local (results.csv), published (published.csv), or auto: local where there are some
+source = "auto"
 
 # %%
-local = source == "local" or (source == "auto" and len(results.load()) > 0)
-file = results.local_path() if local else results.published_path()
-rows = results.current(results.load(file))
-assert len(rows), "no results yet: run `make results` first"
-# the original's network first
-sets = rows[["model", "dataset"]].drop_duplicates()
-sets = sets.sort_values(["model", "dataset"], ascending=[False, True])
-named = ", ".join(f"`{row.dataset}` with {row.model}" for row in sets.itertuples())
-what = "the newest of every configuration and seed; data sets and networks"
-show(Markdown(f"**{len(rows)} rows** from `results/{file.name}`, {what}: {named}."))
+local, published = results.load(), results.load(results.published_path())
+is_local = source == "local" or (source == "auto" and len(local) > 0)
+rows = results.current(local if is_local else published)
+if not len(rows):
+    raise ql.UserError("there are no results yet; run: make results")
+# the largest network first
+networks = rows[["model", "dataset"]].drop_duplicates()
+networks = networks.sort_values(["model", "dataset"], ascending=[False, True])
+networks = list(networks.itertuples(index=False, name=None))
+
+def rows_of(model, dataset, frame=rows):
+    return frame[(frame.model == model) & (frame.dataset == dataset)]
+
 
 # %%
+where = "results/results.csv" if is_local else "results/published.csv"
+listed = ", ".join(f"{m} on `{d}` ({len(rows_of(m, d))} rows)" for m, d in networks)
+show(Markdown(
+    f"**{len(rows)} rows** from `{where}`{', measured on this machine' * is_local}: "
+    f"the newest of every configuration and seed. Networks and data sets: {listed}."
+))
 if (rows.dataset == results.SMOKE).all():
-    words = "Handwritten digits: they show that everything runs and are no benchmark."
-    show(Markdown(f"> **Smoke run.** {words}"))
+    show(Markdown(
+        "> **Smoke run.** These are handwritten digits: they show that everything runs "
+        "and are no benchmark."
+    ))
 
 # %% [markdown]
 # ## 1. The headline
-# The original's table, as published in 2021 for ResNet-50 on the official CIFAR-10 files (93.62 % in
-# float, 10,000 test images, one run), beside ours where they are measured. Another network on other images
-# than the original's: read what is lost, not the accuracy itself.
-
-# %%
-original = tables.original_table(rows)
-if not len(original):  # notebook 10 has not run
-    top1 = tables.original().top1
-    lost = top1.iloc[0] - top1
-    original = pd.DataFrame({"Top-1 %": top1, "Points lost": lost}).round(2)
-    original = original.rename_axis("Quantization").reset_index()
-show(Markdown(tables.markdown(original)))
-
-# %% [markdown]
-# All rows. Points lost are against the float network on the same images, with a paired 95 % interval.
+# Points lost are against the float network on the same images, with a paired 95 % interval. For each
+# network: float, the tool that loses least, integers alone, and at each width one method, fixed
+# beforehand and not picked by its accuracy on the test images.
 
 # %%
 real = rows[rows.dataset != results.SMOKE]
-show(Markdown(tables.markdown(tables.headline(real if len(real) else rows))))
+counted = real if len(real) else rows
+show(Markdown(tables.markdown(tables.headline(counted, brief=True))))
+
+# %% [markdown]
+# The original's table, as published in 2021 for ResNet-50 on the official CIFAR-10 files (10,000 test
+# images, one run), and ours: its way, and the right way. Top-1 in %, in brackets the points against
+# float. Its images are not ours: read what is lost, not the accuracy itself.
+
+# %%
+beside = tables.original_table(counted)
+if len(beside):
+    show(Markdown(tables.markdown(beside)))
+else:
+    top1 = tables.original().top1
+    lost = (top1.iloc[0] - top1).round(2)
+    show(pd.DataFrame({"top-1, %": top1, "points lost": lost}))
+    print("ours is missing: run notebook 10")
 
 # %% [markdown]
 # ## 2. Accuracy by bits
+# By hand, weights and activations at the same width, ranges from calibration alone.
 
 # %%
-hand = results.equal_widths(rows)
-hand = hand.assign(bits=hand.weight_bits.astype(int))
-for (dataset, model), part in hand.groupby(["dataset", "model"], sort=False):
-    text = f"test images, {part.seed.nunique()} calibration seed(s)"
-    text = plots.row_caption(dataset, model, int(part.n_test.iloc[0]), text)
+hand = results.equal_widths(rows).assign(bits=lambda f: f.weight_bits.astype(int))
+for model, dataset in networks:
+    part = rows_of(model, dataset, hand)
+    if not len(part):
+        print(f"{model} on {dataset}: not measured at several widths")
+        continue
+    text = f"test images, up to {part.seed.nunique()} calibration seed(s)"
+    text = plots.row_caption(dataset, model, part.n_test.iloc[0], text)
     show(plots.accuracy_by_bits(part, text))
 
 # %% [markdown]
 # ## 3. Built-in int8
+# Throughput compares on one processor only: a figure for each on which several methods were measured.
 
 # %%
-builtin = rows[(rows.method == "float") | rows.method.str.contains("int8")]
-for (dataset, model), part in builtin.groupby(["dataset", "model"], sort=False):
-    device = part.device.iloc[-1]
-    text = plots.row_caption(dataset, model, int(part.n_test.iloc[0]), device)
-    part = part.drop_duplicates("method", keep="last").reset_index(drop=True)
-    show(plots.method_bars(part, text))
+tools = rows[(rows.method == "float") | rows.method.str.contains("int8")]
+tools = tools.drop_duplicates(["model", "dataset", "method"], keep="last")
+columns = ["method", "top1", "drop", "bytes", "images_per_s", "device"]
+for model, dataset in networks:
+    part = rows_of(model, dataset, tools)
+    print(f"{model} on {dataset}")
+    show(part[columns].round(2))
+    for device, same in part.groupby("device", sort=False):
+        if len(same) > 1:
+            text = f"test images, {device}"
+            text = plots.row_caption(dataset, model, same.n_test.iloc[0], text)
+            show(plots.method_bars(same.reset_index(drop=True), text))
 
 # %% [markdown]
-# ## 4. Figures
+# ## 4. Speed
+# How many times the throughput of what each group of measurements is held `against` (a column of
+# `results/bench.csv`), taken in turns on one machine; in brackets the range between rounds.
 
 # %%
-shown = sets[sets.dataset != results.SMOKE]
-shown = shown if len(shown) else sets
-elsewhere = ("images_", "02_builtin", "03_accuracy")
-for row in shown.itertuples():
-    pattern = f"*_{row.model}_{row.dataset}.png"
-    for picture in sorted((ql.root() / "pic").glob(pattern)):
-        if not picture.name.startswith(elsewhere):
+bench = ql.root() / "results" / "bench.csv"
+if bench.is_file():
+    show(Markdown(tables.markdown(tables.speed_table(pd.read_csv(bench)))))
+else:
+    print("not measured here: python -m quantlab bench")
+
+# %% [markdown]
+# ## 5. Every configuration
+# The same columns as the headline's, for all that has been measured.
+
+# %%
+show(Markdown(tables.markdown(tables.headline(counted))))
+
+# %% [markdown]
+# ## 6. Figures
+# As the notebooks saved them when they ran last.
+
+# %%
+counted_networks = [(m, d) for m, d in networks if d in set(counted.dataset)]
+for model, dataset in counted_networks:
+    for picture in sorted((ql.root() / "pic").glob(f"*_{model}_{dataset}.png")):
+        # photographs, and what is drawn above
+        if not picture.name.startswith(("images_", "02_builtin", "03_accuracy")):
             show(Markdown(f"`{picture.name}`"), Image(str(picture), width=850))
 
 # %% [markdown]
-# ## 5. Where the numbers come from
+# ## 7. Where the numbers come from
 
 # %%
-facts = ["dataset", "data_sha", "model", "checkpoint_sha", "trained_on"]
-facts += ["n_calibration", "device", "torch", "commit", "notebook"]
+facts = [
+    "dataset", "data_sha", "model", "checkpoint_sha", "trained_on", "n_calibration",
+    "device", "torch", "commit", "notebook",
+]
 groups = rows.groupby(facts, dropna=False, sort=False)
-counts = groups.agg(
-    rows=("config_key", "size"), seeds=("seed", "nunique"), newest=("created", "max")
+columns = dict(
+    configurations=("config_key", "nunique"), seeds=("seed", "nunique"),
+    newest=("created", "max"),
 )
-show(counts.reset_index())
+show(groups.agg(rows=("config_key", "size"), **columns).reset_index())
