@@ -241,7 +241,8 @@ def _read_state_dict(file):
     values = list(state.values()) if isinstance(state, dict) else []
     if not (values and all(isinstance(value, torch.Tensor) for value in values)):
         raise UserError(
-            f"{file} holds no state dict of tensors; save it with torch.save(model.state_dict(), …)"
+            f"{file} holds no state dict of tensors; "
+            "save it with torch.save(model.state_dict(), …)"
         )
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 

@@ -177,15 +177,17 @@ def two_values(pairs, code, text):
     figure, axes = panels(len(names), 5 * len(names), 3.8)
     looks = (("before the ReLU", "--", BLUE, (8, -14)), ("behind the ReLU", "-", RED, (-44, 10)))
     for panel, name in zip(axes, names):
+        values = []
         for q, (where, style, colour, offset) in zip(pairs[name], looks):
             scale, zero_point = q.scale.item(), q.zero_point.item()
             codes, value = np.arange(q.qmin, q.qmax + 1), scale * (code - zero_point)
             label = f"{where}: scale {scale:.4f}, zero-point {zero_point}"
             panel.plot(codes, scale * (codes - zero_point), style, color=colour, label=label)
             panel.plot(code, value, "o", color=colour)
+            values.append(value)
             place = dict(xytext=offset, textcoords="offset points", fontweight="bold")
             panel.annotate(f"{value:.3f}", (code, value), color=colour, **place)
-        panel.axvline(code, color=INK, linewidth=0.8, linestyle=":")
+        panel.vlines(code, min(values), max(values), color=INK, linewidth=0.8, linestyle=":")
         panel.axhline(0, color=INK, linewidth=0.8)
         panel.set(xlabel="code", ylabel="real value", xticks=[0, 64, 128, code, 255])
         panel.set_title(f"{name}: the two values of code {code}")

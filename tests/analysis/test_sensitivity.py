@@ -1,9 +1,13 @@
-"""The error report against sums computed by hand."""
+"""The error report against sums computed by hand, here and in notebook 04."""
 
 import math
+import types
 
+import jupytext
+import pandas as pd
 import pytest
 import torch
+from conftest import CHECKOUT
 from torch import nn
 
 import quantlab as ql
@@ -52,6 +56,21 @@ def test_the_broken_layer_is_named(resnet20, stats, digits):
     report = edge_errors(resnet20, qmodel, digits.calibration(32))
     assert report.edge[report.added_db.idxmax()] == guilty
     assert report.edge[report.own_sqnr.idxmin()] == guilty
+
+
+def test_notebook_04_computes_the_same_report_by_hand(resnet20, stats, digits):
+    cells = jupytext.read(CHECKOUT / "notebooks" / "04_observers.py").cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    first, last = (next(i for i, source in enumerate(code) if source.startswith(start))
+                   for start in ("qmodel = ql.quantize(", "report = pd.DataFrame("))
+    imports = [source for source in code[:first] if source.startswith(("import ", "from "))]
+    study = types.SimpleNamespace(smoke=True, calibration=lambda s, n: digits.calibration(n, s))
+    space = dict(study=study, network=resnet20, stats=stats, bits=4, seed=0)
+    for source in [*imports[1:], *code[first : last + 1]]:  # the first one fetches the workbook
+        exec(source, space)
+    theirs = edge_errors(resnet20, space["qmodel"], digits.calibration(64, 100))
+    pd.testing.assert_frame_equal(space["report"], theirs)
+    assert theirs.added_db.notna().sum() > 10
 
 
 def test_needs_images(resnet20, stats):

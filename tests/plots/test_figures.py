@@ -232,7 +232,7 @@ def dataflow():
     rows = [{"step": name, "container": container, "low": -end, "high": end, "bits": 12,
              "worst_bits": 23, "example": "1,234,567"}
             for name, container, end in zip(names, held, ends)]
-    title = "conv1 + BatchNorm + ReLU in integers, 27 products a sum; “here” is one output: code 1"
+    title = "conv1 + BatchNorm + ReLU in integers, 27 products a sum; “here” is one output"
     return questions.dataflow(pd.DataFrame(rows), TEXT, title)
 
 
