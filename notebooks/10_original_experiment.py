@@ -346,6 +346,15 @@ ORIGINAL = dict(
     per_channel=False, weight_observer="minmax",
 )
 
+# %%
+FIELDS = [field.name for field in dataclasses.fields(ql.QuantConfig)]
+
+def configured(bits, settings):
+    """The QuantConfig among settings."""
+    own = {name: settings[name] for name in FIELDS if name in settings}
+    own["input_bits"] = settings["input_bits"] or bits
+    return ql.QuantConfig(bits, bits, **own)
+
 
 # %%
 @functools.lru_cache(maxsize=4)
@@ -355,8 +364,8 @@ def calibrated(config, placement, fold, act_signed, ranges, moved, s):
 
 
 # %%
-def build(bits, s, ranges, batchnorm, placement, fold, act_signed, input_bits, **more):
-    config = ql.QuantConfig(bits, bits, input_bits=input_bits or bits, **more)
+def build(bits, s, ranges, batchnorm, placement, fold, act_signed, **settings):
+    config = configured(bits, settings)
     moved = ranges is not None or batchnorm == "moved"
     qmodel = calibrated(config, placement, fold, act_signed, ranges, moved, s)
     qmodel = copy.deepcopy(qmodel)
@@ -383,14 +392,14 @@ def measure(settings, bits, s, name, method="ablation"):
     named = sorted((k, getattr(v, "__name__", str(v))) for k, v in settings.items())
     key = str((bits, s, named))
     if key not in evaluations:
-        qmodel = build(bits, s, **settings)
-        result = evaluations[key] = study.evaluate(qmodel)
+        builder = functools.partial(build, bits, s, **settings)
+        evaluations[key], size = study.evaluated(key, builder)
         ranges, passed = settings["ranges"], settings["batchnorm"] == "moved"
         n = 128 * n_batches if ranges or passed else n_calibration
-        more = {"placement": settings["placement"], "bytes": ql.weight_bytes(qmodel)}
+        more = {"placement": settings["placement"], "bytes": size}
         more |= {"observer": ranges.__name__} if ranges else {}
         more |= {"corrections": name, "seed": s, "n_calibration": n}
-        study.record(result, method, qmodel.config, **more)
+        study.record(evaluations[key], method, configured(bits, settings), **more)
     return evaluations[key]
 
 
@@ -404,11 +413,13 @@ PUBLISHED = published.drop(["fp32 original", "8bit built-in"])
 ITS, RIGHT = ladder.WAYS[1:]
 ways = {("fp32 original", way): [baseline] for way in (ITS, RIGHT)}
 cases = [(n, s) for n in PUBLISHED.index for s in (seeds[:1] if n[0] == "8" else seeds)]
-for name, s in tqdm(cases):
+for way, (name, s) in tqdm(list(itertools.product((ITS, RIGHT), cases))):
     bits, ranges = int(name[0]), {"hist": hist, "fake-hist": fake_hist}[name[5:]]
-    its = measure({**ORIGINAL, "ranges": ranges}, bits, s, name, "original")
-    ways.setdefault((name, ITS), []).append(its)
-    ways.setdefault((name, RIGHT), []).append(measure(OURS, bits, s, "", "by hand"))
+    if way == ITS:
+        result = measure({**ORIGINAL, "ranges": ranges}, bits, s, name, "original")
+    else:
+        result = measure(OURS, bits, s, "", "by hand")
+    ways.setdefault((name, way), []).append(result)
 
 # %% [markdown]
 # The built-in row: eager int8 with 7-bit activations, calibrated on one batch of *test* images; the right
@@ -556,9 +567,7 @@ show(why.round(2))
 
 # %%
 def quantizers(kind):
-    known = ql.QuantConfig.__dataclass_fields__
-    own = {k: v for k, v in ORIGINAL.items() if k in known}
-    config = ql.QuantConfig(4, 4, **{**own, "input_bits": 4})
+    config = configured(4, ORIGINAL)
     qmodel = calibrated(config, "inputs", False, True, kind, True, seed)
     found = qmodel.quantizer_nodes.items()
     return {edge_name(n).removesuffix("_4bit"): q.qparams for n, q in found}

@@ -8,19 +8,25 @@ Set-up and bookkeeping only: what a notebook teaches stands in its cells.
 """
 
 import functools
+import os
 
 import matplotlib
+import safetensors
+import torch
 from IPython import get_ipython
 from IPython.display import display
 
 from quantlab import plots
 from quantlab.calibration import collect
-from quantlab.evaluate import evaluate, limited
+from quantlab.evaluate import Evaluation, evaluate, limited
 from quantlab.images.datasets import Dataset, load_data
 from quantlab.networks.checkpoints import load_trained
+from quantlab.quantized import weight_bytes
 from quantlab.system.errors import UserError, did_you_mean
-from quantlab.system.files import root
+from quantlab.system.files import root, save_tensors
+from quantlab.system.machine import device_name
 from quantlab.workbook import results
+from quantlab.workbook.keys import code_hash, digest
 
 PRESETS = ("auto", "smoke", "full")
 SMOKE_LIMIT = 1000  # test images of a smoke run
@@ -78,13 +84,45 @@ class Study:
 
     @functools.cached_property
     def baseline(self):
-        """Evaluation of the float network on the test images, which rows compare with."""
-        return self.evaluate(self.network)
+        """Evaluation of the float network on the test images, which rows compare with.
+
+        Kept on disk for every notebook: of a large network it takes minutes.
+        """
+        return self._kept(["float", code_hash()], lambda: self.network)[0]
 
     def evaluate(self, network, split=None, **options):
         """Evaluation on the test images or another Split, at most `limit` of them."""
         split = self.images.test if split is None else split
         return evaluate(network, split, limit=self.limit, **options)
+
+    def evaluated(self, settings, build):
+        """(Evaluation on the test images, bytes of the weights) of build(), a network.
+
+        In a run of `python -m quantlab run` both are kept: started again after a kill, the same
+        run builds and evaluates nothing twice. settings: whatever tells its networks apart.
+        """
+        run = os.environ.get("QUANTLAB_RUN")
+        if run is None:
+            network = build()
+            return self.evaluate(network), weight_bytes(network)
+        return self._kept([run, settings], build)
+
+    def _kept(self, settings, build):
+        sources = self.images.fingerprint, self.card.sha256, torch.__version__, device_name()
+        key = digest(sources, len(self.test), settings)
+        file = root() / "results" / "rows" / f"{key}.evaluation.safetensors"
+        if not file.is_file():
+            network = build()
+            result = self.evaluate(network)
+            about = {"seconds": result.seconds, "bytes": weight_bytes(network)}
+            about = {name: str(number) for name, number in about.items()}
+            save_tensors(file, {"predictions": result.predictions}, about)
+        with safetensors.safe_open(file, "pt") as stored:
+            predictions, about = stored.get_tensor("predictions"), stored.metadata()
+        correct = predictions == self.test.labels
+        top1, seconds = 100 * correct.double().mean().item(), float(about["seconds"])
+        result = Evaluation(top1, len(correct), predictions, correct, seconds, device_name())
+        return result, int(about["bytes"])
 
     # ---- Rows -----------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """A Study: what the preset decides, what is computed once, and that its rows are results' rows."""
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -106,6 +107,36 @@ def test_once_measures_once_for_these_settings(workbook, digits_study):
     assert calls == [".safetensors"]
     digits_study.once({"method": "float", "seed": 1}, measure)
     assert len(calls) == 2
+
+
+def test_a_run_that_is_started_again_evaluates_nothing_twice(workbook, digits, monkeypatch):
+    """What a killed run has evaluated is there with its predictions, the float baseline for all."""
+    built = []
+
+    def build(study):
+        built.append(study)
+        return study.network
+
+    def started():
+        return Study(digits, "resnet20", CHECKPOINT, limit=50)
+
+    assert started().evaluated("float", functools.partial(build, started()))[0].n == 50
+    assert not list((workbook / "results").glob("rows/*")), "by hand nothing is kept"
+    monkeypatch.setenv("QUANTLAB_RUN", "a run")
+    first, size = started().evaluated("float", functools.partial(build, started()))
+    again, same_size = started().evaluated("float", lambda: pytest.fail("it is known"))
+    assert len(built) == 2 and size == same_size == ql.weight_bytes(started().network)
+    assert again.correct.equal(first.correct) and again.predictions.equal(first.predictions)
+    assert (again.top1, again.n, again.seconds, again.device) == (
+        first.top1, first.n, first.seconds, first.device)
+    monkeypatch.setenv("QUANTLAB_RUN", "another run")
+    started().evaluated("float", functools.partial(build, started()))
+    assert len(built) == 3
+    baseline = started().baseline
+    monkeypatch.setattr(study, "evaluate", lambda *a, **k: pytest.fail("evaluated again"))
+    assert started().baseline.predictions.equal(baseline.predictions)
+    with pytest.raises(pytest.fail.Exception, match="evaluated again"):
+        Study(digits, "resnet20", CHECKPOINT, limit=40).baseline  # noqa: B018
 
 
 def test_figures_are_named_after_network_and_data(workbook, digits_study, capsys):
