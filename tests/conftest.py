@@ -4,6 +4,11 @@ the committed digits network, and the JPEG images where they are.
 
 import json
 import os
+
+# with a process on every core, torch's threads would wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pathlib
 import shutil
 import tarfile
@@ -14,6 +19,7 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+from xdist.scheduler import LoadScopeScheduling
 
 import quantlab as ql
 from quantlab.system import files
@@ -25,6 +31,17 @@ os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
 settings.register_profile("quick", max_examples=100, deadline=None)
 settings.register_profile("long", max_examples=2000, deadline=None)  # make test-long
 settings.load_profile("quick")
+
+
+class OneProcessRunsTheNotebooks(LoadScopeScheduling):
+    """They are run once, for all tests of them: one group, which goes out first, as the largest."""
+
+    def _split_scope(self, nodeid):
+        return "notebooks" if "test_notebooks.py" in nodeid else nodeid
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return OneProcessRunsTheNotebooks(config, log)
 
 
 def fuzz(examples):

@@ -114,7 +114,7 @@ def test_values_that_are_not_finite_are_refused_and_counted(bad):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("observer", OBSERVERS.values(), ids=str)
+@pytest.mark.parametrize("observer", OBSERVERS.values(), ids=OBSERVERS)
 def test_all_zero_and_constant_edges_work(observer, bits):
     for values in (torch.full((50,), value) for value in (0.0, 3.0, -3.0, 1e-40)):
         low, high = observer(observe(values), bits)
