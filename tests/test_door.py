@@ -140,3 +140,29 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all_known():
         check_name("fruit", "plumb", ["plum", "pear"])
     assert str(caught.value) == (
         "fruit 'plumb' is unknown; did you mean plum?; use one of: plum, pear")
+
+
+# ---- Where the README leads ---------------------------------------------------------------------
+
+
+def anchors_of(path):
+    """Of a notebook's headings, as JupyterLab names them: blanks become hyphens, marks go."""
+    source = read_text(path.with_suffix(".py"))
+    headings = re.findall(r"^# #+ (.*)$", source, re.MULTILINE)
+    return {re.sub(r"[*`]", "", heading).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    readme = read_text(CHECKOUT / "README.md")
+    links = re.findall(r"\]\(((?:[^()\s]|\([^)\s]*\))+)\)", readme)
+    assert len([link for link in links if link.startswith("notebooks/")]) > 40
+    own = {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-")
+           for h in re.findall(r"^#+ (.*)$", readme, re.MULTILINE)}
+    for link in links:
+        place, _, anchor = link.partition("#")
+        if "://" in place:
+            continue
+        assert not place or (CHECKOUT / place).exists(), link
+        if anchor:
+            known = anchors_of(CHECKOUT / place) if place else own
+            assert anchor in known, f"{link}: {sorted(known)}"

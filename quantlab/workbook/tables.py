@@ -7,6 +7,7 @@ import re
 
 import pandas as pd
 
+from quantlab import plots
 from quantlab.system.errors import UserError
 from quantlab.system.files import PACKAGE, root, write_text
 from quantlab.workbook import results
@@ -44,7 +45,7 @@ def _headline_row(row):
     deviation = f" ± {row.top1_std:.2f}" if row.seeds > 1 else ""
     return {
         "Data set": row.dataset + (" (smoke run)" if row.dataset == results.SMOKE else ""),
-        "Model": row.model, "Quantization": results.label(row),
+        "Model": row.model, "Quantization": results.label(row).replace("fp32 original", "float"),
         "Top-1 %": f"{row.top1:.2f}{deviation}",
         "Points lost [95 %]": "" if row.method == "float" else lost,
         "Weights kB": f"{row.bytes / 1000:,.0f}", "n": f"{row.n_test:,}", "Seeds": int(row.seeds),
@@ -73,22 +74,27 @@ def original():
     return pd.read_csv(file, index_col="name", dtype={"bits": "Int64"})
 
 
-def original_table(frame):
-    """The original's rows beside ours its way and the right way (notebook 10), of every network,
-    the original's own first: a frame of strings; empty before that notebook has run.
+def original_table(frame, model=None):
+    """The original's rows beside ours its way and the right way (notebook 10), of one network or of
+    every one, the original's own first: top-1 in % (points against float, 95 % interval), as a
+    frame of strings; empty before that notebook has run.
     """
     frame = results.current(frame)
+    frame = frame if model is None else frame[frame.model == model]
     published = original()
     lines = list(published.itertuples())
-    columns = {"Quantization": published.quantization, "Original": _against_float(published.top1)}
+    theirs = published.top1
+    columns = {"Quantization": published.quantization}
+    columns["Original"] = [f"{v:.2f}" + (f" ({v - theirs.iloc[0]:+.2f})" if i else "")
+                           for i, v in enumerate(theirs)]
     repeated = frame[frame.method == "original"][["model", "dataset"]].drop_duplicates()
     repeated = repeated.sort_values(["model", "dataset"], ascending=[False, True])
     for model, dataset in repeated.itertuples(index=False):
         summary = results.summarize(frame[(frame.model == model) & (frame.dataset == dataset)])
         for way, chosen in (("its way", _its_way), ("right way", _right_way)):
-            found = [summary.top1[chosen(summary, line)] for line in lines[1:]]
-            top1 = [summary.fp32_top1.iloc[0], *(f.iloc[0] if len(f) else None for f in found)]
-            columns[f"{model} on {dataset}, {way}"] = _against_float(top1)
+            found = [summary[chosen(summary, line)] for line in lines[1:]]
+            texts = [f"{summary.fp32_top1.iloc[0]:.2f}", *map(_against_float, found)]
+            columns[f"{model} on {dataset}, {way}"] = texts
     return pd.DataFrame(columns) if len(repeated) else pd.DataFrame()
 
 
@@ -106,29 +112,126 @@ def _right_way(summary, line):
     return plain & widths.fillna(False).astype(bool)
 
 
-def _against_float(top1):
-    """Texts of top-1 in %, the first of which is float's, with the points against it."""
-    first, *others = top1
-    texts = ["" if v is None else f"{v:.2f} ({v - first:+.2f})" for v in others]
-    return [f"{first:.2f}", *texts]
+def _against_float(found):
+    """The first of some rows as text: top-1, points against float, their 95 % interval."""
+    if not len(found):
+        return ""
+    row = found.iloc[0]
+    low, high = -row.drop_high, -row.drop_low
+    return f"{row.top1:.2f} ({-row['drop']:+.2f} [{low:+.2f}, {high:+.2f}])"
 
 
-def speed_table(frame):
+# ---- The original's questions -------------------------------------------------------------------
+
+LADDER, UNDONE = "W4A4 ladder: ", "W4A4 ours minus this: "
+
+
+def answers(frame):
+    """Its six questions, each with what was measured and where, as a frame of strings: of the
+    network on which notebook 10 undid every repair; empty before that.
+    """
+    frame = results.current(frame)
+    undone = frame[frame.corrections.str.startswith(UNDONE)]
+    if not len(undone):
+        return pd.DataFrame()
+    model, dataset = undone.sort_values("model").iloc[0][["model", "dataset"]]
+    one = results.summarize(frame[(frame.model == model) & (frame.dataset == dataset)])
+    ours = one[results.is_default(one) & one.corrections.eq("")]
+    equal = ours[ours.weight_bits.eq(ours.act_bits)].groupby("weight_bits").top1.last()
+    plain = one[one.method.eq("by hand") & one.weight_bits.eq(4) & one.act_bits.eq(4)
+                & one.observer.eq("minmax") & one.corrections.eq("")].top1
+    step = one.groupby("corrections").top1.last()
+    whole = one.top1[one.method.eq(INTEGERS)].mean()
+    stored = step[LADDER + "codes stored once"] - step[LADDER + "unsigned after ReLU"]
+    channel = equal[4] - step[UNDONE + "one scale a channel"]
+    twice = equal[4] - step[UNDONE + "codes stored once, stream 8 bits"]
+    lines = [
+        ("The dataflow of one convolution",
+         "8-bit codes, products of 16 bits, sums in int32, one fixed-point multiplier, 8-bit codes;"
+         f" the whole network in integers: {whole:.2f} %, float {one.fp32_top1.iloc[0]:.2f} %",
+         "11_questions#2.-The-dataflow-of-one-convolution,-BatchNorm-and-ReLU"),
+        ("How to raise accuracy: fusion and freeze",
+         f"storing codes once, behind conv-BatchNorm-ReLU: {stored:+.2f} points at 4 bits; "
+         "multipliers computed in advance change no code",
+         "10_original_experiment#4.-The-ladder"),
+        ("One layer's weights, and the trade-off",
+         f"one scale a channel instead of one a tensor: {channel:+.2f} points at 4 bits",
+         "11_questions#4.-One-weight-tensor-to-8-bits"),
+        ("Input and output of a layer, and the error",
+         "range by least squared error instead of min-max: "
+         f"{equal[4] - plain.iloc[-1]:+.2f} points at 4 bits",
+         "11_questions#5.-Input-and-output-of-one-layer,-and-which-error-is-minimised"),
+        ("Six bits and lower",
+         ", ".join(f"{bits} bits {equal[bits]:.2f} %" for bits in (8, 6, 4, 3))
+         + f" to nearest, float {one.fp32_top1.iloc[0]:.2f} %; learned rounding holds further down",
+         "07_low_bit_methods#2.-Every-method-at-every-width"),
+        ("Before and after the activation",
+         f"rounding in front of every layer and ReLU, stream included: {-twice:+.2f} points at 4 "
+         "bits; the codes in front decide, finer ones behind bring nothing back",
+         "11_questions#7.-Rounding-before-and-after-the-activation"),
+    ]
+    linked = [(question, text, _link(place)) for question, text, place in lines]
+    title = f"Measured on {model}, {dataset}, n = {one.n_test.iloc[0]:,}"
+    return pd.DataFrame(linked, columns=["Its question", title, "Where"])
+
+
+def _link(place):
+    """NOTEBOOK#ANCHOR as a Markdown link that names the notebook's number and section."""
+    notebook, anchor = place.split("#")
+    section = anchor.split(".")[0]
+    return f"[{notebook[:2]}.{section}](notebooks/{notebook}.ipynb#{anchor})"
+
+
+def networks_by_width(frame, dataset, widths=((8, 8), (4, 8), (4, 4), (3, 3))):
+    """Our plain rows of all networks on one data set at some (weight_bits, act_bits), means over
+    seeds: a frame of width (W4A8), model, drop, drop_low, drop_high, seeds, n_test; widths in
+    order, the largest network first.
+    """
+    rows = results.summarize(results.current(frame[frame.dataset == dataset]))
+    rows = rows[results.is_default(rows) & rows.corrections.eq("")]
+    rows = pd.concat([rows[rows.weight_bits.eq(w) & rows.act_bits.eq(a)] for w, a in widths])
+    rows = rows.sort_values("model", ascending=False, kind="stable")
+    named = "W" + rows.weight_bits.astype(str) + "A" + rows.act_bits.astype(str)
+    columns = ["width", "model", "drop", "drop_low", "drop_high", "seeds", "n_test"]
+    return rows.assign(width=named)[columns]
+
+
+def networks_figures(frame):
+    """{data set: figure} of `networks_by_width`, where two networks or more have been measured."""
+    figures = {}
+    for dataset in frame.dataset.unique():
+        table = networks_by_width(frame, dataset)
+        if table.model.nunique() > 1:
+            seeds = f"{table.seeds.min()} to {table.seeds.max()} calibration seeds"
+            text = f"{dataset}, n = {table.n_test.max():,} test images; nearest rounding, means of "
+            text += f"{seeds}; lines: paired 95 % interval"
+            figures[dataset] = plots.networks_by_bits(table, text)
+    return figures
+
+
+# ---- Speed --------------------------------------------------------------------------------------
+
+
+def speed_table(frame, brief=False):
     """results/bench.csv in words: throughput against the side named "against", one column a
     network, one line a measurement and processor.
+
+    brief: networks against float on the processor with most of them, medians only.
     """
     frame = frame[frame.what != frame.against]
-    ratios = [
-        f"{1 / r.time_ratio:.2f} [{1 / r.time_ratio_most:.2f}, {1 / r.time_ratio_least:.2f}]"
-        for r in frame.itertuples()
-    ]
+    ratios = [f"{1 / r.time_ratio:.2f}" if brief else
+              f"{1 / r.time_ratio:.2f} [{1 / r.time_ratio_most:.2f}, {1 / r.time_ratio_least:.2f}]"
+              for r in frame.itertuples()]
     frame = frame.assign(
         Network=frame.model + ", batch " + frame.batch.astype(str), What=frame.section,
         Measured=frame.what, On=frame.device, ratio=ratios,
     )
     lines = ["What", "Measured", "On"]
+    if brief:
+        frame = frame[frame.section == "integer"]
+        frame, lines = frame[frame.device == frame.device.mode()[0]], ["Measured"]
     table = frame.pivot_table("ratio", lines, "Network", aggfunc="last", sort=False, fill_value="")
-    return table.reset_index()
+    return table.reset_index().rename(columns={"Measured": "Times float"} if brief else {})
 
 
 def markdown(table):
@@ -157,6 +260,8 @@ def publish(readme=None):
                         "run: make results DATA=PATH")
     results.write(results.newest(pd.concat([published, local])), results.published_path())
     update_readme(readme)
+    for dataset, figure in networks_figures(results.load(results.published_path())).items():
+        plots.save(figure, "13_small_against_large", dataset)
     return len(local)
 
 
@@ -175,8 +280,14 @@ def update_readme(readme=None):
 def readme_tables():
     """What is generated in the README, by the name of its mark: tables, and their processors."""
     published, bench = results.load(results.published_path()), root() / "results" / "bench.csv"
-    frames = {"headline": headline(published, brief=True), "original": original_table(published)}
-    frames |= {"speed": speed_table(pd.read_csv(bench))} if bench.is_file() else {}
-    tables = {name: f"\n{markdown(frame)}\n" for name, frame in frames.items() if len(frame)}
+    frames = {"headline": headline(published, brief=True), "answers": answers(published)}
+    frames |= {f"original-{m}": original_table(published, m) for m in ("resnet50", "resnet20")}
+    tables = {}
+    if bench.is_file():
+        speeds = pd.read_csv(bench)
+        frames["speed"] = speed_table(speeds, brief=True)
+        integer = speeds[speeds.section == "integer"].device.mode()
+        tables["processor"] = integer[0] if len(integer) else ""
+    tables |= {name: f"\n{markdown(frame)}\n" for name, frame in frames.items() if len(frame)}
     devices = "; ".join(results.current(published).device.unique())
     return {**tables, "devices": devices}

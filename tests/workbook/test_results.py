@@ -295,7 +295,9 @@ def test_the_readme_shows_what_is_published():
     readme = read_text(CHECKOUT / "README.md")
     for name, content in tables.readme_tables().items():
         assert f"<!-- table:{name} -->{content}<!-- /table -->" in readme, name
-    assert set(tables.readme_tables()) == {"headline", "original", "speed", "devices"}
+    assert set(tables.readme_tables()) == {
+        "headline", "original-resnet50", "original-resnet20", "answers", "speed", "processor",
+        "devices"}
     assert pd.to_datetime(published.created).notna().all() and (published.n_test == 10_000).all()
 
 
@@ -328,7 +330,7 @@ def test_a_headline_has_six_rows_a_network_the_largest_first(digits, workbook):
     assert table.Model.tolist() == ["resnet50"] * 6 + ["resnet20"] * 6
     kinds = [text.replace(" histogram, weights lp(p=3)", "") for text in table.Quantization[:6]]
     assert kinds == [
-        "fp32 original", "PT2E int8", "integer only W8A8, single rounding",
+        "float", "PT2E int8", "integer only W8A8, single rounding",
         "W4A4, QDrop + end to end, 5 iterations", "W3A3, QDrop + end to end, 5 iterations",
         "W2A2, QDrop + fine-tuning, 5 iterations",
     ]
@@ -344,15 +346,39 @@ def test_the_originals_table_has_every_network_beside_it_its_own_first(digits, w
     names = [f"{model} on pets, {way}" for model in ("resnet50", "resnet20") for way in ways]
     assert table.columns.tolist() == ["Original", *names]
     assert table.loc["fp32"].tolist() == ["93.62", "90.00", "90.00", "80.00", "80.00"]
-    texts = {name: " | ".join(table.loc[name]) for name in table.index}
-    assert texts["4 bits, hist"] == (  # its way: the mean of two seeds
-        "64.62 (-29.00) | 42.00 (-48.00) | 80.00 (-10.00) | 32.00 (-48.00) | 70.00 (-10.00)"
-    )
-    assert texts["8 bits, built-in"] == (
-        "93.62 (+0.00) | 88.00 (-2.00) | 89.00 (-1.00) | 78.00 (-2.00) | 79.00 (-1.00)"
-    )
-    assert texts["3 bits, fake-hist"].endswith(" |  | 70.00 (-20.00) |  | 60.00 (-20.00)")
+    its, right = (table[f"resnet50 on pets, {way}"] for way in ways)
+    row = some_row(digits)
+    interval = f"[{-row['drop_high']:+.2f}, {-row['drop_low']:+.2f}]"
+    assert its["4 bits, hist"] == f"42.00 (-48.00 {interval})", "the mean of two seeds"
+    assert right["4 bits, hist"].startswith("80.00 (-10.00 [")
+    assert its["8 bits, built-in"].startswith("88.00 (-2.00 [")
+    assert right["8 bits, built-in"].startswith("89.00 (-1.00 [")
+    assert table.Original["8 bits, built-in"] == "93.62 (+0.00)"
+    only = tables.original_table(results.load(), "resnet20")
+    assert only.columns.tolist() == ["Quantization", "Original", *names[2:]]
+    assert its["3 bits, fake-hist"] == "" and right["3 bits, fake-hist"].startswith("70.00 (-20")
     assert "| ---: | ---: |" in tables.markdown(table.reset_index())
+
+
+def test_the_originals_questions_are_answered_from_the_rows_of_one_network():
+    published = results.load(CHECKOUT / "results" / "published.csv")
+    table = tables.answers(published)
+    assert len(table) == 6 and "resnet20, cifar10-jpeg, n = 10,000" in table.columns[1]
+    one = results.summarize(results.current(published[published.model == "resnet20"]))
+    top1 = one.groupby("corrections").top1.first()
+    stored = top1["W4A4 ladder: codes stored once"] - top1["W4A4 ladder: unsigned after ReLU"]
+    assert f"{stored:+.2f} points" in table.iloc[1, 1]
+    assert not len(tables.answers(published[published.method != "ablation"]))
+
+
+def test_networks_are_compared_where_two_have_been_measured(workbook, digits):
+    frame = rows_of_two_networks(digits)
+    table = tables.networks_by_width(frame, "pets")
+    assert table.width.tolist() == ["W8A8", "W4A4", "W3A3"] * 2
+    assert table.model.tolist() == ["resnet50"] * 3 + ["resnet20"] * 3
+    assert table["drop"].tolist() == [1, 10, 20] * 2 and (table.drop_low < table.drop_high).all()
+    assert list(tables.networks_figures(frame)) == ["pets"]
+    assert not tables.networks_figures(frame[frame.model == "resnet20"])
 
 
 # ---- Evaluating ---------------------------------------------------------------------------------
