@@ -5,12 +5,14 @@ import functools
 import hashlib
 import os
 import pathlib
+import re
 import subprocess
 import tempfile
 import tomllib
 
 from quantlab.system.errors import UserError
 
+CONFLICT = re.compile(r"^(<<<<<<<|>>>>>>>)( |$)", re.MULTILINE)
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -66,6 +68,18 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def read_text(path):
+    """A UTF-8 text file; UserError where it is none or where git left conflict markers in it."""
+    path = pathlib.Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save it as such") from None
+    if CONFLICT.search(text):
+        raise UserError(f"{path} holds git's conflict markers; resolve them first")
+    return text
 
 
 def write_text(path, text):

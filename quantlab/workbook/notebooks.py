@@ -3,13 +3,14 @@
 """
 
 import ast
+import contextlib
 import dataclasses
 import json
 import pathlib
 import re
 
 from quantlab.system.errors import UserError, did_you_mean
-from quantlab.system.files import repository_url, root, write_text
+from quantlab.system.files import read_text, repository_url, root, write_text
 
 KERNEL = {
     "kernelspec": {
@@ -18,10 +19,21 @@ KERNEL = {
 }
 
 
+class Computed(str):
+    """The source of a parameter's default that is no literal, as in 4 * 256: any value may be given
+    in its place.
+    """
+
+    def __repr__(self):
+        return str(self)
+
+
 @dataclasses.dataclass(frozen=True)
 class Notebook:
     """One notebook: its two-digit number, its .ipynb, its title, the defaults of its parameters
     cell by name, and its cells as (type, source), without outputs.
+
+    problem: why it cannot be run, in one line that names it; "" where it can.
     """
 
     number: str
@@ -29,44 +41,118 @@ class Notebook:
     title: str
     parameters: dict
     cells: tuple
+    problem: str = ""
 
 
 def notebooks():
-    """All notebooks of the workbook, by number."""
+    """All notebooks of the workbook by name, in order; also those with a problem."""
     folder = root() / "notebooks"
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not paths:
         raise UserError(f"no notebooks in {folder}; run this in a checkout of the workbook, "
                         "or set QUANTLAB_ROOT to one")
-    return {path.name[:2]: read(path) for path in paths}
+    return {path.stem: read(path) for path in paths}
 
 
 def read(path):
     """A Notebook from its file. papermill.inspect_notebook would give the parameters too, as texts,
     after two seconds of imports: too long before the one line that answers a mistyped name.
     """
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
-    title = next(line for line in sources[0][1].splitlines() if line.startswith("# "))
-    tagged = [i for i, c in enumerate(cells) if "parameters" in c["metadata"].get("tags", [])]
-    code = sources[tagged[0]][1] if tagged else ""
-    assignments = [n for n in ast.parse(code).body if isinstance(n, ast.Assign)]
-    parameters = {n.targets[0].id: ast.literal_eval(n.value) for n in assignments}
-    return Notebook(path.name[:2], path, title.removeprefix("# "), parameters, tuple(sources))
+    try:
+        _, language = kernel(path)
+        if language != "python":
+            raise UserError(f"{path.name} is written in {language}; only Python is run here")
+        cells = _cells(path)
+        sources = tuple((kind, source) for kind, source, _ in cells)
+        tagged = [source for _, source, tags in cells if "parameters" in tags]
+        parameters = _defaults(tagged[0], path) if tagged else {}
+    except UserError as error:
+        return Notebook(path.name[:2], path, path.stem, {}, (), str(error))
+    texts = "\n".join(source for kind, source in sources if kind == "markdown").splitlines()
+    title = next((line.removeprefix("# ") for line in texts if line.startswith("# ")), path.stem)
+    return Notebook(path.name[:2], path, title, parameters, sources)
 
 
-def find(number):
-    """A notebook by number or name ("3", "03", "03_quantize_by_hand"), or UserError with those
-    there are.
+def kernel(path):
+    """(name, language) of the kernel that a notebook's file asks for; this Python's by default."""
+    with _format_4(path) as notebook:
+        spec = notebook["metadata"].get("kernelspec", {})
+        return spec.get("name", "python3"), spec.get("language", "python").lower()
+
+
+def _cells(path):
+    """[(type, source, tags)] of a notebook's file."""
+    with _format_4(path) as notebook:
+        return [(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", []))
+                for cell in notebook["cells"]]
+
+
+@contextlib.contextmanager
+def _format_4(path):
+    """A notebook's file as it is; UserError for what is none."""
+    try:
+        yield json.loads(read_text(path))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path.name} is no notebook of format 4 ({why}); save it in JupyterLab "
+                        "or move it out of the folder") from None
+
+
+def _defaults(code, path):
+    """Name -> default of everything that a parameters cell assigns; a Computed where it is no
+    literal. Lines of magic are left out.
     """
-    known = notebooks()
-    key = str(number).split("_")[0].zfill(2)
-    is_name = "_" in str(number)
-    if key not in known or (is_name and known[key].path.stem != pathlib.Path(number).stem):
-        names = [notebook.path.stem for notebook in known.values()]
-        hint = did_you_mean(number, names, 0.5)
-        raise UserError(f"notebook {number!r} is unknown{hint}; there are: {', '.join(names)}")
-    return known[key]
+    lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in code.splitlines()]
+    try:
+        statements = ast.parse("\n".join(lines)).body
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path.name}: its parameters cell is no Python ({error}); correct it in "
+                        "JupyterLab") from None
+    found = {}
+    for statement in statements:
+        if isinstance(statement, ast.Assign):
+            for target in statement.targets:
+                found |= _assigned(target, statement.value)
+        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            found |= _assigned(statement.target, statement.value)
+        elif isinstance(statement, ast.AugAssign):
+            found |= _assigned(statement.target, statement)
+    return found
+
+
+def _assigned(target, value):
+    if isinstance(target, ast.Name):
+        return {target.id: _literal(value)}
+    if not isinstance(target, (ast.Tuple, ast.List)):
+        return {}
+    same = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
+    values = value.elts if same else [value] * len(target.elts)
+    pairs = [_assigned(*pair) for pair in zip(target.elts, values)]
+    return {name: default for pair in pairs for name, default in pair.items()}
+
+
+def _literal(node):
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return Computed(ast.unparse(node))
+
+
+def find(name):
+    """A notebook by number or name ("3", "03", "03_quantize_by_hand", "quantize_by_hand"), or
+    UserError with those there are, or with its problem.
+    """
+    known, wanted = notebooks(), str(name).removesuffix(".ipynb")
+    found = [stem for stem in known if wanted in (stem, stem[3:]) or wanted.zfill(2) == stem[:2]]
+    if not found:
+        hint = did_you_mean(name, known, 0.5)
+        raise UserError(f"notebook {name!r} is unknown{hint}; there are: {', '.join(known)}")
+    if len(found) > 1:
+        raise UserError(f"notebook {name!r} may be each of {', '.join(found)}: name one in full")
+    notebook = known[found[0]]
+    if notebook.problem:
+        raise UserError(notebook.problem)
+    return notebook
 
 
 def check_parameter(notebook, name, text):
@@ -77,18 +163,23 @@ def check_parameter(notebook, name, text):
     if name not in known:
         raise UserError(f"{stem} has no parameter {name!r}{did_you_mean(name, known)}; "
                         f"it accepts: {', '.join(known)}")
-    wanted = type(known[name])
-    if wanted is bool and str(text).lower() in ("true", "false"):
-        return str(text).lower() == "true"
-    if wanted in (int, float):
-        try:
+    default, text = known[name], str(text)
+    wanted = type(default)
+    try:
+        if wanted is str:
+            return text
+        if wanted in (int, float):
             return wanted(text)
-        except ValueError:
-            pass
-    elif wanted is str:
-        return str(text)
+        if wanted is bool:
+            return {"true": True, "false": False}[text.lower()]
+        value = ast.literal_eval(text)
+        if wanted is Computed or default is None or isinstance(value, wanted):
+            return value
+    except (ValueError, KeyError, TypeError, SyntaxError):
+        if wanted is Computed or default is None:
+            return text
     raise UserError(f"parameter {name}={text!r} of {stem} is not {wanted.__name__}; "
-                    f"its default is {known[name]!r}")
+                    f"its default is {default!r}")
 
 
 # ---- In step ------------------------------------------------------------------------------------

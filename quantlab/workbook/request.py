@@ -31,9 +31,10 @@ def requested(numbers=(), overrides=None, source=None):
 
 
 def _check_known(overrides, chosen, strict):
+    chosen = [notebook for notebook in chosen if not notebook.problem]
     for name in overrides:
         strangers = [notebook for notebook in chosen if name not in notebook.parameters]
-        if len(strangers) == len(chosen) or (strict and strangers):
+        if strangers and (strict or len(strangers) == len(chosen)):
             notebooks.check_parameter(strangers[0], name, overrides[name])  # raises, with a hint
 
 
