@@ -159,7 +159,7 @@ def _run(options):
 
 def _list(options):
     for notebook in notebooks.notebooks().values():
-        print(f"{notebook.path.stem}: {notebook.title}")
+        print(f"{notebook.path.stem}: {notebook.problem or notebook.title}")
         for name, default in notebook.parameters.items():
             print(f"    -p {name} {default!r}  ({type(default).__name__})")
 
@@ -167,7 +167,7 @@ def _list(options):
 def _report(options):
     from quantlab.workbook.run import run, status_table
 
-    frame = run(["11"], force=True)
+    frame = run(["report"], force=True)
     print(status_table(frame))
     return int((frame.status == "failed").any())
 

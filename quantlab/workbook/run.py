@@ -2,14 +2,16 @@
 kill, end with a table and a report.
 """
 
+import json
 import os
+import re
 import time
 
 import pandas as pd
 
 from quantlab.system.errors import UserError
 from quantlab.system.files import atomic_path, root, write_text
-from quantlab.workbook import results
+from quantlab.workbook import notebooks, results
 from quantlab.workbook.keys import run_key
 from quantlab.workbook.request import requested
 
@@ -19,6 +21,10 @@ TIME_LIMIT = 3 * 3600  # seconds a notebook
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": 2**25, "MALLOC_TRIM_THRESHOLD_": 2**30, "MALLOC_TOP_PAD_": 2**27,
 }
+KERNEL_OPTIONS = [
+    "--log-level=ERROR",  # or every one warns that it talks over the loopback device unencrypted
+    "--matplotlib=inline",  # figures become pictures, whatever MPLBACKEND says
+]
 
 
 def runs_folder():
@@ -47,11 +53,13 @@ def run(numbers=(), overrides=None, *, source=None, force=False, time_limit=TIME
 
 
 def _run_one(notebook, parameters, force, time_limit):
+    if notebook.problem:
+        return "failed", notebook.problem
     try:
         key = run_key(notebook, parameters)
         out = runs_folder() / f"{notebook.path.stem}-{key}.ipynb"
         rows = out.with_suffix(".csv")  # what the run recorded; there when it is complete
-        complete = out.exists() and rows.exists() and not force
+        complete = out.exists() and rows.exists() and not force and not _undrawn(out)
         if complete:
             results.count_again(rows)  # results.csv may have been moved away, or be of other code
         else:
@@ -70,8 +78,15 @@ def execute(source, out, parameters, time_limit=TIME_LIMIT, folder=None):
     a cell fails or time is up. folder: its working directory, by default the workbook.
     """
     import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from jupyter_client.kernelspec import NoSuchKernel, get_kernel_spec
+    from nbclient.exceptions import CellTimeoutError
 
+    kernel, language = notebooks.kernel(source)
+    try:
+        get_kernel_spec(kernel)
+    except NoSuchKernel:
+        raise UserError(f"{source.name} wants the kernel {kernel!r}, which is not installed here; "
+                        "choose Python 3 (ipykernel) for it in JupyterLab") from None
     deadline = time.monotonic() + time_limit
     _set_up_kernels()
     failed = out.parent / f"{source.stem}.failed.ipynb"
@@ -79,22 +94,34 @@ def execute(source, out, parameters, time_limit=TIME_LIMIT, folder=None):
         try:
             papermill.execute_notebook(
                 str(source), str(temporary), parameters=parameters, cwd=str(folder or root()),
-                progress_bar=True, log_output=False,
+                progress_bar=True, log_output=False, kernel_name=kernel, language=language,
                 timeout_func=lambda cell: max(1, int(deadline - time.monotonic())),  # what is left
-                # or every kernel warns that it talks over the loopback device unencrypted
-                extra_arguments=["--log-level=ERROR"],
+                extra_arguments=KERNEL_OPTIONS,
             )
-            failed.unlink(missing_ok=True)
-            return
+            why = _undrawn(temporary)
         except papermill.PapermillExecutionError as error:
             said = error.evalue.splitlines()[0] if error.evalue else ""
-            why = f"{error.ename}: {said} (cell {error.exec_count}; see {failed.name})"
+            why = f"{error.ename}: {said} (cell {error.exec_count})"
         except CellTimeoutError:
-            why = f"time limit of {time_limit} s reached (--time-limit); see {failed.name}"
-        except DeadKernelError:
-            why = f"the kernel died (out of memory?); see {failed.name}"
+            why = f"time limit of {time_limit} s reached (--time-limit)"
+        except RuntimeError as error:  # at its start or later
+            why = f"the kernel died (out of memory?): {str(error).splitlines()[0]}"
+        if not why:
+            failed.unlink(missing_ok=True)
+            return
         os.replace(temporary, failed)
-        raise UserError(why)
+        raise UserError(f"{why}; see {failed.name}")
+
+
+def _undrawn(executed):
+    """What to say of an executed notebook in which figures are texts, not pictures; else ""."""
+    cells = json.loads(executed.read_text(encoding="utf-8")).get("cells", [])
+    shown = [o.get("data", {}) for cell in cells for o in cell.get("outputs", [])]
+    figure = re.compile(r"<Figure size .* with [1-9]")  # one without axes has no picture anyway
+    figures = [data for data in shown if figure.match("".join(data.get("text/plain", "")))]
+    missing = sum(not any(kind.startswith("image/") for kind in data) for data in figures)
+    what = f"{missing} of {len(figures)} figures have no picture"
+    return f"{what}: leave matplotlib's backend to the notebook" if missing else ""
 
 
 def _set_up_kernels():

@@ -14,7 +14,9 @@ import matplotlib
 import safetensors
 import torch
 from IPython import get_ipython
+from IPython.core.pylabtools import select_figure_formats
 from IPython.display import display
+from matplotlib.figure import Figure
 
 from quantlab import plots
 from quantlab.calibration import collect
@@ -172,6 +174,17 @@ class Study:
         if get_ipython() is None:
             print(f"figure: {root() / 'pic'}/{name}_{self.model}_{getattr(data, 'name', data)}.png")
         return figure
+
+
+def draw_figures(shell):
+    """Make figures pictures in a notebook also where MPLBACKEND names a backend that shows none."""
+    formatters = shell.display_formatter.formatters
+    if not any(Figure in formatters[kind] for kind in ("image/png", "image/svg+xml")):
+        select_figure_formats(shell, {"png"})
+
+
+if get_ipython() is not None:
+    draw_figures(get_ipython())
 
 
 def brief(frame):

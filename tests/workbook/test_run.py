@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from conftest import CHECKOUT
 
+from quantlab.__main__ import main
 from quantlab.system.errors import UserError
 from quantlab.workbook import notebooks, results, run
 
@@ -25,14 +26,21 @@ while (root / "wait").exists():
 """
 
 
-def write_notebook(place, code):
+def write_notebook(place, code, parameters="n = 1\ndata = 'digits'", metadata=notebooks.KERNEL):
     cells = [
         nbformat.v4.new_markdown_cell("# 98 · Tiny"),
-        nbformat.v4.new_code_cell("n = 1\ndata = 'digits'", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(code),
     ]
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata=notebooks.KERNEL)
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
     nbformat.write(notebook, place / "notebooks" / "98_tiny.ipynb")
+
+
+def outputs_of_run(place):
+    """What the cells of the run of 98_tiny showed: a dict of type -> content each."""
+    (out,) = (place / "results" / "runs").glob("98_*.ipynb")
+    cells = nbformat.read(out, as_version=4).cells
+    return [output.data for cell in cells for output in cell.get("outputs", [])]
 
 
 def start_runner(place):
@@ -112,3 +120,60 @@ def test_mistaken_parameters_and_names_are_refused_at_once(workbook):
     assert "notebook '99' is unknown" in texts[2] and "98_tiny" in texts[2]
     assert "did you mean seed?" in texts[3]
     assert not (workbook / "results").exists()
+
+
+# ---- Figures -------------------------------------------------------------------------------------
+
+FIGURE = "from matplotlib import pyplot as plt\nf, axes = plt.subplots()\nplt.close(f)\nf"
+
+
+@pytest.mark.parametrize("backend", ["Agg", "TkAgg"])
+def test_figures_are_pictures_under_any_backend(workbook, monkeypatch, backend):
+    monkeypatch.setenv("MPLBACKEND", backend)
+    write_notebook(workbook, FIGURE)
+    assert run.run(["98"]).message[0].startswith("98_tiny-")
+    (shown,) = outputs_of_run(workbook)
+    assert "image/png" in shown
+
+
+def test_a_run_whose_figures_are_missing_fails_and_is_not_taken_for_complete(workbook):
+    write_notebook(workbook, "from IPython.display import display\n"
+                             "display({'text/plain': '<Figure size 9x9 with 1 Axes>'}, raw=True)")
+    frame = run.run(["98"])
+    assert (frame.status[0], frame.message[0]) == (
+        "failed", "1 of 1 figures have no picture: leave matplotlib's backend to the notebook; "
+                  "see 98_tiny.failed.ipynb")
+    assert run.run(["98"]).status[0] == "failed", "it is not skipped"
+    assert not list((workbook / "results" / "runs").glob("98_tiny-*"))
+
+
+def test_the_report_is_found_by_its_name(workbook, monkeypatch):
+    started = []
+    monkeypatch.setattr(run, "_run_one", lambda notebook, *_: started.append(notebook) or ("", ""))
+    assert main(["report"]) == 0
+    assert [notebook.path.stem for notebook in started] == ["13_report"]
+
+
+# ---- Notebooks that people edit ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metadata, said", [
+    ({"kernelspec": {"name": "theirs", "display_name": "Theirs"}},
+     "98_tiny.ipynb wants the kernel 'theirs', which is not installed here; choose Python 3"),
+    ({"kernelspec": {"name": "ir", "display_name": "R", "language": "R"}}, "98_tiny.ipynb is written in r; only Python"),
+])
+def test_a_kernel_that_is_not_here_gets_one_line(workbook, metadata, said):
+    write_notebook(workbook, "1", metadata=metadata)
+    for other in (workbook / "notebooks").glob("[01]*"):
+        other.unlink()
+    frame = run.run()
+    assert frame.status[0] == "failed" and frame.message[0].startswith(said)
+
+
+def test_magics_expressions_and_no_kernel_at_all_run_as_with_papermill(workbook):
+    write_notebook(workbook, "print(n, width, sides)", metadata={},
+                   parameters="%matplotlib inline\nn = 4 * 2\nwidth, sides = 3, (1, 2)")
+    frame = run.run(["98"], {"n": "9", "sides": "(5, 6)"})
+    assert frame.status[0] == "done", frame.message[0]
+    (out,) = (workbook / "results" / "runs").glob("98_*.ipynb")
+    assert nbformat.read(out, as_version=4).cells[-1].outputs[0].text == "9 3 (5, 6)\n"

@@ -11,12 +11,15 @@ import pandas as pd
 import pytest
 import torch
 from conftest import CHECKOUT
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.pylabtools import select_figure_formats
 from IPython.display import Markdown
+from matplotlib.figure import Figure
 
 import quantlab as ql
 from quantlab import plots
 from quantlab.workbook import results, study
-from quantlab.workbook.study import Study, brief, show
+from quantlab.workbook.study import Study, brief, draw_figures, show
 
 CHECKPOINT = CHECKOUT / "checkpoint" / "resnet20-digits.safetensors"
 
@@ -180,3 +183,14 @@ def test_a_plain_script_opens_no_window(workbook, tmp_path):
                           env={**environment, "PYTHONPATH": str(CHECKOUT)})
     assert done.stdout.splitlines()[-1].lower() == "agg", done.stderr
     assert "99_try_resnet20_digits.png" in done.stdout
+
+
+def test_a_kernel_whose_backend_shows_nothing_draws_figures_and_one_of_the_reader_s_choice_is_kept():
+    shell = InteractiveShell()
+    draw_figures(shell)
+    figure = Figure()
+    figure.add_subplot()
+    assert shell.display_formatter.format(figure)[0]["image/png"].startswith("iVBOR")
+    select_figure_formats(shell, {"svg"})
+    draw_figures(shell)
+    assert {*shell.display_formatter.format(figure)[0]} == {"text/plain", "image/svg+xml"}
