@@ -188,27 +188,53 @@ def check_parameter(notebook, name, text):
 def sync():
     """Write every .ipynb from its .py, without outputs, with stable cell ids and this repository's
     address. Where they say different things, the newer of the two wins, as with jupytext --sync.
-    """
-    import jupytext
 
-    changed = []
+    Returns the names of the files that changed. UserError, when the others are in step, for pairs
+    that are left as they are: a damaged file, or a pasted image, which a .py cannot hold.
+    """
+    changed, refused = [], []
     for script in sorted((root() / "notebooks").glob("*.py")):
-        path = script.with_suffix(".ipynb")
-        is_newer = path.exists() and path.stat().st_mtime > script.stat().st_mtime
-        notebook = jupytext.read(path if is_newer else script)
-        for cell in notebook.cells:
-            cell.source = with_address(cell.source, path.stem)
-        for file, text in zip((script, path), render(notebook, script.stem)):
-            if not file.exists() or file.read_text(encoding="utf-8") != text:
-                write_text(file, text)
-                changed.append(file.name)
+        try:
+            changed += _sync_pair(script, script.with_suffix(".ipynb"))
+        except UserError as error:
+            refused.append(str(error))
     readme = root() / "README.md"
     if readme.exists():
-        old = readme.read_text(encoding="utf-8")
+        old = read_text(readme)
         if (new := with_address(old)) != old:
             write_text(readme, new)
             changed.append(readme.name)
+    if refused:
+        raise UserError("; ".join(refused))
     return changed
+
+
+def _sync_pair(script, path):
+    """Names of the files that were written of a .py and its .ipynb."""
+    import jupytext
+
+    texts = {file: read_text(file) for file in (script, path) if file.exists()}
+    if path in texts:
+        _check_attachments(path)
+    is_newer = path in texts and path.stat().st_mtime > script.stat().st_mtime
+    newer = path if is_newer else script
+    notebook = jupytext.reads(texts[newer], newer.suffix[1:])
+    for cell in notebook.cells:
+        cell.source = with_address(cell.source, path.stem)
+    changed = []
+    for file, text in zip((script, path), render(notebook, script.stem)):
+        if texts.get(file) != text:
+            write_text(file, text)
+            changed.append(file.name)
+    return changed
+
+
+def _check_attachments(path):
+    with _format_4(path) as notebook:
+        pasted = [name for cell in notebook["cells"] for name in cell.get("attachments", {})]
+    if pasted:
+        raise UserError(f"{path.name} holds pasted images ({', '.join(pasted)}), which its .py "
+                        "cannot keep: save them as files in pic/ and link to them")
 
 
 def render(notebook, stem):
@@ -218,7 +244,10 @@ def render(notebook, stem):
     import jupytext
     import nbformat
 
-    makers = {"markdown": nbformat.v4.new_markdown_cell, "code": nbformat.v4.new_code_cell}
+    makers = {
+        "markdown": nbformat.v4.new_markdown_cell, "code": nbformat.v4.new_code_cell,
+        "raw": nbformat.v4.new_raw_cell,
+    }
     cells = []
     for i, cell in enumerate(notebook.cells):
         tags = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}

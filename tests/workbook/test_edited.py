@@ -1,5 +1,7 @@
 """Notebooks as people edit them: the others stay usable, the one at fault gets one line."""
 
+import os
+
 import nbformat
 import pytest
 from conftest import read_text
@@ -119,3 +121,51 @@ def test_a_value_has_the_type_of_its_default(workbook, default, text, value):
 
 def test_every_notebook_of_ours_can_be_run():
     assert not any(notebook.problem for notebook in notebooks.notebooks().values())
+
+
+# ---- In step -------------------------------------------------------------------------------------
+
+
+def touch_later(path):
+    later = path.with_suffix(".py").stat().st_mtime + 5
+    os.utime(path, (later, later))
+
+
+def test_sync_keeps_raw_cells(workbook, capsys):
+    path = workbook / "notebooks" / "05_activation_histograms.ipynb"
+    edit(workbook, path.stem, lambda n: n.cells.append(nbformat.v4.new_raw_cell("\\newpage")))
+    touch_later(path)
+    for _ in range(2):  # from the .ipynb to the .py, then back
+        assert main(["sync"]) == 0
+        cell = nbformat.read(path, as_version=4).cells[-1]
+        assert (cell.cell_type, cell.source) == ("raw", "\\newpage")
+        path.with_suffix(".ipynb").unlink()
+    assert "# %% [raw]\n# \\newpage" in read_text(path.with_suffix(".py"))
+
+
+@pytest.mark.parametrize("is_newer", [True, False])
+def test_sync_refuses_pasted_images_and_brings_the_others_into_step(workbook, capsys, is_newer):
+    pasted = nbformat.v4.new_markdown_cell(
+        "![shot.png](attachment:shot.png)", attachments={"shot.png": {"image/png": "iVBORw0KGgo="}})
+    path = workbook / "notebooks" / "05_activation_histograms.ipynb"
+    edit(workbook, path.stem, lambda notebook: notebook.cells.append(pasted))
+    if is_newer:
+        touch_later(path)
+    before = read_text(path), read_text(path.with_suffix(".py"))
+    (workbook / "notebooks" / "07_low_bit_methods.ipynb").unlink()
+    assert main(["sync"]) == 1
+    assert capsys.readouterr().err == (
+        "error: 05_activation_histograms.ipynb holds pasted images (shot.png), which its .py "
+        "cannot keep: save them as files in pic/ and link to them\n")
+    assert (read_text(path), read_text(path.with_suffix(".py"))) == before
+    assert (workbook / "notebooks" / "07_low_bit_methods.ipynb").exists()
+
+
+@pytest.mark.parametrize("suffix", [".py", ".ipynb"])
+def test_sync_refuses_a_file_with_conflict_markers(workbook, capsys, suffix):
+    path = workbook / "notebooks" / f"05_activation_histograms{suffix}"
+    path.write_text("<<<<<<< HEAD\n=======\n>>>>>>> theirs\n" + read_text(path))
+    before = read_text(path)
+    assert main(["sync"]) == 1
+    assert f"{path} holds git's conflict markers" in capsys.readouterr().err
+    assert read_text(path) == before

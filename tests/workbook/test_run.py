@@ -160,7 +160,8 @@ def test_the_report_is_found_by_its_name(workbook, monkeypatch):
 @pytest.mark.parametrize("metadata, said", [
     ({"kernelspec": {"name": "theirs", "display_name": "Theirs"}},
      "98_tiny.ipynb wants the kernel 'theirs', which is not installed here; choose Python 3"),
-    ({"kernelspec": {"name": "ir", "display_name": "R", "language": "R"}}, "98_tiny.ipynb is written in r; only Python"),
+    ({"kernelspec": {"name": "ir", "display_name": "R", "language": "R"}},
+     "98_tiny.ipynb is written in r; only Python"),
 ])
 def test_a_kernel_that_is_not_here_gets_one_line(workbook, metadata, said):
     write_notebook(workbook, "1", metadata=metadata)

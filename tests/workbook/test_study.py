@@ -185,7 +185,7 @@ def test_a_plain_script_opens_no_window(workbook, tmp_path):
     assert "99_try_resnet20_digits.png" in done.stdout
 
 
-def test_a_kernel_whose_backend_shows_nothing_draws_figures_and_one_of_the_reader_s_choice_is_kept():
+def test_figures_are_drawn_under_a_backend_that_shows_nothing_in_the_format_chosen():
     shell = InteractiveShell()
     draw_figures(shell)
     figure = Figure()
