@@ -46,13 +46,24 @@ PASSES_CODES = ("rearrange", "maxpool")  # codes of the input, at most fewer or 
 # ---- Tracing and folding -------------------------------------------------------------------------
 
 
+class _Tracer(fx.Tracer):
+    """Names what is no module by the block that calls it: layer3_0_add, where torch.fx counts from
+    the start of the network (add_6)."""
+
+    def create_proxy(self, kind, target, args, kwargs, name=None, *rest, **options):
+        if name is None and kind in ("call_function", "call_method") and self.module_stack:
+            block = next(reversed(self.module_stack)).split("@")[0]  # @1: its second call
+            name = f"{block}_{getattr(target, '__name__', target)}"
+        return super().create_proxy(kind, target, args, kwargs, name, *rest, **options)
+
+
 def trace(model):
     """A symbolic trace of a copy of `model` in eval mode; UserError with the line to change."""
     model = copy.deepcopy(model).eval()
     if isinstance(model, fx.GraphModule):
         return model
     try:
-        return fx.symbolic_trace(model)
+        return fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
     except Exception as error:  # whatever the model's own forward raises on a symbolic value
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if "torch" not in f.filename and "quantlab" not in f.filename]

@@ -80,7 +80,7 @@ def test_every_layer_against_numpy(which, resnet20, digits):
 def test_layers_are_found_from_the_graph(resnet20):
     layers = find_layers(folded(resnet20))
     assert len(layers) == 22 + 9
-    assert len([name for name in layers if name.startswith("add")]) == 9
+    assert len([name for name in layers if name.endswith("_add")]) == 9
     assert sum(relu is not None for relu in layers.values()) == 19
     assert find_layers(folded(Odd())) == {
         "bn": "relu", "conv": "relu_1", "depthwise": "relu6", "dead": "relu_2", "fc": None}

@@ -68,7 +68,7 @@ def test_every_channels_share_of_its_layers_range(space):
         assert rows.channel.tolist() == list(range(len(size)))
 
 
-@pytest.mark.parametrize("layer", ["conv1", "add_3", "layer3_2_conv2", "fc"])
+@pytest.mark.parametrize("layer", ["conv1", "layer2_0_add", "layer3_2_conv2", "fc"])
 def test_what_one_range_for_all_channels_costs(space, layer):
     costs = space["costs"].set_index(["layer", "what"])
     cases = {"activations": values_of(space, layer, 8)}
@@ -88,7 +88,7 @@ def test_what_one_range_for_all_channels_costs(space, layer):
 
 
 def test_histograms_and_densities(space):
-    for layer in ("conv1", "add_3"):
+    for layer in ("conv1", "layer2_0_add"):
         x = values_of(space, layer, 24)
         edge = space["edges"][layer, "after"]
         assert edge.count == x.size and edge.maximum == pytest.approx(x.max(), rel=1e-4)

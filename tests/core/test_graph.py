@@ -27,6 +27,15 @@ def test_folded_graph_computes_what_the_model_computes(build):
     assert torch.equal(model(x.clone()), expected), "the model itself is left alone"
 
 
+def test_an_addition_is_named_by_its_block(resnet20):
+    """The blocks are those of the modules' own names; what no block calls keeps torch.fx's name."""
+    blocks = [name for name, module in resnet20.named_modules() if hasattr(module, "shortcut")]
+    kinds = find_kinds(folded(resnet20))
+    adds = [node.name for node, kind in kinds.items() if kind == "add"]
+    assert adds == [block.replace(".", "_") + "_add" for block in blocks] and len(adds) == 9
+    assert "add" in {node.name for node in find_kinds(folded(Tangle()))}
+
+
 def test_plan_of_the_tangle():
     plan = make_plan(folded(randomize_batchnorm(Tangle())))
     assert plan.floats == ("hardswish",)

@@ -52,7 +52,7 @@ def test_every_layer_reads_codes_of_its_width(resnet20, stats, digits, config):
 
 def test_operands_and_results_of_adds_have_residual_bits(resnet20, stats):
     qmodel = ql.quantize(resnet20, stats, ql.QuantConfig(3, 3, residual_bits=7))
-    adds = [n for n in qmodel.graph.nodes if n.name.startswith("add")]
+    adds = [n for n in qmodel.graph.nodes if n.name.endswith("_add")]
     assert len(adds) == 9
     for add in adds:
         for operand in add.args:
@@ -61,7 +61,7 @@ def test_operands_and_results_of_adds_have_residual_bits(resnet20, stats):
 
 def test_float_residual_stream(resnet20, stats):
     qmodel = ql.quantize(resnet20, stats, ql.QuantConfig(4, 4, residual_bits=None))
-    for add in [n for n in qmodel.graph.nodes if n.name.startswith("add")]:
+    for add in [n for n in qmodel.graph.nodes if n.name.endswith("_add")]:
         assert not any("quantizers" in str(operand.target) for operand in add.args)
     layers = {n.name: n for n in qmodel.graph.nodes}
     for layer in list(qmodel.layers)[1:-1]:

@@ -190,10 +190,10 @@ def test_report(resnet20, stats):
     assert frame.bops["layer1_0_conv1"] == frame.macs["layer1_0_conv1"] * 4 * 4
     assert frame.bops["conv1"] == frame.macs["conv1"] * 8 * 4, "the image has 8 bits"
     assert frame.live_bytes["conv1"] == 3 * 1024 + 16 * 1024, "the image and what conv1 writes"
-    assert frame.live_bytes["add"] == 3 * 16 * 1024, "two operands and their sum"
+    assert frame.live_bytes["layer1_0_add"] == 3 * 16 * 1024, "two operands and their sum"
     assert frame.live_bytes.max() == 3 * 16 * 1024
     assert frame.accumulator_bits["layer1_0_conv1"] <= 4 + 4 + 8
-    assert frame.accumulator_bits["add"] <= 30
+    assert frame.accumulator_bits["layer1_0_add"] <= 30
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
