@@ -8,6 +8,8 @@ convert.py builds the graph; operations.py and pooling.py hold its operations, f
 Jacob et al. 2018 (arXiv:1712.05877).
 """
 
+import contextlib
+
 import pandas as pd
 import torch
 from torch import fx, nn
@@ -19,6 +21,7 @@ from quantlab.integer.convert import Converter, describe
 from quantlab.integer.fixedpoint import check_rounding
 from quantlab.quantized import QuantizedNetwork, find_node
 from quantlab.system.errors import UserError
+from quantlab.system.turns import turn
 
 INTEGERS = (torch.int8, torch.int32, torch.int64)
 EXECUTORS = ("reference", "fast")
@@ -75,7 +78,9 @@ class IntegerModel(nn.Module):
     forward: float32 [B, C, H, W] -> float32 logits. network: the integer graph, a
     torch.fx.GraphModule, codes in and int32 out. stored: edge -> (name of the node of `network`
     that holds its codes, their offset). The reference stays on the CPU, where integer convolution
-    exists, and takes images from any device.
+    exists, and takes images from any device. Threads may call it: they take turns. UserError for
+    images that the network cannot take: no floats, none, of no pixels, with NaN, or of another
+    number of channels or another size.
     """
 
     def __init__(self, quantizer, offset, network, stored, tail, dtype, rounding, executor):
@@ -94,6 +99,7 @@ class IntegerModel(nn.Module):
 
     def input_codes(self, images):
         """float32 images, on any device -> codes as the executor stores them."""
+        _check_images(images)
         images = images.to(self.quantizer.scale.device)
         return (quantize_tensor(images, self.quantizer.qparams) - self.offset).to(self.dtype)
 
@@ -105,8 +111,10 @@ class IntegerModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        acc = self.network(self.input_codes(images))
-        return self.dequantize(acc).to(images.device)
+        with turn(), _fitting(images):
+            # not by its __call__, which prints tracebacks
+            acc = self.network.forward(self.input_codes(images))
+            return self.dequantize(acc).to(images.device)
 
     @torch.no_grad()
     def codes(self, images):
@@ -114,11 +122,12 @@ class IntegerModel(nn.Module):
         Quantizers of the fake-quantized graph.
         """
         run = IntegerRun(self.network, keep=True)
-        logits = run.run(self.input_codes(images))
-        values = {node.name: value for node, value in run.env.items()}
-        codes = {edge: values[node].int() + offset
-                 for edge, (node, offset) in self.stored.items()}
-        return codes | {"logits": logits}
+        with turn(), _fitting(images):
+            logits = run.run(self.input_codes(images))
+            values = {node.name: value for node, value in run.env.items()}
+            codes = {edge: values[node].int() + offset
+                     for edge, (node, offset) in self.stored.items()}
+            return codes | {"logits": logits}
 
     @torch.no_grad()
     def report(self, shape):
@@ -131,10 +140,37 @@ class IntegerModel(nn.Module):
         it runs, packed; their maximum is the peak.
         """
         run = IntegerRun(self.network, keep=True)
-        run.run(self.input_codes(torch.zeros(1, *shape)))
-        operations, live = self.operations, _live_bytes(self.network, run.env)
-        return pd.DataFrame(_report_row(operations[node.name], node, run.env)
-                            | {"live_bytes": live[node]} for node in _modules(self.network))
+        images = torch.zeros(1, *shape)
+        with turn(), _fitting(images):
+            run.run(self.input_codes(images))
+            operations, live = self.operations, _live_bytes(self.network, run.env)
+            return pd.DataFrame(_report_row(operations[node.name], node, run.env)
+                                | {"live_bytes": live[node]} for node in _modules(self.network))
+
+
+def _check_images(images):
+    """UserError unless `images` is a batch that has codes."""
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        what = getattr(images, "dtype", type(images).__name__)
+        raise UserError(f"images are {what}; pass a tensor of float32 [B, C, H, W]")
+    if images.dim() < 2 or not images.numel():
+        raise UserError(f"images of shape {list(images.shape)} are no batch of images; pass "
+                        "[B, C, H, W], each at least 1")
+    if images.isnan().any():
+        raise UserError("images hold NaN, which has no code; find where it arises")
+
+
+@contextlib.contextmanager
+def _fitting(images):
+    """What torch says of images of another size than a view or a layer asks for, as a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"images of shape {list(images.shape)} do not fit this network: {reason}; "
+                        "pass such as it was calibrated on") from None
 
 
 class IntegerRun(fx.Interpreter):
@@ -146,6 +182,10 @@ class IntegerRun(fx.Interpreter):
     def __init__(self, network, keep=False):
         super().__init__(network, garbage_collect_values=not keep)
         self.extra_traceback = False  # an error message stays one line
+
+    def run(self, *codes):
+        with turn():
+            return super().run(*codes)
 
     def run_node(self, node):
         value = super().run_node(node)

@@ -113,6 +113,13 @@ class Operation(nn.Module):
         return self.requantization(acc)
 
     def forward(self, *codes):
+        self.check(*codes)
+        return self.compute(*codes)
+
+    def check(self, *codes):
+        """UserError for codes of a shape that the operation cannot take."""
+
+    def compute(self, *codes):
         acc = self.accumulate(*codes)
         return acc if self.out is None else self.store(acc)
 
@@ -166,10 +173,30 @@ class Conv(Layer):
         super().__init__(name, layer, *rest)
         self.options = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
         self.dilation = layer.dilation
+        self.channels = layer.in_channels
+        # left, right, top, bottom, also for "same"
+        self.padding = layer._reversed_padding_repeated_twice
+
+    def check(self, x):
+        check_channels(self.name, x, 1, self.channels, dim=4)
+        left, right, top, bottom = self.padding
+        wide = x.shape[2] + top + bottom, x.shape[3] + left + right
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.weight.shape[2:])]
+        if wide[0] < reach[0] or wide[1] < reach[1]:
+            raise UserError(f"{self.name}: its kernel of {reach[0]}x{reach[1]} does not fit into "
+                            f"{wide[0]}x{wide[1]} pixels; use larger images")
 
     def accumulate(self, x):
         weight = dilate(self.weight, self.dilation)
         return F.conv2d(x.int() - self.zero_point_in, weight, self.bias, **self.options)
+
+
+def check_channels(name, x, axis, channels, dim=None):
+    """UserError unless codes x have that many channels along `axis`, and `dim` dimensions."""
+    if x.dim() != (dim or x.dim()) or x.shape[axis] != channels:
+        raise UserError(f"{name} takes {channels} channels along dimension {axis}"
+                        f"{f' of {dim}' if dim else ''}, not codes of shape {list(x.shape)}; pass "
+                        "images such as the network was calibrated on")
 
 
 def dilate(weight, dilation):
@@ -182,6 +209,9 @@ def dilate(weight, dilation):
 
 class Linear(Layer):
     kind = "linear"
+
+    def check(self, x):
+        check_channels(self.name, x, -1, self.weight.shape[1])
 
     def accumulate(self, x):
         return (x.int() - self.zero_point_in) @ self.weight.t() + self.bias
@@ -215,6 +245,9 @@ class Affine(Operation):
         self.weight_bits = signed_bits(int(weight.min()), int(weight.max()))
         self.register_buffer("weight", weight.int().view(shape))
         self.register_buffer("bias", bias.int().view(shape))
+
+    def check(self, x):
+        check_channels(self.name, x, 1, len(self.weight), self.weight.dim() + 1)
 
     def accumulate(self, x):
         return (x.int() - self.zero_point_in) * self.weight + self.bias

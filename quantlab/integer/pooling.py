@@ -48,6 +48,9 @@ class Windows:
         reach = self.dilation * (self.kernel - 1) + 1
         steps = size + 2 * self.padding - reach
         n = (-(-steps // self.stride) if self.ceil_mode else steps // self.stride) + 1
+        if n < 1:
+            raise UserError(f"a pooling window of {reach} does not fit into {size} pixels with "
+                            f"padding {self.padding}; use larger images")
         if self.ceil_mode and (n - 1) * self.stride >= size + self.padding:
             n -= 1  # a window must start inside
         starts = [i * self.stride - self.padding for i in range(n)]

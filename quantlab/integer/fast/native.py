@@ -6,6 +6,7 @@ Python threads.
 """
 
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -32,6 +33,7 @@ OUT = 16  # channels that the kernels compute at a time, as in the source
 BAND = 2**17
 THREADED = 2**22  # multiplications below which threads cost more than they save
 ELEMENTS = 2**17  # the same for a pass over codes
+WIDEST = 2**15 - 1  # of a weight, which kernels read as int16
 LARGEST_SHIFT = 12  # a multiplier of 2^11 saturates every 8-bit code, as any larger one does
 
 
@@ -168,6 +170,10 @@ class Layer:
     def __init__(self, weight, bias, zero_point, requantization=None, stride=(1, 1),
                  dilation=(1, 1), padding=(0, 0, 0, 0), groups=1):
         outputs, inner, kh, kw = weight.shape
+        fits = weight.min() >= -WIDEST and weight.max() <= WIDEST
+        if outputs % groups or len(bias) != outputs or not fits:
+            raise ValueError(f"no layer: weight {list(weight.shape)} of at most {WIDEST}, bias "
+                             f"{list(bias.shape)}, {groups} groups")
         depthwise = inner == 1 and groups == outputs
         blocks = 1 if depthwise else groups
         self.padding, self.work, self.sizes = padding, weight[0].numel(), {}
@@ -180,10 +186,11 @@ class Layer:
         pairs = rows.view(-1, OUT, kh * stretches * even // 2, 2)
         # [blocks of channels, pairs, OUT, 2]; depthwise: a weight and a zero
         self.weight = pairs.transpose(1, 2).contiguous()
-        self.bias = pad_outputs(bias.int(), blocks)
+        self.bias, self.channels = pad_outputs(bias.int(), blocks), inner * groups
         self.constants = None
         if requantization is not None:
             self.constants = pack_constants(requantization, outputs, blocks)
+            check_constants(len(self.bias), self.constants)
         self.shape = Shape(
             outputs=outputs, groups=groups, kernel_h=kh, kernel_w=kw, zero_point=zero_point,
             depthwise=depthwise, stride_h=stride[0], stride_w=stride[1], dilation_h=dilation[0],
@@ -201,6 +208,9 @@ class Layer:
         reach_h, reach_w = s.dilation_h * (s.kernel_h - 1), s.dilation_w * (s.kernel_w - 1)
         s.rows = (height + top + bottom - reach_h - 1) // s.stride_h + 1
         s.columns = (width + left + right - reach_w - 1) // s.stride_w + 1
+        if min(s.rows, s.columns) < 1:
+            raise UserError(f"a kernel of {reach_h + 1}x{reach_w + 1} does not fit into images of "
+                            f"{height}x{width} pixels; use larger ones")
         row = 2 * channels * ((s.columns - 1) * s.stride_w + reach_w + 1)  # bytes
         lines = (BAND // row - reach_h - 1) // s.stride_h + 1  # output rows
         part = s.rows if images >= threads else -(-s.rows // threads)
@@ -210,7 +220,8 @@ class Layer:
         return s, (images, s.rows, s.columns, s.outputs), tasks
 
     def __call__(self, x):
-        """int8 codes [B, Ho, Wo, O], or int32 logits."""
+        """int8 codes [B, H, W, C] -> int8 codes [B, Ho, Wo, O], or int32 logits."""
+        check_codes(x, 4, self.channels)
         key = x.shape, torch.get_num_threads()
         if key not in self.sizes:
             self.sizes[key] = self.sized(*x.shape, key[1])
@@ -238,9 +249,12 @@ def call(name, arguments, n, work, enough):
         failed = n and function(*passed, 0, n)
     else:
         ends = [n * i // threads for i in range(threads + 1)]
-        pool = _threads(os.getpid())
-        others = [pool.submit(function, *passed, *part) for part in zip(ends[1:], ends[2:])]
-        failed = any([function(*passed, *ends[:2]), *(other.result() for other in others)])
+        parts, others = list(zip(ends, ends[1:])), []
+        with contextlib.suppress(RuntimeError):  # the main thread has ended: no more threads
+            for part in parts[1:]:
+                others.append(_threads(os.getpid()).submit(function, *passed, *part))
+        here = [function(*passed, *part) for part in (parts[0], *parts[1 + len(others) :])]
+        failed = any([*here, *(other.result() for other in others)])
     if failed:
         raise MemoryError(f"no memory for the kernel {name}")
 
@@ -251,10 +265,33 @@ def _threads(process):
     return concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 
 
+def check_codes(x, dim=None, channels=None):
+    """UserError unless a kernel may read x: int8 codes on the CPU, with `dim` dimensions and
+    `channels` in the last of them.
+
+    Kernels look at no shape, and read on where memory ends.
+    """
+    if x.dtype != torch.int8 or not x.is_cpu:
+        raise UserError(f"the kernels take int8 codes on the CPU, not {x.dtype} on {x.device}")
+    if channels is not None and (x.dim() != dim or x.shape[-1] != channels):
+        raise UserError(f"the kernel takes {channels} channels in the last of {dim} dimensions, not "
+                        f"codes of shape {list(x.shape)}; pass images such as the network was "
+                        "calibrated on")
+
+
+def check_constants(channels, constants, *arrays):
+    """ValueError unless there are constants for so many channels, and arrays of as many int32."""
+    for array, n in ((constants, 4 + 4 * channels), *((a, channels) for a in arrays)):
+        if array.dtype != torch.int32 or not array.is_cpu or array.shape != (n,):
+            raise ValueError(f"{array.dtype} {list(array.shape)}, the kernel reads int32 [{n}]")
+
+
 def requantize(x, zero_point, constants):
     """clamp(zero_point_out + round((x - zero_point) M)): int8 codes to int8 codes of any shape;
     constants: of `pack_constants`.
     """
+    check_codes(x)
+    check_constants(OUT, constants)
     x = x.contiguous()
     y = torch.empty_like(x)
     call("requantize", (x, zero_point, constants, y), x.numel(), x.numel(), ELEMENTS)
@@ -265,6 +302,13 @@ def add(a, b, zero_points, operand, constants):
     """int8 codes + int8 codes -> int8 codes of equal shapes, the scale of a the larger; operand,
     constants: `pack_constants` of b and of the sum.
     """
+    check_codes(a)
+    check_codes(b)
+    check_constants(OUT, constants)
+    check_constants(OUT, operand)
+    if a.shape != b.shape:
+        raise UserError(f"codes of shapes {list(a.shape)} and {list(b.shape)} cannot be added; "
+                        "pass images such as the network was calibrated on")
     a, b = a.contiguous(), b.contiguous()
     y = torch.empty_like(a)
     call("add", (a, b, *zero_points, operand, constants, y), a.numel(), a.numel(), ELEMENTS)
@@ -275,8 +319,11 @@ def affine(x, zero_point, weight, bias, constants):
     """int8 [..., C] times int32 [C] plus int32 [C] -> int8 codes; weight, bias and constants padded
     by `pad_outputs`.
     """
+    check_codes(x)
+    channels = x.shape[-1]
+    check_constants(-(-channels // OUT) * OUT, constants, weight, bias)
     x = x.contiguous()
-    y, channels = torch.empty_like(x), x.shape[-1]
+    y = torch.empty_like(x)
     arguments = (x, channels, zero_point, weight, bias, constants, y)
     call("affine", arguments, x.numel() // channels, x.numel(), ELEMENTS)
     return y

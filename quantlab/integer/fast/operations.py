@@ -122,7 +122,7 @@ class Linear(FastLayer, ops.Linear):
     def kernel(self):
         return self.make_kernel(self.weight[:, :, None, None])
 
-    def forward(self, x):
+    def compute(self, x):
         if self.use_native(x):
             return self.kernel(x.reshape(-1, 1, 1, x.shape[-1])).view(*x.shape[:-1], -1)
         rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self.width - x.shape[-1]))
@@ -136,8 +136,6 @@ class Conv(FastLayer, ops.Conv):
 
     def __init__(self, name, layer, *rest, **options):
         super().__init__(name, layer, *rest, **options)
-        # left, right, top, bottom, also for "same"
-        self.padding = layer._reversed_padding_repeated_twice
         self.window = {
             "kernel": layer.kernel_size, "stride": layer.stride, "dilation": layer.dilation}
         self.depthwise = self.groups == layer.in_channels == len(self.weight)
@@ -147,7 +145,7 @@ class Conv(FastLayer, ops.Conv):
         window = {"stride": self.window["stride"], "dilation": self.window["dilation"]}
         return self.make_kernel(self.weight, padding=self.padding, groups=self.groups, **window)
 
-    def forward(self, x):
+    def compute(self, x):
         if self.use_native(x):
             return channels_second(self.kernel(channels_last(x)))
         if self.depthwise:
@@ -187,7 +185,7 @@ class Conv(FastLayer, ops.Conv):
 
 
 class Affine(Fast, ops.Affine):
-    def forward(self, x):
+    def compute(self, x):
         weight, bias = self.weight.flatten(), self.bias.flatten()
         if self.out is None:
             return self.accumulate(x)
@@ -199,7 +197,7 @@ class Affine(Fast, ops.Affine):
 
 
 class Requantize(Fast, ops.Requantize):
-    def forward(self, x):
+    def compute(self, x):
         if self.use_native(x):
             codes = native.requantize(channels_last(x), self.zero_point_in, self.packed)
             return channels_second(codes)
@@ -219,7 +217,7 @@ class Add(Fast, ops.Add):
         zero_points = self.zero_points.tolist()[:: 1 if small else -1]
         return small, native.pack_constants(rescaling), zero_points
 
-    def forward(self, a, b):
+    def compute(self, a, b):
         if self.out is None:
             return self.accumulate(a, b)
         if a.shape != b.shape:
@@ -235,9 +233,9 @@ class Add(Fast, ops.Add):
 class Average(Fast, pools.Average):
     """The mean of a whole image is a depthwise convolution by ones, as large as the image."""
 
-    def forward(self, x):
+    def compute(self, x):
         if self.out is None or not self.is_whole() or x.dim() != 4 or not self.use_native(x):
-            return super().forward(x)
+            return super().compute(x)
         if self.size != x.shape[1:]:
             self._set_size(x.shape)
         y = self.kernel(channels_last(x))
