@@ -4,12 +4,7 @@ Figures of one notebook stay in its module: `from quantlab.plots import ladder, 
 """
 
 # ruff: noqa: F401
-from quantlab.plots.accuracy import (
-    accuracy_by_bits,
-    accuracy_by_images,
-    method_bars,
-    networks_by_bits,
-)
+from quantlab.plots.accuracy import accuracy_by_bits, accuracy_by_images, method_bars
 from quantlab.plots.distributions import (
     channel_spread,
     layer_histograms,

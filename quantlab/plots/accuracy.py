@@ -3,8 +3,8 @@
 from matplotlib.ticker import MaxNLocator
 
 from quantlab.plots.page import caption, distinct, panels
-from quantlab.plots.parts import bars, name_rows, plain, whiskers
-from quantlab.plots.style import DASHED, VARIANT_COLOURS, colour_of, method_style, styled
+from quantlab.plots.parts import name_rows, plain
+from quantlab.plots.style import DASHED, colour_of, method_style, styled
 
 
 @styled
@@ -15,8 +15,8 @@ def method_bars(table, text):
     columns = {"top-1 accuracy, %": table.top1, "weights as stored, kB": table.bytes / 1000,
                "throughput, images/s": table.images_per_s}
     for panel, (label, values) in zip(axes, columns.items()):
-        drawn = panel.barh(names, values.astype(float), 0.6, color=[colour_of(n) for n in names])
-        panel.bar_label(drawn, [f" {_short(value)}" for value in values], fontsize=9)
+        bars = panel.barh(names, values.astype(float), 0.6, color=[colour_of(n) for n in names])
+        panel.bar_label(bars, [f" {_short(value)}" for value in values], fontsize=9)
         panel.set(xlabel=label, xlim=(0, 1.3 * values.max()))
         panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.grid(axis="y", visible=False)
@@ -58,25 +58,6 @@ def _band(axes, groups, observer):
     axes.plot(means, label=observer, **style)
     look = dict(color=style["color"], alpha=0.15, linewidth=0)
     axes.fill_between(means.index, groups.min(), groups.max(), **look)
-
-
-@styled
-def networks_by_bits(table, text):
-    """Points lost by width, the networks beside each other.
-
-    table: width (W4A8, ...), model, drop, drop_low, drop_high (points).
-    """
-    widths, models = distinct(table.width), distinct(table.model)
-    figure, (axes,) = panels(1, 7.5, 0.4 * len(widths) * len(models) + 1.2)
-    height = 0.8 / len(models)
-    for i, (model, colour) in enumerate(zip(models, VARIANT_COLOURS)):
-        own = table[table.model == model]
-        rows = [widths.index(width) + (i - (len(models) - 1) / 2) * height for width in own.width]
-        bars(axes, rows, own["drop"], whiskers(own), colour, height, label=model)
-    name_rows(axes, widths)
-    axes.set(xlabel="points lost against the float network", title="Small against large")
-    axes.legend(loc="upper right")
-    return caption(figure, text)
 
 
 @styled

@@ -7,7 +7,17 @@ from matplotlib.ticker import LogLocator
 
 from quantlab.plots.page import caption, distinct, facets, panels
 from quantlab.plots.parts import bars, legend, name_rows, plain, whiskers
-from quantlab.plots.style import BLUE, DASHED, GREEN, INK, RED, colour_of, method_style, styled
+from quantlab.plots.style import (
+    BLUE,
+    DASHED,
+    GREEN,
+    INK,
+    RED,
+    VARIANT_COLOURS,
+    colour_of,
+    method_style,
+    styled,
+)
 
 
 @styled
@@ -172,4 +182,23 @@ def conventions(frame, text):
         bars(panel, range(len(names)), part.gain, whiskers(part, *columns), colours)
         panel.set(xlabel="points gained against our convention", title=width)
     name_rows(figure.axes[0], names)
+    return caption(figure, text)
+
+
+@styled
+def networks_by_bits(table, text):
+    """Points lost by width, the networks beside each other.
+
+    table: width (W4A8, ...), model, drop, drop_low, drop_high (points).
+    """
+    widths, models = distinct(table.width), distinct(table.model)
+    figure, (axes,) = panels(1, 7.5, 0.4 * len(widths) * len(models) + 1.2)
+    height = 0.8 / len(models)
+    for i, (model, colour) in enumerate(zip(models, VARIANT_COLOURS)):
+        own = table[table.model == model]
+        rows = [widths.index(width) + (i - (len(models) - 1) / 2) * height for width in own.width]
+        bars(axes, rows, own["drop"], whiskers(own), colour, height, label=model)
+    name_rows(axes, widths)
+    axes.set(xlabel="points lost against the float network", title="Small against large")
+    axes.legend(loc="upper right")
     return caption(figure, text)

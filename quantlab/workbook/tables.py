@@ -8,6 +8,7 @@ import re
 import pandas as pd
 
 from quantlab import plots
+from quantlab.plots import lowbit
 from quantlab.system.errors import UserError
 from quantlab.system.files import PACKAGE, root, write_text
 from quantlab.workbook import results
@@ -205,7 +206,7 @@ def networks_figures(frame):
             seeds = f"{table.seeds.min()} to {table.seeds.max()} calibration seeds"
             text = f"{dataset}, n = {table.n_test.max():,} test images; nearest rounding, means of "
             text += f"{seeds}; lines: paired 95 % interval"
-            figures[dataset] = plots.networks_by_bits(table, text)
+            figures[dataset] = lowbit.networks_by_bits(table, text)
     return figures
 
 
