@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import io
 import os
 import pathlib
 import re
@@ -80,6 +81,20 @@ def read_text(path):
     if CONFLICT.search(text):
         raise UserError(f"{path} holds git's conflict markers; resolve them first")
     return text
+
+
+def read_csv(path, **options):
+    """A table of comma-separated values as a frame (pandas.read_csv); UserError where it is none.
+    """
+    import pandas
+
+    text = read_text(path)
+    try:
+        return pandas.read_csv(io.StringIO(text), **options)
+    except ValueError as error:  # ragged, empty
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is no table of comma-separated values ({reason}); restore it or "
+                        "move it away") from None
 
 
 def write_text(path, text):

@@ -24,7 +24,7 @@ from quantlab.networks.architectures import build
 from quantlab.ptq import quantize
 from quantlab.rivals import pytorch as builtin
 from quantlab.system.errors import UserError, check_name
-from quantlab.system.files import atomic_path, root
+from quantlab.system.files import atomic_path, read_csv, root
 from quantlab.system.machine import device_name
 from quantlab.system.timing import take_turns
 
@@ -223,7 +223,7 @@ def _store(frame):
     path = root() / "results" / "bench.csv"
     keys = ["section", "model", "batch", "device"]
     if path.exists():
-        old = pd.read_csv(path)
+        old = read_csv(path)
         fresh = frame[keys].drop_duplicates().assign(fresh=True)
         old = old.merge(fresh, on=keys, how="left")
         frame = pd.concat([old[old.fresh.isna()].drop(columns="fresh"), frame])

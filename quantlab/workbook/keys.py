@@ -12,7 +12,7 @@ import pathlib
 import re
 
 from quantlab.images import datasets
-from quantlab.system.files import PACKAGE, root, sha256
+from quantlab.system.files import PACKAGE, read_text, root, sha256
 
 ROOMS = ("system", "images", "networks")  # that every number depends on, besides the core
 
@@ -45,7 +45,7 @@ def run_key(notebook, parameters):
         settings["data"] = datasets.find_fingerprint(settings["data"])
     else:
         files = sorted((root() / "results").glob("[a-z]*.csv"))
-        settings["rows"] = [sorted(file.read_text("utf-8").splitlines()) for file in files]
+        settings["rows"] = [sorted(read_text(file).splitlines()) for file in files]
     code = "\n".join(source for kind, source in notebook.cells if kind == "code")
     try:
         rooms = rooms_reached(code)

@@ -23,7 +23,7 @@ from quantlab.config import QuantConfig
 from quantlab.evaluate import paired_drop
 from quantlab.observers import observer_name
 from quantlab.system.errors import UserError
-from quantlab.system.files import atomic_path, commit, root, write_text
+from quantlab.system.files import atomic_path, commit, read_csv, root, write_text
 from quantlab.workbook.keys import code_hash, digest
 
 CONFIGURATION = [
@@ -252,12 +252,17 @@ def _read(path):
     if not path.is_file() or not path.stat().st_size:
         return _typed(pd.DataFrame(columns=COLUMNS))
     texts = dict.fromkeys([*TEXTS, "run_key"], str)  # a sha of digits alone is no number
-    frame = pd.read_csv(path, dtype=texts)
+    frame = read_csv(path, dtype=texts)
     if is_old := "run_key" in frame.columns:  # it named the configuration
         frame = frame.assign(config_key="", run="", levels=pd.NA)
     if missing := ", ".join(sorted(set(COLUMNS) - set(frame.columns))):
         raise UserError(f"{path} lacks the columns {missing}; move it away and run the notebooks")
-    return _upgraded(_typed(frame)) if is_old else _typed(frame)
+    try:
+        return _upgraded(_typed(frame)) if is_old else _typed(frame)
+    except (ValueError, TypeError) as error:  # a word where a number should be
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} holds rows that are none ({reason}); restore it or move it away "
+                        "and run the notebooks") from None
 
 
 def _upgraded(frame):

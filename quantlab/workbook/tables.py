@@ -10,7 +10,7 @@ import pandas as pd
 from quantlab import plots
 from quantlab.plots import lowbit
 from quantlab.system.errors import UserError
-from quantlab.system.files import PACKAGE, root, write_text
+from quantlab.system.files import PACKAGE, read_csv, read_text, root, write_text
 from quantlab.workbook import results
 
 # The rows of the headline, of every network: float, the tool that loses least, integers alone, and
@@ -72,7 +72,7 @@ def original():
     places = (root(), PACKAGE.parent)  # its numbers are the same in every workbook
     files = [place / "results" / "original.csv" for place in places]
     file = next(file for file in files if file.is_file())
-    return pd.read_csv(file, index_col="name", dtype={"bits": "Int64"})
+    return read_csv(file, index_col="name", dtype={"bits": "Int64"})
 
 
 def original_table(frame, model=None):
@@ -271,7 +271,7 @@ def update_readme(readme=None):
     published.csv and results/bench.csv.
     """
     readme = pathlib.Path(readme or root() / "README.md")
-    text = readme.read_text(encoding="utf-8")
+    text = read_text(readme)
     for name, content in readme_tables().items():
         marks = rf"(<!-- table:{name} -->).*?(<!-- /table -->)"
         text = re.sub(marks, lambda m, c=content: m[1] + c + m[2], text, flags=re.DOTALL)
@@ -285,7 +285,7 @@ def readme_tables():
     frames |= {f"original-{m}": original_table(published, m) for m in ("resnet50", "resnet20")}
     tables = {}
     if bench.is_file():
-        speeds = pd.read_csv(bench)
+        speeds = read_csv(bench)
         frames["speed"] = speed_table(speeds, brief=True)
         integer = speeds[speeds.section == "integer"].device.mode()
         tables["processor"] = integer[0] if len(integer) else ""

@@ -14,6 +14,7 @@ from conftest import CHECKOUT, read_text
 import quantlab as ql
 from quantlab.evaluate import Evaluation, evaluate, limited
 from quantlab.ptq import choose_weight_qparams
+from quantlab.system.errors import UserError
 from quantlab.system.timing import latency
 from quantlab.workbook import results, tables
 
@@ -201,6 +202,28 @@ def test_a_foreign_results_file_is_refused(workbook):
     results.local_path().write_text("a,b\n1,2\n")
     with pytest.raises(ql.UserError, match="lacks the columns"):
         results.load()
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda text: text.replace("\n", "\n<<<<<<< HEAD\n", 1).encode(), "git's conflict markers"),
+    (lambda text: text.replace("\n", "\n>>>>>>> 1a2b\n", 1).encode(), "git's conflict markers"),
+    (lambda text: text.encode("utf-16"), "cannot be read as UTF-8 text"),
+    (lambda text: text.replace("digits", "\xc4", 1).encode("latin-1"), "as UTF-8 text"),
+    (lambda text: (text + "1,2,3" + "," * 99 + "\n").encode(), "is no table of comma-separated"),
+    (lambda text: b"\n", "is no table of comma-separated values (No columns"),
+    (lambda text: text.replace(",80.0,", ",half,").encode(), "holds rows that are none (could not"),
+], ids=["ours", "theirs", "UTF-16", "Latin-1", "ragged", "empty", "word"])
+def test_a_damaged_results_file_is_refused_by_name(digits, workbook, damage, said):
+    results.record([some_row(digits)])
+    file = results.published_path()
+    file.write_bytes(damage(read_text(results.local_path())))
+    before = file.read_bytes()
+    for use in (results.load, lambda path: tables.publish()):
+        with pytest.raises(UserError) as caught:
+            use(file)
+        assert str(file) in str(caught.value) and said in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert file.read_bytes() == before
 
 
 def test_a_file_from_before_keys_of_content_is_brought_up_to_date(digits, workbook):
