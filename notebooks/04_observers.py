@@ -65,6 +65,7 @@ study = Study(
     data, model, checkpoint, preset,
     n_calibration=n_calibration, seed=seed, notebook="04_observers",
 )
+observers.find_observer(observer)  # refuses an unknown name
 network, images, stats = study.network, study.images, study.stats
 n_seeds = study.choose(n_seeds, smoke=1, full=3)
 n_calibration = study.n_calibration
@@ -85,6 +86,7 @@ def tail(name):
     return e.maximum / observers.percentile(e, bits)[1] if never_negative else 0
 
 edge = max(stats.edges, key=tail) if edge == "auto" else edge
+assert edge in stats.edges, f"use one of: {', '.join(stats.edges)}"
 chosen = stats.edges[edge]
 decisions = [(o, *setter(chosen, bits)) for o, setter in observers.OBSERVERS.items()]
 ranges = pd.DataFrame(decisions, columns=["observer", "low", "high"])

@@ -46,6 +46,7 @@ from quantlab.improving.equalization import equalizable_pairs
 from quantlab.improving.learned import LearnedRounding, round_to_step
 from quantlab.plots import lowbit
 from quantlab.quantized import find_node
+from quantlab.workbook import allowed
 from quantlab.workbook.methods import LEARNED, Methods
 from quantlab.workbook.study import Study, show
 
@@ -56,8 +57,8 @@ checkpoint = "auto"  # auto, or the path of a .safetensors file
 seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 bits = 3  # 2 to 8, of the one layer in section 1
-weight_bits = 2  # of the network in section 3
-act_bits = 2
+weight_bits = 2  # 2 to 8, of the network in section 3
+act_bits = 2  # 2 to 8
 method = "QDrop"  # AdaRound, BRECQ or QDrop, in section 3
 iterations = 0  # of learning a unit; 0: 3 in a smoke run, 500 in a full one
 n_calibration = 0  # 0: 64 in a smoke run, 1,024 in a full one
@@ -70,7 +71,7 @@ study = Study(
 if study.smoke and not n_calibration:
     study.n_calibration = min(study.n_calibration, 64)
 builder = Methods(study, iterations)
-builder.check([method])
+allowed.check(method=method)
 network = study.network.cpu()
 
 # %% [markdown]

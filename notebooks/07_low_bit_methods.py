@@ -45,6 +45,7 @@ from quantlab.improving.tune import tune_end_to_end
 from quantlab.plots import lowbit
 from quantlab.rivals import pytorch as builtin
 from quantlab.rivals.onnxruntime import onnxruntime_int8
+from quantlab.workbook import allowed
 from quantlab.workbook.methods import LEARNED, METHODS, Methods, config_of, name_of
 from quantlab.workbook.study import Study, brief, show
 
@@ -92,7 +93,7 @@ full = "8/8,4/8,4/4,3/3,2/4,2/2,2/2/8"
 widths = study.choose(widths, smoke="4/4,2/2", full=full).split(",")
 named = {"auto": METHODS, "none": ()}.get(methods, methods.split(","))
 methods = builder.check(named)
-builder.check([best_method])
+allowed.check(best_method=best_method, rivals=rivals)
 print("methods:", ", ".join(methods) or "none")
 print("widths:", "; ".join(name_of(width) for width in widths))
 

@@ -33,7 +33,7 @@ import pandas as pd
 import quantlab as ql
 from IPython.display import Image, Markdown
 from quantlab import plots
-from quantlab.workbook import results, tables
+from quantlab.workbook import allowed, results, tables
 from quantlab.workbook.study import show
 
 # %% tags=["parameters"]
@@ -41,6 +41,7 @@ from quantlab.workbook.study import show
 source = "auto"
 
 # %%
+allowed.check(source=source)
 local, published = results.load(), results.load(results.published_path())
 is_local = source == "local" or (source == "auto" and len(local) > 0)
 rows = results.current(local if is_local else published)

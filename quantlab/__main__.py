@@ -10,12 +10,12 @@ import pathlib
 import sys
 import typing
 
-from quantlab.images.files import SOURCES, find_data
+from quantlab.images.files import SOURCES
 from quantlab.networks.recipe import NETWORKS, RECIPES, TrainConfig, parse_phases
 from quantlab.system.errors import UserError, check_name
 from quantlab.system.files import root
-from quantlab.workbook import notebooks
-from quantlab.workbook.request import requested
+from quantlab.workbook import allowed, notebooks
+from quantlab.workbook.request import check_data, requested
 
 BENCH_SECTIONS = ("collect", "fakequant", "int8", "integer", "reconstruct")
 
@@ -147,6 +147,7 @@ def _inspect_options(inspected):
 
 def _run(options):
     parameters = dict(options.parameters)
+    _check_least("--time-limit", options.time_limit)
     requested(options.numbers, parameters, options.data)
 
     from quantlab.workbook.run import run, status_table
@@ -161,7 +162,9 @@ def _list(options):
     for notebook in notebooks.notebooks().values():
         print(f"{notebook.path.stem}: {notebook.problem or notebook.title}")
         for name, default in notebook.parameters.items():
-            print(f"    -p {name} {default!r}  ({type(default).__name__})")
+            says = allowed.describe(name)
+            kind = f"({type(default).__name__})" + (f"  {says}" if says else "")
+            print(f"    -p {name} {default!r}  {kind}")
 
 
 def _report(options):
@@ -187,10 +190,10 @@ def _train(options):
     check_name("model", network, NETWORKS)
     if options.recipe is not None:
         check_name("recipe", options.recipe, RECIPES)
-    if options.threads is not None and options.threads < 1:
-        raise UserError(f"--threads {options.threads}: name at least 1")
+    _check_least("--threads", options.threads)
+    _check_least("--size", options.size)
     _check_file(options.start_from)
-    find_data(options.data)
+    check_data(options.data)
 
     import torch
 
@@ -216,7 +219,8 @@ def _data(options):
 
         print(make_jpeg_copy(options.out))
         return
-    find_data(options.source)
+    _check_least("--size", options.size)
+    check_data(options.source)
 
     from quantlab.images.datasets import load_data
 
@@ -226,7 +230,7 @@ def _data(options):
 def _import(options):
     check_name("model", options.model, NETWORKS)
     _check_file(options.file)
-    find_data(options.data)
+    check_data(options.data)
 
     from quantlab.images.datasets import load_data
     from quantlab.networks.checkpoints import import_checkpoint
@@ -243,6 +247,8 @@ def _bench(options):
     for section in options.sections:
         check_name("bench section", section, BENCH_SECTIONS)
     check_name("model", options.model, NETWORKS)
+    _check_least("--batch", options.batch)
+    _check_least("--rounds", options.rounds)
 
     from quantlab.workbook.bench import bench
 
@@ -250,8 +256,11 @@ def _bench(options):
 
 
 def _inspect(options):
-    if options.data not in SOURCES:
-        _check_file(options.data)
+    if options.data in SOURCES:
+        check_data(options.data)
+    elif not pathlib.Path(options.data).is_dir():
+        raise UserError(f"data {options.data!r} not found: name a folder of images, or one of "
+                        f"{', '.join(SOURCES)}")
     _check_file(options.weights)
 
     from quantlab.workbook.inspection import inspect
@@ -265,6 +274,11 @@ def _inspect(options):
 
 def _sync(options):
     print("\n".join(notebooks.sync()) or "everything is in step")
+
+
+def _check_least(option, value):
+    if value is not None and value < 1:
+        raise UserError(f"{option} {value}: name at least 1")
 
 
 def _check_file(path):

@@ -16,44 +16,15 @@ from torch import nn
 
 from quantlab.evaluate import evaluate
 from quantlab.networks.architectures import build
+from quantlab.networks.cards import TRAIN_COMMAND, Card, card_path, load_card
 from quantlab.system.errors import UserError
 from quantlab.system.files import root, save_tensors, sha256, write_text
 from quantlab.system.machine import device_name
-
-TRAIN_COMMAND = "python -m quantlab train"
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """What a checkpoint is, stored beside its weights as FILE.json; accuracies are in percent."""
-
-    architecture: str
-    num_outputs: int
-    trained_on: str
-    data_fingerprint: str
-    classes: tuple
-    mean: tuple
-    std: tuple
-    recipe: dict
-    history: tuple  # one dict an epoch
-    test_top1: float
-    n_test: int
-    sha256: str
-    software: dict
-    hardware: str
-    created: str
-    source: str
-    heldout_top1: float | None = None  # on images that training did not see, as test_top1
 
 
 def software():
     """Versions that a number may depend on."""
     return {"python": platform.python_version(), "torch": torch.__version__}
-
-
-def card_path(checkpoint):
-    """checkpoint/name.safetensors -> checkpoint/name.json."""
-    return pathlib.Path(checkpoint).with_suffix(".json")
 
 
 @torch.no_grad()
@@ -100,35 +71,6 @@ def _head(model):
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
-def load_card(checkpoint):
-    """The card of a checkpoint, its checksum verified.
-
-    Raises UserError when either file is missing or they do not belong together.
-    """
-    checkpoint = pathlib.Path(checkpoint)
-    if checkpoint.suffix != ".safetensors":
-        raise UserError(
-            f"{checkpoint} is not a .safetensors file; bring it in with: "
-            f"python -m quantlab import-checkpoint {checkpoint}"
-        )
-    for file in (checkpoint, card_path(checkpoint)):
-        if not file.is_file():
-            raise UserError(f"checkpoint {file} not found; train one with: {TRAIN_COMMAND}")
-    try:
-        card = Card(**json.loads(card_path(checkpoint).read_text()))
-    except (ValueError, TypeError):
-        raise UserError(
-            f"{card_path(checkpoint)} is not a checkpoint card; restore it or import the weights "
-            "again"
-        ) from None
-    if sha256(checkpoint) != card.sha256:
-        raise UserError(
-            f"checkpoint {checkpoint} is damaged: its sha256 differs from its card's; "
-            "restore it from where it came"
-        )
-    return card
-
-
 def load_model(name, checkpoint=None, num_classes=10):
     """Build a network in eval mode and load its weights.
 
@@ -138,12 +80,7 @@ def load_model(name, checkpoint=None, num_classes=10):
     """
     if checkpoint is None:
         return build(name, num_classes).eval()
-    card = load_card(checkpoint)
-    if card.architecture != name:
-        raise UserError(
-            f"checkpoint {checkpoint} is a {card.architecture}, not a {name}; "
-            f"set model={card.architecture} or choose another file"
-        )
+    card = load_card(checkpoint, name)
     model = build(name, card.num_outputs)
     try:
         state = safetensors.torch.load_file(checkpoint)

@@ -12,6 +12,7 @@ import sys
 
 from quantlab.system.errors import UserError
 from quantlab.system.files import root
+from quantlab.workbook import allowed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOTEBOOK = "inspect_network.ipynb"
@@ -26,12 +27,11 @@ def inspect(target, data, out, *, size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD
     """
     module, attribute = split_target(target)
     find_module(module)
+    constants = {"mean": " ".join(map(str, mean)), "std": " ".join(map(str, std))}
+    allowed.check(bits=bits, size=size, n=n, **constants)
 
-    from quantlab.affine import check_bits
     from quantlab.workbook.run import execute, export_html, runs_folder
 
-    check_bits(bits)
-    constants = {"mean": " ".join(map(str, mean)), "std": " ".join(map(str, std))}
     parameters = {"target": target, "data": str(data), "weights": str(weights or ""), "bits": bits,
                   "size": size, "n": n, "unlabelled": unlabelled, **constants}
     executed = runs_folder() / f"inspect-{attribute}.ipynb"

@@ -20,38 +20,29 @@ from quantlab.improving.reconstruct import ReconstructConfig, reconstruct
 from quantlab.improving.tune import TuneConfig, tune_end_to_end
 from quantlab.ptq import quantize
 from quantlab.quantized import weight_bytes
-from quantlab.system.errors import UserError, did_you_mean
 from quantlab.workbook import results
-
-LEARNED = ("AdaRound", "BRECQ", "QDrop")  # in lower case, presets of ReconstructConfig
-CORRECTIONS = ("bias correction", "analytic bias correction", "BatchNorm re-estimation")
-TUNED = ("end to end", "fine-tuning")
-METHODS = ("nearest", "equalisation", *CORRECTIONS, *LEARNED, *(f"QDrop + {t}" for t in TUNED))
-STARTS = ("nearest", "equalisation", *CORRECTIONS, *LEARNED)
-STEPS = ("Fisher", *CORRECTIONS, *TUNED)  # Fisher: the loss that is learned with
-
+from quantlab.workbook.allowed import (
+    CORRECTIONS,
+    LEARNED,
+    METHODS,
+    TUNED,
+    check_methods,
+    split_width,
+)
 
 # ---- Names ---------------------------------------------------------------------------------------
 
 
-def _bits(width):
-    parts = width.split("/")
-    if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts):
-        raise UserError(f"width {width!r}: give the bits of weights/activations, or also those of "
-                        "the first and the last layer, as in 4/4 or 2/2/8")
-    return [int(part) for part in parts]
-
-
 def config_of(width, **convention):
     """The QuantConfig of a width such as "4/4" or "2/2/8", with other fields of a convention."""
-    weight_bits, act_bits, *outer = _bits(width)
+    weight_bits, act_bits, *outer = split_width(width)
     fields = {"first_last_bits": outer[0] if outer else None} | convention
     return QuantConfig(weight_bits, act_bits, **fields)
 
 
 def name_of(width):
     """A width in words: "W4A4", "W2A2, first/last 8"."""
-    weight_bits, act_bits, *outer = _bits(width)
+    weight_bits, act_bits, *outer = split_width(width)
     return f"W{weight_bits}A{act_bits}" + (f", first/last {outer[0]}" if outer else "")
 
 
@@ -72,20 +63,7 @@ class Methods:
         self._stats = {}  # seed -> CalibrationStats
         self._learned = None, None  # settings and network learned last: what a "+" goes on from
 
-    @staticmethod
-    def check(names):
-        """The names as a list; UserError for one that is not made of known parts."""
-        names = list(names)
-        for name in names:
-            start, *steps = name.split(" + ")
-            for part, known in [(start, STARTS), *((step, STEPS) for step in steps)]:
-                if part not in known:
-                    hint = f"{did_you_mean(part, known)}; there are: {', '.join(known)}"
-                    raise UserError(f"method {name!r}: {part!r} is unknown{hint}")
-            if "Fisher" in steps and start not in LEARNED:
-                raise UserError(f"method {name!r}: Fisher is a loss of learning; begin with one of "
-                                f"{', '.join(LEARNED)}")
-        return names
+    check = staticmethod(check_methods)  # of names
 
     def learning(self, method, seed=None):
         """The ReconstructConfig that a learned method starts with."""

@@ -3,10 +3,28 @@
     for notebook, parameters in requested(["03"], {"weight_bits": "4"}, "digits"): ...
 """
 
+import dataclasses
+import functools
+import itertools
+import os
 import pathlib
 
-from quantlab.images.files import find_data
-from quantlab.workbook import notebooks
+from quantlab.images.files import (
+    IMAGE_SUFFIXES,
+    base_folder,
+    find_data,
+    image_files,
+    is_cifar10,
+    is_image_set,
+    stem,
+)
+from quantlab.networks.cards import card_path, load_card
+from quantlab.system.errors import UserError
+from quantlab.system.files import root
+from quantlab.workbook import allowed, notebooks
+
+ENOUGH = 64  # training images for every notebook: a batch of tuning, a smoke run's calibration
+TRAINING_IMAGES = {"digits": 1294, "cifar10": 45000}  # without those held out
 
 
 def requested(numbers=(), overrides=None, source=None):
@@ -15,8 +33,11 @@ def requested(numbers=(), overrides=None, source=None):
     overrides: parameter -> text. With notebooks named, each must know every parameter; without,
     those that know it get it. source: the data set, for those that have the parameter `data`.
     Paths are relative to the working directory. UserError for unknown notebooks and parameters,
-    for values of the wrong type and for data that is not there.
+    for values that are not allowed, for data that is not there or too little, and for a checkpoint
+    that is not there or of another network. A notebook whose own defaults are at fault is refused
+    where it is named; else it has a `problem`, and the others are as asked.
     """
+    _training_images.cache_clear()  # images may have been added since
     known = list(notebooks.notebooks().values())
     chosen = [notebooks.find(number) for number in numbers] if numbers else known
     overrides = dict(overrides or {})
@@ -27,7 +48,8 @@ def requested(numbers=(), overrides=None, source=None):
     for name in ("data", "checkpoint"):  # the notebook's working directory is another
         if name in overrides and pathlib.Path(overrides[name]).exists():
             overrides[name] = str(pathlib.Path(overrides[name]).resolve())
-    return [(notebook, _parameters(notebook, overrides)) for notebook in chosen]
+    trains = any("retrain" in notebook.parameters for notebook in chosen)
+    return [_checked(notebook, overrides, bool(numbers), trains) for notebook in chosen]
 
 
 def _check_known(overrides, chosen, strict):
@@ -38,6 +60,94 @@ def _check_known(overrides, chosen, strict):
             notebooks.check_parameter(strangers[0], name, overrides[name])  # raises, with a hint
 
 
-def _parameters(notebook, overrides):
+def _checked(notebook, overrides, is_named, trains):
+    """(notebook, the parameters that it is given)."""
     known = [name for name in overrides if name in notebook.parameters]
-    return {name: notebooks.check_parameter(notebook, name, overrides[name]) for name in known}
+    given = {name: notebooks.check_parameter(notebook, name, overrides[name]) for name in known}
+    fault = _fault(notebook.parameters, given, trains)
+    if fault and (is_named or not _fault(notebook.parameters, {}, trains)):
+        raise UserError(fault)
+    return dataclasses.replace(notebook, problem=notebook.problem or fault), given
+
+
+def _fault(defaults, given, trains):
+    """Why a notebook cannot be run with these parameters, as far as can be known; "" if it can.
+
+    trains: a notebook that trains where there is no checkpoint is to be run, too.
+    """
+    values = {**defaults, **given}
+    is_ours = set(allowed.COMMON) <= values.keys()
+    try:
+        for name, value in values.items():
+            if isinstance(value, notebooks.Computed):
+                continue
+            if is_ours or _is_allowed(name, defaults[name]):  # else the name means something else
+                allowed.check(**{name: value})
+        if is_ours:
+            _check_images(values["data"], values.get("n_calibration", 0))
+            _check_checkpoint(values["checkpoint"], values["model"], values["data"], trains)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _is_allowed(name, value):
+    try:
+        allowed.check(**{name: value})
+    except UserError:
+        return False
+    return True
+
+
+# ---- Images --------------------------------------------------------------------------------------
+
+
+def check_data(source):
+    """Where a data set is (`find_data`); UserError for a path that is no image set."""
+    place = find_data(source)
+    if place in TRAINING_IMAGES or is_cifar10(place) or is_image_set(pathlib.Path(place)):
+        return place
+    raise UserError(f"{place} is no image set: name a folder or archive with train/CLASS/* and "
+                    "test/CLASS/*")
+
+
+def _check_images(source, n_calibration):
+    there = _training_images(check_data(source), max(ENOUGH, n_calibration))
+    if there < ENOUGH:
+        raise UserError(
+            f"{source} has {there} training images; a tenth of them is held out, and with fewer "
+            f"than {ENOUGH} the notebooks cannot calibrate and learn (n_calibration): add images")
+    if there < n_calibration:
+        raise UserError(f"n_calibration={n_calibration}: {source} has {there:,} training images")
+
+
+@functools.cache
+def _training_images(place, enough):
+    """How many images a set has in train/, counted up to `enough`."""
+    path = pathlib.Path(place)
+    if place in TRAINING_IMAGES or is_cifar10(path):
+        return TRAINING_IMAGES.get(place, TRAINING_IMAGES["cifar10"])
+    if path.is_dir():
+        files = (base_folder(path) / "train").glob("*/*")
+        names = (("train", file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+    else:
+        names = (name for name, _ in image_files(path))
+    return len(list(itertools.islice((n for n in names if n[0] == "train"), enough)))
+
+
+# ---- The checkpoint ------------------------------------------------------------------------------
+
+
+def _check_checkpoint(checkpoint, model, source, trains):
+    if checkpoint != "auto":
+        inside = root() / checkpoint  # where a notebook's own default is meant
+        load_card(inside if inside.exists() else checkpoint, model)
+        return
+    place = find_data(source)
+    name = os.environ.get("DATA_NAME") or stem(pathlib.Path(place))
+    name = "cifar10" if place != "digits" and is_cifar10(place) else name
+    names = {name} if place == "digits" else {name, "cifar10-jpeg"}
+    files = [root() / "checkpoint" / f"{model}-{name}.safetensors" for name in names]
+    if not trains and not any(card_path(file).is_file() for file in files):
+        raise UserError(f"no checkpoint of {model} for {source}: train one with python -m quantlab "
+                        f"train --model {model} --data {source}, or run notebook 01 first")
