@@ -25,6 +25,7 @@ from torch import nn
 
 from quantlab.affine import QParams, dequantize
 from quantlab.config import QuantConfig
+from quantlab.export import packed_schema as schema
 from quantlab.export.bits import pack, unpack
 from quantlab.graph import folded
 from quantlab.observers import OBSERVERS, observer_name
@@ -38,7 +39,8 @@ from quantlab.quantized import (
     weight_bytes,
 )
 from quantlab.system.errors import UserError
-from quantlab.system.files import save_tensors
+from quantlab.system.files import check_regular, save_tensors
+from quantlab.system.schema import check, one_line
 
 VERSION = 2  # 1 had no plan: it was the one that make_plan decides
 
@@ -55,6 +57,14 @@ def save_quantized(qmodel, path):
         raise UserError(
             f"{type(qmodel).__name__} is not a quantized network; "
             "make one with quantize(model, stats, config)")
+    tensors, about = _content(qmodel)
+    about["sha256"] = _checksum(tensors, about)
+    save_tensors(path, tensors, {"quantlab": json.dumps(about)})
+    return pathlib.Path(path).stat().st_size
+
+
+def _content(qmodel):
+    """(tensors, description) of a QuantizedNetwork, as they stand in its file."""
     tensors = {k: v for k, v in qmodel.state_dict().items() if not k.startswith(PREFIX)}
     layers = {}
     for name, layer in qmodel.layers.items():
@@ -69,10 +79,7 @@ def save_quantized(qmodel, path):
     about = {
         "version": VERSION, "config": config, "plan": dataclasses.asdict(qmodel.plan),
         "layers": layers, "quantizers": _quantizers(qmodel), "graph": structure_hash(qmodel)}
-    about = json.loads(json.dumps(about, default=sorted))  # sets become lists, in one order
-    about["sha256"] = _checksum(tensors, about)
-    save_tensors(path, tensors, {"quantlab": json.dumps(about)})
-    return pathlib.Path(path).stat().st_size
+    return tensors, json.loads(json.dumps(about, default=sorted))  # sets become lists, in one order
 
 
 def _pack_layer(qmodel, name, q):
@@ -119,7 +126,7 @@ def _checksum(tensors, about):
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -132,26 +139,58 @@ def load_quantized(path, model):
 
     model: the float network it was made from; its architecture is needed, its weights are not used.
     The result lies on its device. Raises UserError for a file that is damaged, of a newer version,
-    no packed checkpoint, or of another architecture.
+    no packed checkpoint, of another architecture, or with values that no quantized network has.
     """
     tensors, about = _read(path)
-    config = _config(path, about)
     graph = folded(model)
     device = next(graph.parameters()).device
-    if structure_hash(graph) != about["graph"]:
+    graph.cpu()
+    try:
+        about = _upgraded(path, about, graph)
+        check(about, schema.SCHEMA, "description")
+        config = _config(path, about["config"])
+        if structure_hash(graph) != about["graph"]:
+            raise UserError(
+                f"{path} was saved from another network than this {type(model).__name__}: "
+                f"{_first_difference(graph, about['layers'])}")
+        schema.check_network(about, tensors, graph)
+        network = _build(graph, tensors, about, config)
+    except ValueError as error:
         raise UserError(
-            f"{path} was saved from another network than this {type(model).__name__}: "
-            f"{_first_difference(graph, about['layers'])}")
-    plan = _plan(about["plan"]) if "plan" in about else make_plan(graph)
-    _insert_quantizers(graph.cpu(), about["quantizers"])
-    network = QuantizedNetwork.of(graph, plan, config)
-    for name, saved in about["layers"].items():
-        _unpack_layer(network, name, tensors, saved)
-    network.load_state_dict(tensors | network.get_submodule("quantizers").state_dict(prefix=PREFIX))
+            f"{path} holds no quantized network: {one_line(error)}; save it again") from None
     for layer in network.layers.values():
         if hasattr(layer, "weight_qparams"):
             layer.weight_qparams = layer.weight_qparams.to(device)
     return network.to(device)
+
+
+def _build(graph, tensors, about, config):
+    """The network of a description and tensors that the schema allows; ValueError unless it would
+    be saved as just these.
+    """
+    sets = {name: frozenset(about["plan"][name]) for name in ("first", "last")}
+    plan = Plan(**about["plan"] | sets | {"floats": tuple(about["plan"]["floats"])})
+    _insert_quantizers(graph, about["quantizers"])
+    values = dict(tensors)
+    try:
+        network = QuantizedNetwork.of(graph, plan, config)
+        config.check_layers(plan, list(network.layers))
+        for name, saved in about["layers"].items():
+            _unpack_layer(network, name, values, saved)
+        quantizers = network.get_submodule("quantizers").state_dict(prefix=PREFIX)
+        network.load_state_dict(values | quantizers)
+        again, description = _content(network)
+    except (RuntimeError, UserError) as error:  # a Quantizer in front of what it reads
+        raise ValueError(str(error).splitlines()[0]) from None
+    differing = [name for name in description if description[name] != about[name]]
+    differing += [name for name in tensors if not _same(tensors[name], again.get(name))]
+    if differing or again.keys() != tensors.keys():
+        raise ValueError(f"its {', '.join(differing) or 'tensors'} would be saved otherwise")
+    return network
+
+
+def _same(a, b):
+    return b is not None and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _unpack_layer(network, name, tensors, saved):
@@ -166,12 +205,16 @@ def _unpack_layer(network, name, tensors, saved):
     tensors[f"{target}.weight"] = dequantize(codes.view(layer.weight.shape), q)
     bias = tensors.get(f"{target}.bias")
     if bias is not None and not bias.is_floating_point():
-        tensors[f"{target}.bias"] = (bias.double() * network.bias_scale(name)).float()
+        scale = network.bias_scale(name)
+        if scale is None:
+            raise ValueError(f"the bias of {name} has codes, but the layer reads none")
+        tensors[f"{target}.bias"] = (bias.double() * scale).float()
 
 
 def _read(path):
     """(tensors, description) of a packed file, version and checksum verified."""
     again = "save it again"
+    check_regular(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("quantlab")
@@ -188,37 +231,51 @@ def _read(path):
     try:
         about = json.loads(text)
         version, checksum = about["version"], about.pop("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError):
+        check(version, int, "version")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path} is damaged: its description cannot be read; {again}") from None
     if version not in range(1, VERSION + 1):
         raise UserError(
-            f"{path} has format version {version}, this quantlab reads 1 to {VERSION}; "
+            f"{path} has format version {str(version)[:20]}, this quantlab reads 1 to {VERSION}; "
             "update quantlab or save the file again")
     if _checksum(tensors, about) != checksum:
         raise UserError(f"{path} is damaged: its content does not match its checksum; {again}")
     return tensors, about
 
 
-def _config(path, about):
-    """The QuantConfig of a file; settings of version 1 that are gone are refused where they matter.
+def _upgraded(path, about, graph):
+    """A description as version 2 has it; settings of version 1 that are gone are refused where they
+    matter.
     """
-    config = about["config"]
+    check(about.get("config"), dict, "config")
+    config = dict(about["config"])
     if about["version"] == 1:
+        about = {"plan": json.loads(json.dumps(dataclasses.asdict(make_plan(graph)),
+                                               default=sorted)), **about, "version": VERSION}
         config.pop("act_signed", None)  # it only chose the Quantizers, which the file holds
         for name, only in {"placement": "fused", "fold_batchnorm": None}.items():
             if config.pop(name, only) != only:
                 raise UserError(
                     f"{path} was saved with another {name} than {only!r}, which this quantlab "
                     "cannot read; quantize the network again")
-    if config["observer"] not in OBSERVERS:
-        config["observer"] = _unknown_observer(config["observer"])
-    try:
-        return QuantConfig(**config)
-    except TypeError as error:
+    return about | {"config": config}
+
+
+def _config(path, config):
+    """The QuantConfig of a file's settings."""
+    if unknown := ", ".join(config.keys() - schema.CONFIG.keys()):
         raise UserError(
-            f"{path} was saved with a setting that this quantlab does not know ({error}); "
-            "update quantlab") from None
+            f"{path} was saved with a setting that this quantlab does not know ({unknown[:100]!r});"
+            " update quantlab")
+    schema.check_config(config)
+    observer = config["observer"]
+    if observer not in OBSERVERS:
+        observer = _unknown_observer(observer)
+    try:
+        return QuantConfig(**config | {"observer": observer})
+    except UserError as error:
+        raise ValueError(str(error)) from None
 
 
 def _unknown_observer(name):
@@ -229,11 +286,6 @@ def _unknown_observer(name):
 
     observer.__name__ = name
     return observer
-
-
-def _plan(saved):
-    sets = {name: frozenset(saved[name]) for name in ("first", "last")}
-    return Plan(**saved | sets | {"floats": tuple(saved["floats"])})
 
 
 def _first_difference(graph, layers):

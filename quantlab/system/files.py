@@ -115,6 +115,13 @@ def save_tensors(path, tensors, metadata):
             raise OSError(str(error)) from None
 
 
+def check_regular(path):
+    """UserError for a folder, a FIFO or a device: reading one fails, or waits forever."""
+    path = pathlib.Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a folder or a device, not a file; name a file")
+
+
 def sha256(path):
     """Hex digest of a file's bytes."""
     with open(path, "rb") as file:

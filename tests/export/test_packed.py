@@ -1,8 +1,13 @@
 """Packed checkpoints come back bit for bit, those of older versions too, and damage is named."""
 
+import copy
+import functools
 import json
+import math
+import os
 import pathlib
 import pickle
+import tempfile
 
 import pytest
 import safetensors
@@ -143,11 +148,8 @@ def test_a_file_of_version_1_loads(name, bits, logits):
 
 @pytest.mark.parametrize("name, value", [("placement", "inputs"), ("fold_batchnorm", False)])
 def test_settings_of_version_1_that_are_gone_are_refused(name, value, tmp_path):
-    with safetensors.safe_open(FOLDER / "version1_signs.safetensors", "pt") as file:
-        about = json.loads(file.metadata()["quantlab"])
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    tensors, about = content(FOLDER / "version1_signs.safetensors")
     about["config"][name] = value
-    del about["sha256"]
     about["sha256"] = packed._checksum(tensors, about)
     path = tmp_path / "old.safetensors"
     safetensors.torch.save_file(tensors, path, {"quantlab": json.dumps(about)})
@@ -165,11 +167,19 @@ def saved(tmp_path):
     return path
 
 
-def edit(path, change):
-    """Rewrite the file with its description changed, checksum left alone."""
+def content(path):
+    """(tensors, description without checksum) of a file."""
     with safetensors.safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["quantlab"])
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    return tensors, {k: v for k, v in about.items() if k != "sha256"}
+
+
+def edit(path, change):
+    """Rewrite the file with its description changed, checksum left alone."""
+    tensors, _ = content(path)
+    with safetensors.safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["quantlab"])
     change(about)
     safetensors.torch.save_file(tensors, path, {"quantlab": json.dumps(about)})
 
@@ -191,6 +201,125 @@ def test_every_damage_is_named(saved):
     edit(saved, lambda about: about.update(version=packed.VERSION + 1))
     with pytest.raises(ql.UserError, match="has format version 3, this quantlab reads 1 to 2"):
         ql.load_quantized(saved, tiny())
+
+
+NONSENSE = st.sampled_from([
+    None, True, -1, 0, 1, 3, 128, 255, 256, 2**31, 2**40, 10**400, -0.0, 0.5, 1e-300, 3e38,
+    float("nan"), float("inf"), -float("inf"), "", "_0", "_3", "input_1", "quantizers._1", "nobody",
+    "line\nbreak", "\x1b[2J", [], ["_0"], {}, {"_0": 9}, {"_0": "_0"}])
+
+
+def places(value, path=()):
+    """The path of every field of a description, whole branches among them."""
+    if path:
+        yield path
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+def mutate_description(about, data):
+    *path, key = data.draw(st.sampled_from(list(places(about))))
+    for step in path:
+        about = about[step]
+    change = data.draw(st.sampled_from(["set", "set", "set", "delete", "rename", "repeat"]))
+    if change == "set":
+        about[key] = data.draw(NONSENSE)
+    elif change == "delete":
+        del about[key]
+    elif isinstance(about, list):
+        about.append(about[key])
+    else:
+        about["nobody" if change == "rename" else "_0"] = about.pop(key)
+
+
+def mutate_tensors(tensors, data):
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    x = tensors[name].clone()
+    changes = ["value", "value", "value", "type", "shape", "delete", "rename"]
+    change = data.draw(st.sampled_from(changes))
+    if change == "value":
+        values = [0, 1, -1, 255, 2**30, 2**31 - 1, -(2**31), 1e-45, 3e38, math.nan, math.inf]
+        value = data.draw(st.sampled_from(values))
+        place = data.draw(st.integers(0, x.numel() - 1))
+        has_value = x.is_floating_point() or math.isfinite(value)
+        x.view(-1)[place] = torch.tensor(value).to(x.dtype) if has_value else 77
+    elif change == "type":
+        x = x.to(data.draw(st.sampled_from([
+            torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool])))
+    elif change == "shape":
+        flat = x.flatten()
+        x = [x[None], flat[:-1], torch.cat([flat, flat]), flat[0]][data.draw(st.integers(0, 3))]
+    if change in ("delete", "rename"):
+        del tensors[name]
+    if change != "delete":
+        tensors["nobody" if change == "rename" else name] = x.contiguous()
+
+
+@functools.cache
+def valid(weight_symmetric):
+    """(tensors, description) of a valid file, with two widths."""
+    x = torch.linspace(-2, 2, 3 * 64).sin().view(1, 3, 8, 8)
+    config = ql.QuantConfig(
+        3, 4, weight_symmetric=weight_symmetric, layer_weight_bits={"_3": 5}, **MINMAX)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "model.safetensors"
+        ql.save_quantized(make_quantized(tiny(), x, config), path)
+        return content(path)
+
+
+@pytest.mark.parametrize("weight_symmetric", [True, False])
+@given(data=st.data())
+@fuzz(150)
+def test_a_file_loads_and_equals_or_is_refused_in_a_line(weight_symmetric, tmp_path_factory, data):
+    path, again = (tmp_path_factory.getbasetemp() / f"{x}.safetensors" for x in ("file", "again"))
+    tensors, about = copy.deepcopy(valid(weight_symmetric))
+    for _ in range(data.draw(st.integers(1, 2))):
+        if data.draw(st.booleans()):
+            mutate_description(about, data)
+        else:
+            mutate_tensors(tensors, data)
+    about["sha256"] = packed._checksum(tensors, about)
+    safetensors.torch.save_file(tensors, path, {"quantlab": json.dumps(about)})
+    try:
+        loaded = ql.load_quantized(path, tiny())
+    except ql.UserError as error:
+        assert str(error).isprintable()
+        return
+    ql.save_quantized(loaded, again)
+    kept, description = content(again)
+    assert kept.keys() == tensors.keys() and loaded(torch.ones(1, 3, 8, 8)).shape == (1, 5)
+    assert all(torch.equal(kept[name], tensors[name]) for name in tensors)
+    assert {**description, "sha256": 0} == {**about, "sha256": 0, "version": packed.VERSION}
+
+
+@pytest.mark.parametrize("change", [
+    lambda about, tensors: about["quantizers"][0].update(scale=float("nan")),
+    lambda about, tensors: about["quantizers"][0].update(scale=-1.0),
+    lambda about, tensors: about["quantizers"][0].update(zero_point=256),
+    lambda about, tensors: about["quantizers"][0].update(
+        target="quantizers.other", name="quantizers_other"),
+    lambda about, tensors: about["layers"]["_0"].update(qmin=-9),
+    lambda about, tensors: tensors["0.weight_scale"].mul_(0),
+    lambda about, tensors: tensors["0.weight"].fill_(255),
+    lambda about, tensors: tensors.update({"0.bias": torch.full((4,), 2**40)}),
+    lambda about, tensors: about["config"].update(weight_norm=0),
+    lambda about, tensors: about["plan"]["stores"].update(_1="elsewhere")])
+def test_nonsense_is_refused(saved, change):
+    tensors, about = content(saved)
+    change(about, tensors)
+    about["sha256"] = packed._checksum(tensors, about)
+    safetensors.torch.save_file(tensors, saved, {"quantlab": json.dumps(about)})
+    with pytest.raises(ql.UserError, match="holds no quantized network") as error:
+        ql.load_quantized(saved, tiny())
+    assert str(error.value).isprintable()
+
+
+def test_a_file_that_is_none(tmp_path):
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    for path in (tmp_path / "fifo.safetensors", tmp_path):
+        with pytest.raises(ql.UserError, match="is a folder or a device"):
+            ql.load_quantized(path, tiny())
 
 
 def test_another_network_is_refused(saved):

@@ -274,8 +274,8 @@ def check_codes(x, dim=None, channels=None):
     if x.dtype != torch.int8 or not x.is_cpu:
         raise UserError(f"the kernels take int8 codes on the CPU, not {x.dtype} on {x.device}")
     if channels is not None and (x.dim() != dim or x.shape[-1] != channels):
-        raise UserError(f"the kernel takes {channels} channels in the last of {dim} dimensions, not "
-                        f"codes of shape {list(x.shape)}; pass images such as the network was "
+        raise UserError(f"the kernel takes {channels} channels in the last of {dim} dimensions, "
+                        f"not codes of shape {list(x.shape)}; pass images such as the network was "
                         "calibrated on")
 
 
