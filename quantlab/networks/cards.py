@@ -49,28 +49,20 @@ def load_card(checkpoint, architecture=None):
     """
     checkpoint = pathlib.Path(checkpoint)
     if checkpoint.suffix != ".safetensors":
-        raise UserError(
-            f"{checkpoint} is not a .safetensors file; bring it in with: "
-            f"python -m quantlab import-checkpoint {checkpoint}"
-        )
+        raise UserError(f"{checkpoint} is not a .safetensors file; bring it in with: "
+                        f"python -m quantlab import-checkpoint {checkpoint}")
     for file in (checkpoint, card_path(checkpoint)):
         if not file.is_file():
             raise UserError(f"checkpoint {file} not found; train one with: {TRAIN_COMMAND}")
     try:
         card = Card(**json.loads(card_path(checkpoint).read_text()))
     except (ValueError, TypeError):
-        raise UserError(
-            f"{card_path(checkpoint)} is not a checkpoint card; restore it or import the weights "
-            "again"
-        ) from None
+        raise UserError(f"{card_path(checkpoint)} is not a checkpoint card; restore it or import "
+                        "the weights again") from None
     if sha256(checkpoint) != card.sha256:
-        raise UserError(
-            f"checkpoint {checkpoint} is damaged: its sha256 differs from its card's; "
-            "restore it from where it came"
-        )
+        raise UserError(f"checkpoint {checkpoint} is damaged: its sha256 differs from its card's; "
+                        "restore it from where it came")
     if architecture not in (None, card.architecture):
-        raise UserError(
-            f"checkpoint {checkpoint} is a {card.architecture}, not a {architecture}; "
-            f"set model={card.architecture} or choose another file"
-        )
+        raise UserError(f"checkpoint {checkpoint} is a {card.architecture}, not a {architecture}; "
+                        f"set model={card.architecture} or choose another file")
     return card

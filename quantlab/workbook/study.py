@@ -24,7 +24,7 @@ from quantlab.evaluate import Evaluation, evaluate, limited
 from quantlab.images.datasets import Dataset, load_data
 from quantlab.networks.checkpoints import load_trained
 from quantlab.quantized import weight_bytes
-from quantlab.system.errors import UserError, did_you_mean
+from quantlab.system.errors import check_name
 from quantlab.system.files import root, save_tensors
 from quantlab.system.machine import device_name
 from quantlab.workbook import results
@@ -50,9 +50,7 @@ class Study:
 
     def __init__(self, data, model, checkpoint="auto", preset="auto", *, n_calibration=0, seed=0,
                  limit=None, notebook=""):
-        if preset not in PRESETS:
-            raise UserError(f"preset {preset!r} is unknown{did_you_mean(preset, PRESETS)}; "
-                            f"there are: {', '.join(PRESETS)}")
+        check_name("preset", preset, PRESETS)
         if get_ipython() is None:
             matplotlib.use("Agg")  # a plain script saves its figures and opens no window
         self.images = data if isinstance(data, Dataset) else load_data(data)
