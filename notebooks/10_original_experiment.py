@@ -77,6 +77,8 @@ images, network, baseline = study.images, study.network, study.baseline
 device = next(network.parameters()).device
 n_calibration = study.n_calibration
 n_batches = min(study.choose(n_batches, smoke=4, full=51), len(images.train) // 128)
+n_batches = max(n_batches, 1)  # of fewer than 128 images: all of them
+n_augmented = min(128 * n_batches, len(images.train))
 seeds = list(range(seed, seed + study.choose(n_seeds, smoke=1, full=3)))
 
 
@@ -395,7 +397,7 @@ def measure(settings, bits, s, name, method="ablation"):
         builder = functools.partial(build, bits, s, **settings)
         evaluations[key], size = study.evaluated(key, builder)
         ranges, passed = settings["ranges"], settings["batchnorm"] == "moved"
-        n = 128 * n_batches if ranges or passed else n_calibration
+        n = n_augmented if ranges or passed else n_calibration
         more = {"placement": settings["placement"], "bytes": size}
         more |= {"observer": ranges.__name__} if ranges else {}
         more |= {"corrections": name, "seed": s, "n_calibration": n}
@@ -443,7 +445,8 @@ for way, calibration in sets.items() if ready.available else []:
     columns |= {"bytes": builtin.bytes_on_disk(int8)}
     if way == ITS:
         name = "8bit built-in on 128 test images"
-        study.record(result, "original", corrections=name, n_calibration=128, **columns)
+        columns |= {"corrections": name, "n_calibration": len(batch)}
+        study.record(result, "original", **columns)
     else:
         study.record(result, "eager int8", n_calibration=n_calibration, **columns)
 

@@ -3,6 +3,7 @@
     for notebook, parameters in requested(["03"], {"weight_bits": "4"}, "digits"): ...
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -24,6 +25,7 @@ from quantlab.system.files import root
 from quantlab.workbook import allowed, notebooks
 
 ENOUGH = 64  # training images for every notebook: a batch of tuning, a smoke run's calibration
+HELDOUT_FRACTION = 0.1  # of every class, as in images.datasets
 TRAINING_IMAGES = {"digits": 1294, "cifar10": 45000}  # without those held out
 
 
@@ -113,26 +115,31 @@ def check_data(source):
 
 def _check_images(source, n_calibration):
     there = _training_images(check_data(source), max(ENOUGH, n_calibration))
+    what = f"{source} has {there:,} training images, besides those held out"
     if there < ENOUGH:
-        raise UserError(
-            f"{source} has {there} training images; a tenth of them is held out, and with fewer "
-            f"than {ENOUGH} the notebooks cannot calibrate and learn (n_calibration): add images")
+        raise UserError(f"{what}; the notebooks need at least {ENOUGH} of them to calibrate on "
+                        "(n_calibration): add images to its train/")
     if there < n_calibration:
-        raise UserError(f"n_calibration={n_calibration}: {source} has {there:,} training images")
+        raise UserError(f"n_calibration={n_calibration}: {what}")
 
 
 @functools.cache
 def _training_images(place, enough):
-    """How many images a set has in train/, counted up to `enough`."""
+    """How many images a set has to fit and to calibrate on; at least `enough` where there are
+    more.
+    """
     path = pathlib.Path(place)
     if place in TRAINING_IMAGES or is_cifar10(path):
         return TRAINING_IMAGES.get(place, TRAINING_IMAGES["cifar10"])
     if path.is_dir():
         files = (base_folder(path) / "train").glob("*/*")
-        names = (("train", file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+        classes = (f.parent.name for f in files if f.suffix.lower() in IMAGE_SUFFIXES)
     else:
-        names = (name for name, _ in image_files(path))
-    return len(list(itertools.islice((n for n in names if n[0] == "train"), enough)))
+        classes = (name[1] for name, _ in image_files(path) if name[0] == "train")
+    counts = collections.Counter(itertools.islice(classes, 2 * enough))  # a class keeps half
+    if counts.total() == 2 * enough:
+        return enough
+    return sum(n - max(round(n * HELDOUT_FRACTION), int(n > 1)) for n in counts.values())
 
 
 # ---- The checkpoint ------------------------------------------------------------------------------

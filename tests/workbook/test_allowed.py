@@ -129,14 +129,16 @@ def test_a_name_that_means_something_else_in_a_notebook_of_one_s_own_is_left_alo
     folder, folder.with_suffix(".tar.gz"))], ids=["folder", "archive"])
 def test_a_small_data_set_says_how_many_images_are_needed_for_what(workbook, tmp_path, pack):
     (workbook / "checkpoint" / "resnet20-pets.json").write_text("{}")
-    few = pack(make_image_folder(tmp_path / "few", train=31, test=1))
-    with pytest.raises(UserError, match=r"few\S* has 62 training images; .* \(n_calibration\)"):
+    few = pack(make_image_folder(tmp_path / "few", train=35, test=1))
+    said = r"few\S* has 62 training images, .*need at least 64 of them .*\(n_calibration\)"
+    with pytest.raises(UserError, match=said):
         requested((), {}, str(few))
-    pets = pack(make_image_folder(tmp_path / "pets", train=40, test=1))
-    assert len(requested((), {}, str(pets))) == len(OURS) - 1
-    assert requested(["05"], {"n_calibration": "80"}, str(pets))
-    with pytest.raises(UserError, match=r"n_calibration=81: .*pets\S* has 80 training images"):
-        requested(["05"], {"n_calibration": "81"}, str(pets))
+    pets = pack(make_image_folder(tmp_path / "pets", train=36, test=1))
+    there = len(ql.load_data(pets).train)
+    assert there == 64 and len(requested((), {}, str(pets))) == len(OURS) - 1
+    assert requested(["05"], {"n_calibration": "64"}, str(pets))
+    with pytest.raises(UserError, match=r"n_calibration=65: .*pets\S* has 64 training images"):
+        requested(["05"], {"n_calibration": "65"}, str(pets))
 
 
 def test_a_network_without_a_checkpoint_is_refused_unless_it_is_trained_before(workbook, tmp_path):
