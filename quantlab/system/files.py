@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pathlib
+import platform
 import re
 import subprocess
 import tempfile
@@ -47,7 +48,7 @@ def atomic_path(path):
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{path.stem[:40]}-"
+        prefix = f".{path.stem[:40]}-{platform.node()}-{os.getpid()}-"  # whose it is
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
         os.close(handle)
         temporary = pathlib.Path(name)

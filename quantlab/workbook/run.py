@@ -4,13 +4,14 @@ kill, end with a table and a report.
 
 import json
 import os
+import platform
 import re
 import time
 
 import pandas as pd
 
 from quantlab.system.errors import UserError
-from quantlab.system.files import atomic_path, root, write_text
+from quantlab.system.files import atomic_path, data_folder, root, write_text
 from quantlab.workbook import notebooks, results
 from quantlab.workbook.keys import run_key
 from quantlab.workbook.request import requested
@@ -43,13 +44,38 @@ def run(numbers=(), overrides=None, *, source=None, force=False, time_limit=TIME
     skipped, unless `force`; its rows are recorded again, as if it had run. The executed notebook
     appears in results/runs when it is complete; a failed one is kept as NAME.failed.ipynb.
     """
-    lines = []
-    for notebook, parameters in requested(numbers, overrides, source):
+    lines, plan = [], requested(numbers, overrides, source)
+    remove_temporaries()
+    for notebook, parameters in plan:
         started = time.perf_counter()
         status, message = _run_one(notebook, parameters, force, time_limit)
         seconds = round(time.perf_counter() - started, 1)
         lines.append([notebook.path.stem, status, seconds, message])
     return pd.DataFrame(lines, columns=["notebook", "status", "seconds", "message"])
+
+
+def remove_temporaries():
+    """Delete the hidden temporary files (`atomic_path`) that killed processes of this machine left.
+    """
+    parts = ("results", "results/runs", "results/rows", "pic", "checkpoint", "notebooks")
+    folders = [*(root() / part for part in parts), data_folder() / "cache"]
+    name = re.compile(rf"\..*-{re.escape(platform.node())}-(\d+)-[a-z0-9_]{{8}}(\.\w+)?")
+    for file in [file for folder in folders for file in folder.glob(".*")]:
+        match = name.fullmatch(file.name)
+        if match and not _is_alive(int(match[1])):
+            file.unlink(missing_ok=True)
+
+
+def _is_alive(process):
+    if os.name != "posix":  # there is no asking without harm
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def _run_one(notebook, parameters, force, time_limit):

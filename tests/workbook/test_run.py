@@ -13,6 +13,7 @@ from conftest import CHECKOUT
 
 from quantlab.__main__ import main
 from quantlab.system.errors import UserError
+from quantlab.system.files import atomic_path
 from quantlab.workbook import notebooks, results, run
 
 RECORDING = """
@@ -60,9 +61,13 @@ def test_a_kill_between_recording_and_finishing_leaves_every_row_once(workbook):
     killed.wait()
     runs = workbook / "results" / "runs"
     assert (workbook / "recorded").exists() and not list(runs.glob("98_*"))
+    assert len(list(runs.glob(".98_tiny-*"))) >= 2, "the notebook and its rows, not yet complete"
     assert not len(results.load()), "recorded, but its run is not complete"
     (workbook / "wait").unlink()
-    assert run.run(["98"]).status.tolist() == ["done"]
+    with atomic_path(runs / "mine.csv") as mine:
+        assert run.run(["98"]).status.tolist() == ["done"]
+        assert [*runs.glob(".*")] == [mine], "of killed processes, not of those that live"
+    (runs / "mine.csv").unlink()
     assert results.load().seed.tolist() == [0, 1]
     (out,) = runs.glob("98_*.ipynb")
     raw = pd.read_csv(results.local_path())
