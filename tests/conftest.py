@@ -9,6 +9,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import math
 import pathlib
 import shutil
 import tarfile
@@ -18,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis import strategies as st
 from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
 
@@ -165,3 +167,58 @@ def read_text(path):
 def equal_codes(a, b):
     """True when two dicts of integer codes by edge are the same."""
     return a.keys() == b.keys() and all(torch.equal(a[edge], b[edge]) for edge in a)
+
+
+NONSENSE = st.sampled_from([
+    None, True, -1, 0, 1, 3, 128, 255, 256, 2**31, 2**40, 10**400, -0.0, 0.5, 1e-300, 3e38,
+    math.nan, math.inf, -math.inf, "", "_0", "_3", "input_1", "quantizers._1", "nobody",
+    "line\nbreak", "\x1b[2J", [], ["_0"], {}, {"_0": 9}, {"_0": "_0"}])
+
+
+def mutate_fields(value, data):
+    """Change one field of a JSON value, drawn by hypothesis: set, delete, rename or repeat it."""
+    *path, key = data.draw(st.sampled_from(list(_places(value))))
+    for step in path:
+        value = value[step]
+    change = data.draw(st.sampled_from(["set", "set", "set", "delete", "rename", "repeat"]))
+    if change == "set":
+        value[key] = data.draw(NONSENSE)
+    elif change == "delete":
+        del value[key]
+    elif isinstance(value, list):
+        value.append(value[key])
+    else:
+        value["nobody" if change == "rename" else "_0"] = value.pop(key)
+
+
+def _places(value, path=()):
+    """The path of every field, whole branches among them."""
+    if path:
+        yield path
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from _places(value[key], (*path, key))
+
+
+def mutate_tensors(tensors, data):
+    """Change one tensor of a dict: a value, its type, its shape or its name."""
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    x = tensors[name].clone()
+    changes = ["value", "value", "value", "type", "shape", "delete", "rename"]
+    change = data.draw(st.sampled_from(changes))
+    if change == "value":
+        values = [0, 1, -1, 255, 2**30, 2**31 - 1, -(2**31), 1e-45, 3e38, math.nan, math.inf]
+        value = data.draw(st.sampled_from(values))
+        place = data.draw(st.integers(0, x.numel() - 1))
+        has_value = x.is_floating_point() or math.isfinite(value)
+        x.view(-1)[place] = torch.tensor(value).to(x.dtype) if has_value else 77
+    elif change == "type":
+        x = x.to(data.draw(st.sampled_from([
+            torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool])))
+    elif change == "shape":
+        flat = x.flatten()
+        x = [x[None], flat[:-1], torch.cat([flat, flat]), flat[0]][data.draw(st.integers(0, 3))]
+    if change in ("delete", "rename"):
+        del tensors[name]
+    if change != "delete":
+        tensors["nobody" if change == "rename" else name] = x.contiguous()

@@ -16,10 +16,11 @@ from torch import nn
 
 from quantlab.evaluate import evaluate
 from quantlab.networks.architectures import build
-from quantlab.networks.cards import TRAIN_COMMAND, Card, card_path, load_card
+from quantlab.networks.cards import MOST_OUTPUTS, TRAIN_COMMAND, Card, card_path, load_card
 from quantlab.system.errors import UserError
-from quantlab.system.files import root, save_tensors, sha256, write_text
+from quantlab.system.files import check_regular, root, save_tensors, sha256, write_text
 from quantlab.system.machine import device_name
+from quantlab.system.schema import one_line
 
 
 def software():
@@ -85,11 +86,25 @@ def load_model(name, checkpoint=None, num_classes=10):
     try:
         state = safetensors.torch.load_file(checkpoint)
         state = {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}
+        _check_values(state, model)
         model.load_state_dict(state)
-    except (safetensors.SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[-1].strip()
+    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
+        reason = one_line(str(error).splitlines()[-1].strip())
         raise UserError(f"checkpoint {checkpoint} does not fit {name}: {reason}") from None
     return model.eval()
+
+
+def _check_values(state, model):
+    """ValueError for tensors that would be loaded as other values than they hold."""
+    own = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError(f"{name} is a meta, sparse or quantized tensor")
+        like = own.get(name)
+        if like is not None and tensor.is_floating_point() != like.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, not {like.dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite")
 
 
 def find_checkpoint(model, data):
@@ -148,11 +163,17 @@ def import_checkpoint(file, architecture, out, data):
     """
     state = _read_state_dict(file)
     head = state.get("fc.weight", state.get("linear.weight"))
-    model = build(architecture, len(head) if head is not None else 10)
+    outputs = 10 if head is None else head.shape[0] if head.dim() else 0
+    if not 1 <= outputs <= MOST_OUTPUTS:
+        raise UserError(f"{file} does not fit {architecture}: its last layer has the weight "
+                        f"{list(head.shape)}, not [classes, features]")
+    model = build(architecture, outputs)
     try:
+        _check_values(state, model)
         model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:200]
+    except (RuntimeError, ValueError) as error:
+        lines = str(error).splitlines()  # torch's first is a title
+        reason = one_line(lines[min(1, len(lines) - 1)].strip())
         raise UserError(f"{file} does not fit {architecture}: {reason}") from None
     result = evaluate(model, data.test)
     source = f"imported from {pathlib.Path(file).name}"
@@ -163,20 +184,23 @@ def import_checkpoint(file, architecture, out, data):
 
 
 def _read_state_dict(file):
+    check_regular(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{file} not found") from None
     except Exception as error:  # code in a pickle, a truncated zip, not a checkpoint: all refused
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        reason = one_line((str(error).splitlines() or [type(error).__name__])[0], 100)
         raise UserError(
             f"{file} cannot be read as a state dict without executing code ({reason}); "
             "save it with torch.save(model.state_dict(), …)"
         ) from None
-    while (inner := _inner(state)) is not None:
-        state = inner
-    values = list(state.values()) if isinstance(state, dict) else []
-    if not (values and all(isinstance(value, torch.Tensor) for value in values)):
+    for _ in range(4):  # a pickle may hold itself
+        inner = _inner(state)
+        state = state if inner is None else inner
+    items = list(state.items()) if isinstance(state, dict) else [(0, 0)]
+    named = all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in items)
+    if not items or not named:
         raise UserError(
             f"{file} holds no state dict of tensors; "
             "save it with torch.save(model.state_dict(), …)"

@@ -23,8 +23,9 @@ from quantlab.networks import architectures, checkpoints
 from quantlab.networks.augment import augment, resized
 from quantlab.networks.recipe import RECIPES, TrainConfig
 from quantlab.system.errors import UserError, check_name
-from quantlab.system.files import save_tensors
+from quantlab.system.files import check_regular, save_tensors
 from quantlab.system.machine import device, has_bf16, seed_everything
+from quantlab.system.schema import Between, Each, check, one_line
 
 HALF_ABOVE = 20_000_000  # bytes of float32 weights from which they are stored in half precision
 
@@ -295,12 +296,12 @@ class _Run:
         with `restart` the run begins anew instead.
         """
         try:
-            place, tensors = _read_state(path, self.settings())
+            place, tensors = self._read(path)
         except UserError:
             if restart:
                 return
             raise
-        self.step, self.seconds, self.history = place
+        self.step, self.seconds, self.history = place["step"], place["seconds"], place["history"]
         for name, tensor in self._tensors().items():
             tensor.copy_(tensors[name])
         for name, parameter in self.model.named_parameters():
@@ -310,24 +311,57 @@ class _Run:
                 self.optimizer.state[parameter]["momentum_buffer"] = like
         self.generator.set_state(tensors["generator"])
 
+    def _read(self, path):
+        """(place, tensors) of a state; UserError unless this run can go on from it."""
+        advice = "or pass --restart to begin again"
+        try:
+            there, place, tensors = _read_state(path)
+            asked = self.settings()
+            differing = [k for k in {**there, **asked} if there.get(k) != asked.get(k)]
+            if differing:
+                shown = ", ".join(f"{k}: {there.get(k)} there, {asked.get(k)} asked for"
+                                  for k in differing)
+                raise UserError(f"{path} was trained with other settings ({one_line(shown)}); "
+                                f"use those, {advice}")
+            self._check_state(place, tensors)
+        except ValueError as error:
+            raise UserError(f"{path} is damaged; delete it {advice} ({one_line(error)})") from None
+        return place, tensors
 
-def _read_state(path, asked):
-    """((step, seconds, history), tensors) of an unfinished run with the settings `asked`."""
+    def _check_state(self, place, tensors):
+        """ValueError unless place and tensors are of this run: all names, shapes and types."""
+        last = self.steps_per_epoch
+        check(place, {"step": Between(0, last, int), "seconds": Between(0, 1e12),
+                      "history": [Each((int, float))]}, "place")
+        if len(place["history"]) > self.config.epochs:
+            raise ValueError(f"{len(place['history'])} epochs of {self.config.epochs}")
+        expected = {**self._tensors(), "generator": self.generator.get_state()}
+        momentum = {f"momentum.{name}": p for name, p in self.model.named_parameters()}
+        if any(name in tensors for name in momentum):
+            expected |= momentum
+        if tensors.keys() != expected.keys():
+            raise ValueError("tensors " + ", ".join(sorted(tensors.keys() ^ expected.keys())))
+        for name, like in expected.items():
+            if (tensors[name].shape, tensors[name].dtype) != (like.shape, like.dtype):
+                raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
+        try:
+            torch.Generator().set_state(tensors["generator"])
+        except RuntimeError as error:
+            raise ValueError(str(error).splitlines()[0]) from None
+
+
+def _read_state(path):
+    """(settings, place, tensors) of an unfinished run; ValueError where it is none."""
+    check_regular(path)
     try:
         tensors = safetensors.torch.load_file(path)
         with safetensors.safe_open(path, "pt") as file:
-            there, place = (json.loads(file.metadata()[name]) for name in ("settings", "place"))
-        place = [place[name] for name in ("step", "seconds", "history")]
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is damaged; delete it or pass --restart to begin again") from None
-    differing = [k for k in {**there, **asked} if there.get(k) != asked.get(k)]
-    if differing:
-        shown = ", ".join(f"{k}: {there.get(k)} there, {asked.get(k)} asked for" for k in differing)
-        raise UserError(
-            f"{path} was trained with other settings ({shown}); "
-            "use those, or pass --restart to begin again"
-        )
-    return place, tensors
+            metadata = file.metadata() or {}
+        settings, place = (json.loads(metadata[name]) for name in ("settings", "place"))
+    except (safetensors.SafetensorError, OSError, KeyError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    check(settings, dict, "settings")
+    return settings, place, tensors
 
 
 def _start(model, config, data, start_from):

@@ -3,7 +3,6 @@
 import copy
 import functools
 import json
-import math
 import os
 import pathlib
 import pickle
@@ -13,7 +12,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from conftest import fuzz
+from conftest import fuzz, mutate_fields, mutate_tensors
 from examples import Tangle, randomize_batchnorm
 from forms import FORMS, MINMAX, make_quantized, quantized, tiny
 from hypothesis import given
@@ -203,59 +202,6 @@ def test_every_damage_is_named(saved):
         ql.load_quantized(saved, tiny())
 
 
-NONSENSE = st.sampled_from([
-    None, True, -1, 0, 1, 3, 128, 255, 256, 2**31, 2**40, 10**400, -0.0, 0.5, 1e-300, 3e38,
-    float("nan"), float("inf"), -float("inf"), "", "_0", "_3", "input_1", "quantizers._1", "nobody",
-    "line\nbreak", "\x1b[2J", [], ["_0"], {}, {"_0": 9}, {"_0": "_0"}])
-
-
-def places(value, path=()):
-    """The path of every field of a description, whole branches among them."""
-    if path:
-        yield path
-    if isinstance(value, (dict, list)):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places(value[key], (*path, key))
-
-
-def mutate_description(about, data):
-    *path, key = data.draw(st.sampled_from(list(places(about))))
-    for step in path:
-        about = about[step]
-    change = data.draw(st.sampled_from(["set", "set", "set", "delete", "rename", "repeat"]))
-    if change == "set":
-        about[key] = data.draw(NONSENSE)
-    elif change == "delete":
-        del about[key]
-    elif isinstance(about, list):
-        about.append(about[key])
-    else:
-        about["nobody" if change == "rename" else "_0"] = about.pop(key)
-
-
-def mutate_tensors(tensors, data):
-    name = data.draw(st.sampled_from(sorted(tensors)))
-    x = tensors[name].clone()
-    changes = ["value", "value", "value", "type", "shape", "delete", "rename"]
-    change = data.draw(st.sampled_from(changes))
-    if change == "value":
-        values = [0, 1, -1, 255, 2**30, 2**31 - 1, -(2**31), 1e-45, 3e38, math.nan, math.inf]
-        value = data.draw(st.sampled_from(values))
-        place = data.draw(st.integers(0, x.numel() - 1))
-        has_value = x.is_floating_point() or math.isfinite(value)
-        x.view(-1)[place] = torch.tensor(value).to(x.dtype) if has_value else 77
-    elif change == "type":
-        x = x.to(data.draw(st.sampled_from([
-            torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool])))
-    elif change == "shape":
-        flat = x.flatten()
-        x = [x[None], flat[:-1], torch.cat([flat, flat]), flat[0]][data.draw(st.integers(0, 3))]
-    if change in ("delete", "rename"):
-        del tensors[name]
-    if change != "delete":
-        tensors["nobody" if change == "rename" else name] = x.contiguous()
-
-
 @functools.cache
 def valid(weight_symmetric):
     """(tensors, description) of a valid file, with two widths."""
@@ -276,7 +222,7 @@ def test_a_file_loads_and_equals_or_is_refused_in_a_line(weight_symmetric, tmp_p
     tensors, about = copy.deepcopy(valid(weight_symmetric))
     for _ in range(data.draw(st.integers(1, 2))):
         if data.draw(st.booleans()):
-            mutate_description(about, data)
+            mutate_fields(about, data)
         else:
             mutate_tensors(tensors, data)
     about["sha256"] = packed._checksum(tensors, about)

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import math
 import os
+import shutil
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import CHECKOUT, JPEG_ARCHIVE
+from conftest import CHECKOUT, JPEG_ARCHIVE, fuzz, mutate_fields
+from hypothesis import given
+from hypothesis import strategies as st
 
 import quantlab as ql
 from quantlab.__main__ import main
@@ -62,6 +66,35 @@ def test_damaged_checkpoint_and_card(checkpoint):
     checkpoints.card_path(path).unlink()
     with pytest.raises(ql.UserError, match="not found; train one with"):
         ql.load_model("resnet20", path)
+
+
+@given(data=st.data())
+@fuzz(60)
+def test_a_card_is_what_is_written_or_refused_in_a_line(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "card.safetensors"
+    committed = CHECKOUT / "checkpoint" / "resnet20-digits.safetensors"
+    shutil.copy(committed, path)
+    fields = json.loads(checkpoints.card_path(committed).read_text())
+    fields["history"] = fields["history"][:1]
+    mutate_fields(fields, data)
+    checkpoints.card_path(path).write_text(json.dumps(fields))
+    try:
+        card = ql.load_card(path)
+        ql.load_model(card.architecture, path)
+    except ql.UserError as error:
+        assert str(error).isprintable()
+        return
+    written, read = {"heldout_top1": None, **fields}, dataclasses.asdict(card)
+    assert json.dumps(read, sort_keys=True) == json.dumps(written, sort_keys=True)
+    assert 0 <= card.test_top1 <= 100 and f"{card.test_top1:.2f} {card.n_test:,}".isprintable()
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "[" * 100_000, '{"a": NaN}', "\xff"])
+def test_texts_that_are_no_card(checkpoint, text):
+    checkpoints.card_path(checkpoint[1]).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ql.UserError, match="not a checkpoint card") as error:
+        ql.load_card(checkpoint[1])
+    assert str(error.value).isprintable()
 
 
 def test_weights_that_do_not_fit(checkpoint):
@@ -143,6 +176,37 @@ def test_files_that_are_no_state_dict(tmp_path, digits, content, message):
     with pytest.raises(ql.UserError, match=message):
         checkpoints.import_checkpoint(tmp_path / "odd.pt", "resnet20", out, digits)
     assert not out.exists()
+
+
+def itself(state):
+    state["model"] = state
+    return state
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: dict(enumerate(s.values())), "holds no state dict"),
+    (lambda s: s | {"fc.weight": torch.tensor(1.0)}, r"has the weight \[\], not \[classes"),
+    (lambda s: s | {"fc.weight": torch.zeros(1, 64).expand(10**9, 64)}, "not .classes"),
+    (lambda s: {k: v.to("meta") for k, v in s.items()}, "conv1.weight is a meta"),
+    (lambda s: s | {"conv1.weight": s["conv1.weight"].to_sparse()}, "meta, sparse or quantized"),
+    (lambda s: s | {"conv1.weight": s["conv1.weight"].to(torch.complex64)}, "is torch.complex64"),
+    (lambda s: s | {"conv1.weight": s["conv1.weight"].long()}, "is torch.int64, not torch.float32"),
+    (lambda s: s | {"fc.bias": torch.full((10,), math.nan)}, "fc.bias holds values that are not"),
+    (lambda s: s | {"\x1b[2J": torch.zeros(1)}, "does not fit resnet20"),
+    (itself, "holds no state dict"),
+], ids=["numbers for names", "scalar head", "huge head", "meta", "sparse", "complex", "integers",
+        "NaN", "control characters", "itself"])
+def test_states_that_would_be_another_network(tmp_path, digits, resnet20, change, message):
+    with pytest.raises(ql.UserError, match=message) as error:
+        import_state(tmp_path / "mine.pt", change(dict(resnet20.state_dict())), digits)
+    assert str(error.value).isprintable() and not (tmp_path / "mine.safetensors").exists()
+
+
+def test_a_device_is_no_state_dict(tmp_path, digits):
+    os.mkfifo(tmp_path / "fifo.pt")
+    for file in (tmp_path / "fifo.pt", tmp_path):
+        with pytest.raises(ql.UserError, match="folder or a device"):
+            checkpoints.import_checkpoint(file, "resnet20", tmp_path / "out.safetensors", digits)
 
 
 # ---- The committed checkpoints -------------------------------------------------------------------

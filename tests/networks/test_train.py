@@ -1,7 +1,9 @@
 """Training: it learns, a killed run continues exactly, and the wrong state is refused."""
 
+import copy
 import dataclasses
 import importlib
+import json
 import signal
 import subprocess
 import sys
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import CHECKOUT
+from conftest import CHECKOUT, fuzz, mutate_fields, mutate_tensors
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import quantlab as ql
@@ -259,6 +263,43 @@ def test_a_state_of_other_settings_is_refused_and_both_are_shown(few, tmp_path, 
     state.write_bytes(state.read_bytes()[:500])
     with pytest.raises(ql.UserError, match="damaged; delete it"):
         ql.train(SETTINGS, few, tmp_path / "net.safetensors", verbose=False)
+
+
+@pytest.fixture(scope="module")
+def begun(digits, tmp_path_factory):
+    """A run within its first epoch, and what it saved."""
+    path = tmp_path_factory.mktemp("begun") / "net.training.safetensors"
+    run = module._Run(SETTINGS, digits)
+    next(run.steps())
+    run.history.append({"epoch": 1, "loss": 2.0, "train_top1": 10.0, "heldout_top1": 11.0})
+    run.save(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = {name: json.loads(text) for name, text in file.metadata().items()}
+    return run, path, safetensors.torch.load_file(path), metadata
+
+
+@given(data=st.data())
+@fuzz(60)
+def test_a_state_goes_on_as_it_was_saved_or_is_refused_in_a_line(begun, data):
+    run, path, tensors, metadata = *begun[:2], *map(copy.deepcopy, begun[2:])
+    if data.draw(st.booleans()):
+        mutate_fields(metadata, data)
+    else:
+        mutate_tensors(tensors, data)
+    texts = {name: json.dumps(value) for name, value in metadata.items()}
+    safetensors.torch.save_file(tensors, path, texts)
+    try:
+        run.load(path, restart=False)
+    except ql.UserError as error:
+        assert str(error).isprintable() and "--restart" in str(error)
+        run.load(path, restart=True)
+        return
+    run.save(path)
+    again = safetensors.torch.load_file(path)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[k].nan_to_num(), v.nan_to_num()) for k, v in tensors.items())
+    with safetensors.safe_open(path, "pt") as file:
+        assert {k: file.metadata()[k] for k in ("place", "settings")} == texts
 
 
 def test_a_killed_process_goes_on_from_its_last_save(workbook, tmp_path, capsys):
