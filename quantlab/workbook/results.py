@@ -9,9 +9,12 @@ old. What a run records counts when the run is complete; recorded by hand, it co
 """
 
 import contextlib
+import csv
 import datetime
 import hashlib
+import io
 import json
+import math
 import os
 import pathlib
 
@@ -23,7 +26,15 @@ from quantlab.config import QuantConfig
 from quantlab.evaluate import paired_drop
 from quantlab.observers import observer_name
 from quantlab.system.errors import UserError
-from quantlab.system.files import atomic_path, commit, read_csv, root, write_text
+from quantlab.system.files import (
+    atomic_path,
+    check_regular,
+    commit,
+    read_text,
+    root,
+    write_text,
+)
+from quantlab.system.schema import check, one_line
 from quantlab.workbook.keys import code_hash, digest
 
 CONFIGURATION = [
@@ -173,9 +184,23 @@ def once(settings, measure):
         if not file.is_file():
             write_text(file, json.dumps(measure(state)))
             state.unlink(missing_ok=True)
-    row = json.loads(file.read_text(encoding="utf-8"))
+    row = _read_row(file)
     record([row])
     _replace(_stamped([row]), local_path())
+    return row
+
+
+def _read_row(file):
+    """The row that `once` kept; UserError where the file is torn."""
+    try:
+        row = json.loads(file.read_text(encoding="utf-8"))
+        check(row, dict, "row")
+        if missing := ", ".join(sorted(set(COLUMNS) - row.keys())):
+            raise ValueError(f"it lacks {missing}")
+        _checked(_typed(pd.DataFrame([row], columns=COLUMNS)))
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{file} is no row of results ({one_line(error)}); delete it and it is "
+                        "measured again") from None
     return row
 
 
@@ -249,20 +274,61 @@ def load(path=None):
 
 
 def _read(path):
+    check_regular(path)
     if not path.is_file() or not path.stat().st_size:
         return _typed(pd.DataFrame(columns=COLUMNS))
-    texts = dict.fromkeys([*TEXTS, "run_key"], str)  # a sha of digits alone is no number
-    frame = read_csv(path, dtype=texts)
-    if is_old := "run_key" in frame.columns:  # it named the configuration
-        frame = frame.assign(config_key="", run="", levels=pd.NA)
-    if missing := ", ".join(sorted(set(COLUMNS) - set(frame.columns))):
-        raise UserError(f"{path} lacks the columns {missing}; move it away and run the notebooks")
     try:
-        return _upgraded(_typed(frame)) if is_old else _typed(frame)
-    except (ValueError, TypeError) as error:  # a word where a number should be
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} holds rows that are none ({reason}); restore it or move it away "
-                        "and run the notebooks") from None
+        frame = _parsed(path)
+        if is_old := "run_key" in frame.columns:  # it named the configuration
+            frame = frame.assign(config_key="", run="", levels=pd.NA)
+        if missing := ", ".join(sorted(set(COLUMNS) - set(frame.columns))):
+            raise UserError(
+                f"{path} lacks the columns {missing}; move it away and run the notebooks")
+        frame = _typed(frame)
+        return _checked(_upgraded(frame) if is_old else frame)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{path} is no table of results ({one_line(error)}); mend that line, or "
+                        "move it away and run the notebooks") from None
+
+
+def _parsed(path):
+    """A file's cells as text, without those that are empty; ValueError that names the line."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        header, rows = next(reader, []), []
+        for cells in reader:
+            if len(cells) != len(header):
+                raise ValueError(f"line {reader.line_num} has {len(cells)} cells, not "
+                                 f"{len(header)}: {','.join(cells)[:40]}")
+            rows.append(cells)
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from None
+    if len(set(header)) < len(header):
+        raise ValueError("two columns have one name")
+    frame = pd.DataFrame(rows, columns=header, dtype=object)
+    return frame.where(frame != "", None)
+
+
+def _checked(frame):
+    """The frame itself; ValueError for a row that is none of `make_row`."""
+    bounds = {"n_test": 0, "seed": 0, "bytes": 0, "seconds": 0, "fp32_top1": 100, "top1": 100}
+    for column, most in bounds.items():
+        wrong = (frame[column] < 0) | ((frame[column] > most) if most else False)
+        if wrong.fillna(False).any():
+            raise ValueError(f"{column} is {frame[column][wrong.fillna(False)].iloc[0]}")
+    for column in FLOATS:
+        if frame[column].abs().eq(math.inf).any():
+            raise ValueError(f"{column} is infinite")
+    for column in TEXTS:
+        strange = [text for text in frame[column] if not text.isprintable()]
+        if strange:
+            raise ValueError(f"{column} is {strange[0]!r}")
+    keys = frame.config_key.tolist()
+    if strange := [key for key in keys if not (key.isalnum() and key.isascii())]:
+        raise ValueError(f"config_key is {strange[0]!r}, not hex digits")
+    if frame.seed.isna().any():
+        raise ValueError("a row has no seed")
+    return frame
 
 
 def _upgraded(frame):
@@ -274,8 +340,13 @@ def _upgraded(frame):
 
 def _typed(frame):
     """The columns in order, whole numbers that may be missing as Int64, missing texts as ""."""
-    frame = frame[COLUMNS]
-    frame = frame.astype(dict.fromkeys(FLOATS, "float64") | dict.fromkeys(INTEGERS, "Int64"))
+    frame = frame[COLUMNS].copy()
+    for column in [*FLOATS, *INTEGERS]:
+        try:
+            numbers = pd.to_numeric(frame[column])
+            frame[column] = numbers.astype("Int64" if column in INTEGERS else "float64")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{column}: {error}") from None
     for column in TEXTS:
         frame[column] = frame[column].astype(object).where(frame[column].notna(), "")
     return frame

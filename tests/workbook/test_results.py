@@ -1,5 +1,7 @@
 """Rows, intervals and tables."""
 
+import csv
+import dataclasses
 import json
 import math
 import subprocess
@@ -9,7 +11,9 @@ import time
 import pandas as pd
 import pytest
 import torch
-from conftest import CHECKOUT, read_text
+from conftest import CHECKOUT, NONSENSE, fuzz, read_text
+from hypothesis import given
+from hypothesis import strategies as st
 
 import quantlab as ql
 from quantlab.evaluate import Evaluation, evaluate, limited
@@ -209,9 +213,9 @@ def test_a_foreign_results_file_is_refused(workbook):
     (lambda text: text.replace("\n", "\n>>>>>>> 1a2b\n", 1).encode(), "git's conflict markers"),
     (lambda text: text.encode("utf-16"), "cannot be read as UTF-8 text"),
     (lambda text: text.replace("digits", "\xc4", 1).encode("latin-1"), "as UTF-8 text"),
-    (lambda text: (text + "1,2,3" + "," * 99 + "\n").encode(), "is no table of comma-separated"),
-    (lambda text: b"\n", "is no table of comma-separated values (No columns"),
-    (lambda text: text.replace(",80.0,", ",half,").encode(), "holds rows that are none (could not"),
+    (lambda text: (text + "1,2,3" + "," * 99 + "\n").encode(), "of results (line 3 has"),
+    (lambda text: b"\n", "lacks the columns"),
+    (lambda text: text.replace(",80.0,", ",half,").encode(), "is no table of results (top1"),
 ], ids=["ours", "theirs", "UTF-16", "Latin-1", "ragged", "empty", "word"])
 def test_a_damaged_results_file_is_refused_by_name(digits, workbook, damage, said):
     results.record([some_row(digits)])
@@ -224,6 +228,91 @@ def test_a_damaged_results_file_is_refused_by_name(digits, workbook, damage, sai
         assert str(file) in str(caught.value) and said in str(caught.value)
         assert "\n" not in str(caught.value)
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["birds", "2024", "NA", "null", "1e5", "a,b", '"', "ä"])
+def test_a_data_set_keeps_its_name_whatever_it_looks_like(digits, workbook, name):
+    data = dataclasses.replace(digits, name=name)
+    recorded = results.record([some_row(data), some_row(data, config=None, method="float")])
+    frame = results.load()
+    pd.testing.assert_frame_equal(frame, recorded)
+    assert frame.dataset.tolist() == [name] * 2 and len(results.current(frame)) == 2
+
+
+def damaged_files():
+    def on_line(n, change):
+        def damage(text):
+            lines = text.splitlines(keepends=True)
+            lines[n] = change(lines[n])
+            return "".join(lines).encode()
+        return damage
+
+    return {
+        "a short row": on_line(2, lambda line: line[: len(line) // 2] + "\n"),
+        "a long row": on_line(1, lambda line: "1," + line),
+        "text for a number": on_line(1, lambda line: line.replace(",80.0,", ",many,")),
+        "above 100 %": on_line(1, lambda line: line.replace(",80.0,", ",180.0,")),
+        "infinite": on_line(1, lambda line: line.replace(",80.0,", ",inf,")),
+        "half a seed": on_line(1, lambda line: line.replace(",0,a machine", ",0.5,a machine")),
+        "no seed": on_line(1, lambda line: line.replace(",0,a machine", ",,a machine")),
+        "an open quote": on_line(1, lambda line: '"' + line),
+        "a conflict": on_line(1, lambda line: "<<<<<<< HEAD\n" + line),
+        "a terminal's codes": on_line(1, lambda line: line.replace("by hand", "\x1b[2J")),
+        "zeros": lambda text: bytes(5000), "garbage": lambda text: bytes(range(256)) * 10,
+        "another encoding": lambda text: text.encode("utf-16"),
+        "two columns of one name": on_line(0, lambda line: line.replace("top1", "drop", 1)),
+    }
+
+
+@pytest.mark.parametrize("kind", damaged_files())
+def test_a_damaged_results_file_is_refused_in_a_line_by_name(digits, workbook, kind):
+    results.record([some_row(digits), some_row(digits, seed=1)])
+    path = results.local_path()
+    text = read_text(path)
+    path.write_bytes(damaged_files()[kind](text))
+    assert path.read_bytes() != text.encode(), "the damage is done"
+    with pytest.raises(ql.UserError, match="results.csv (is no table|lacks|holds|cannot)") as error:
+        results.load()
+    assert str(error.value).isprintable()
+
+
+@given(data=st.data())
+@fuzz(60)
+def test_a_changed_results_file_reads_as_it_is_written_or_is_refused(committed_row, data):
+    path, text = committed_row
+    cells = [line.split(";") for line in text.splitlines()]
+    row, column = data.draw(st.integers(0, 2)), data.draw(st.integers(0, len(cells[0]) - 1))
+    cells[row][column] = str(data.draw(NONSENSE))
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(cells)
+    try:
+        frame = results.load(path)
+    except ql.UserError as error:
+        assert str(error).isprintable()
+        return
+    results.write(frame, path)
+    pd.testing.assert_frame_equal(results.load(path), frame)
+    value = frame[cells[0][column]].iloc[row - 1]
+    written = cells[row][column]
+    assert value == written or float(value) == float(written or "nan") or pd.isna(value)
+
+
+@pytest.fixture(scope="module")
+def committed_row(digits, tmp_path_factory):
+    """(path of a results file, its text with cells apart by semicolons)."""
+    path = tmp_path_factory.mktemp("results") / "results.csv"
+    rows = [some_row(digits, changes={"created": "now"}, seed=seed) for seed in (0, 1)]
+    pd.DataFrame(rows).to_csv(path, index=False, sep=";")
+    return path, read_text(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"seed": 0}', "\x00", '{"top1": "many"}'])
+def test_a_torn_row_is_named(digits, workbook, text):
+    results.once({"bits": 4}, lambda state: some_row(digits))
+    (file,) = (workbook / "results" / "rows").glob("*.json")
+    file.write_text(text)
+    with pytest.raises(ql.UserError, match=f"{file.name} is no row of results .*; delete it"):
+        results.once({"bits": 4}, lambda state: pytest.fail("it is there"))
 
 
 def test_a_file_from_before_keys_of_content_is_brought_up_to_date(digits, workbook):
