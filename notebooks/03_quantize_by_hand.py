@@ -30,18 +30,25 @@ if "google.colab" in sys.modules and not os.path.isdir("quantlab"):
     sys.path.insert(0, os.getcwd())
 
 # %%
+import bisect
+import functools
 import itertools
+import math
+import warnings
 
 import pandas as pd
 import quantlab as ql
 import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+# %%
 from quantlab import observers, plots, ptq
+from quantlab.calibration import watch
 from quantlab.evaluate import decibels
 from quantlab.graph import folded
 from quantlab.quantized import find_node
 from quantlab.workbook.study import Study, show
-from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 # %% tags=["parameters"]
 data = "auto"  # auto, cifar10, digits, images, or the path of a folder or archive
@@ -49,11 +56,11 @@ model = "resnet20"  # resnet20 or resnet50
 checkpoint = "auto"  # auto, or the path of a .safetensors file
 seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
-weight_bits = 4  # 2 to 8, for the network in section 6
+weight_bits = 4  # 2 to 8, for the network in section 7
 act_bits = 4  # 2 to 8
 observer = "histogram"  # minmax, percentile or histogram
 n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
-# calibration seeds in section 8; 0: one in a smoke run, three in a full one
+# calibration seeds in section 9; 0: one in a smoke run, three in a full one
 n_seeds = 0
 
 # %%
@@ -67,125 +74,200 @@ n_seeds = study.choose(n_seeds, smoke=1, full=3)
 
 # %% [markdown]
 # ## 1. Scale and zero-point
-# A *code* is a small integer that stands for a real number. Map a range of reals $[a, b]$ to the codes
-# $a_q \dots b_q$ by a straight line:
-#
-# $$x = s\,(x_q - z)$$
-#
-# The scale $s$ is the distance between neighbouring values, the zero-point $z$ the code of zero. Two ends
-# give two equations,
-#
-# $$a = s\,(a_q - z), \qquad b = s\,(b_q - z),$$
-#
-# and their difference is $b - a = s\,(b_q - a_q)$. So
-#
-# $$s = \frac{b - a}{b_q - a_q}, \qquad z = a_q - \frac{a}{s}.$$
-#
-# One condition more: **zero must be exact**, because padding and ReLU write zeros everywhere. So $z$ must
-# itself be a code, and is rounded to one. (The original's README writes $x = s(x_q + z)$, with the other
-# sign of $z$; this is the form of Jacob et al. 2018 and of every runtime.)
+# A *code* is a small integer that stands for a real number. The formats in question, beside the one that
+# the network was trained in:
 
 # %%
-def scale_and_zero_point(a, b, bits):
-    """Of codes 0..2^bits-1 for the reals a..b, a <= 0 <= b."""
-    a_q, b_q = 0, 2**bits - 1
-    s = (b - a) / (b_q - a_q)
-    z = round(a_q - a / s)
-    return s, z
+def limits(dtype):
+    info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    row = {"smallest": info.min, "largest": info.max, "bit patterns": 2**info.bits}
+    return {name: str(number) for name, number in row.items()}
 
-s, z = scale_and_zero_point(-1.0, 3.0, bits=4)
-q = ql.choose_qparams(-1.0, 3.0, bits=4)
-print(f"s = {s:.4f}, z = {z}, codes 0..15")
-assert abs(q.scale.item() - s) < 1e-7 and q.zero_point.item() == z, "ql does the same"
+formats = {"Int 8": torch.int8, "uint8": torch.uint8, "Float 32": torch.float32}
+show(pd.DataFrame({name: limits(dtype) for name, dtype in formats.items()}))
+assert torch.finfo(torch.float32).max == (2 - 2.0**-23) * 2.0**127
+
+# %% [markdown]
+# (The original's table has $2 - 2^{23}$ there; how many of the patterns are different numbers is counted in
+# [11](11_questions.ipynb).) 256 codes for all of float32 are hopeless; for the range $[a, b]$ in which a
+# tensor's values lie they are enough. A straight line maps it to the codes $a_q \dots b_q$. The original's
+# README writes
+#
+# $$x_q = \mathrm{round}\big(\tfrac{1}{s}\,x - z\big), \qquad x = s\,(x_q + z),$$
+#
+# with the *scale* $s$, the distance between neighbouring values, and the *zero-point* $z$. The two ends of
+# the range give its two equations for two unknowns,
+#
+# $$[1]\qquad a = s\,(a_q + z), \qquad b = s\,(b_q + z),$$
+#
+# which are linear in $s$ and $s z$. For $[-1, 3]$ and the sixteen codes of 4 bits:
+
+# %%
+a, b = -1.0, 3.0
+a_q, b_q = 0, 15
+equations = torch.tensor([[a_q, 1], [b_q, 1]], dtype=torch.float64)  # times (s, s z)
+ends = torch.tensor([a, b], dtype=torch.float64)
+s, sz = torch.linalg.solve(equations, ends)
+print(f"s = {s:.4f}, z = {sz / s:.4f}")
+assert torch.isclose(s, ends.diff() / (b_q - a_q)), "[1]: the difference of the two"
 
 
 # %% [markdown]
-# ## 2. Quantize, dequantize
-# Divide by the scale, round to the nearest integer, add the zero-point, and *clip* to the codes there
-# are. Back again is one multiplication. One after the other is called *fake quantization*: the result is
-# a float, but only values that have a code occur.
+# Subtract one equation from the other, and $z$ is gone; put $s$ into the first, and $z$ is there:
+#
+# $$s = \frac{b - a}{b_q - a_q}, \qquad z = \frac{a}{s} - a_q.$$
+#
+# $z = -3.75$ lies between two codes, so no code stands for zero. But padding and ReLU write zeros
+# everywhere, and an error there is made millions of times. So the original's second condition: **zero is
+# exact**,
+#
+# $$[2]\qquad z = \mathrm{round}(z).$$
+#
+# Jacob et al. 2018 and every runtime write $x = s\,(x_q - z)$: the same with $z$ of the other sign, and then
+# **$z$ is the code of zero**. From here on we do so too:
 
 # %%
-def quantize(x, s, z, bits):
-    return torch.clamp(torch.round(x / s) + z, 0, 2**bits - 1)
+def scale_and_zero_point(a, b, a_q, b_q):
+    """Of the codes a_q..b_q for the reals a..b, a <= 0 <= b; numbers, or [C]."""
+    a, b = (torch.as_tensor(end, dtype=torch.float64) for end in (a, b))
+    s = (b - a) / (b_q - a_q)
+    s = torch.where(s > 0, s, 1.0)  # nothing but zeros: any scale will do
+    z = torch.round(a_q - a / s)
+    return s.float(), z.int()
+
+s, z = scale_and_zero_point(a, b, a_q, b_q)
+print(f"s = {s:.4f}, z = {z}: the codes reach from {s * (a_q - z):.4f} ", end="")
+print(f"to {s * (b_q - z):.4f}")
+q = ql.choose_qparams(a, b, bits=4)
+assert torch.equal(q.scale, s) and torch.equal(q.zero_point, z), "ql does the same"
+assert (q.qmin, q.qmax) == (a_q, b_q)
+
+
+# %% [markdown]
+# What exact zeros cost: the ends have moved, by less than half a step.
+#
+# ## 2. Quantize, dequantize
+# **A number.** Divide by the scale, round to the nearest integer (a tie to the even one), add the
+# zero-point, and *clip* to the codes there are. Back again is one multiplication. One after the other is
+# called *fake quantization*: the result is a float, but only values that have a code occur.
+
+# %%
+def quantize(x, s, z, a_q, b_q):
+    return torch.clamp(torch.round(x * (1 / s)) + z, a_q, b_q).int()
 
 def dequantize(x_q, s, z):
     return s * (x_q - z)
 
-def fake_quantize(x, s, z, bits):
-    return dequantize(quantize(x, s, z, bits), s, z)
+def fake_quantize(x, s, z, a_q, b_q):
+    return dequantize(quantize(x, s, z, a_q, b_q), s, z)
 
 number = torch.tensor(0.7)
-code = quantize(number, s, z, bits=4)
-print(f"{number} -> code {code:.0f} -> {dequantize(code, s, z):.4f}")
+code = quantize(number, s, z, a_q, b_q)
+print(f"{number} -> code {code} -> {dequantize(code, s, z):.4f}")
 
 # %% [markdown]
-# A whole tensor goes the same way:
+# **A tensor** goes the same way:
 
 # %%
 x = torch.linspace(-1.5, 3.5, 11)
-x_hat = fake_quantize(x, s, z, bits=4)
-table = {"x": x, "code": quantize(x, s, z, bits=4), "x_hat": x_hat, "error": x_hat - x}
-show(pd.DataFrame(table).T.round(3))
+x_q = quantize(x, s, z, a_q, b_q)
+x_hat = dequantize(x_q, s, z)
+table = {"x": x, "code": x_q, "x_hat": x_hat, "error": x_hat - x}
+show(pd.DataFrame(table).round(3))
 
-# %% [markdown]
-# Inside the range nothing is off by more than half a step; outside, values are clipped. Three things
-# hold by construction, and the package and PyTorch's own kernel give the same values:
-
-# %%
 inside = (x >= x_hat.min()) & (x <= x_hat.max())
 assert ((x_hat - x)[inside].abs() <= s / 2 + 1e-6).all(), "at most half a step"
-assert fake_quantize(torch.zeros(1), s, z, 4) == 0, "zero is exact"
-assert torch.equal(fake_quantize(x_hat, s, z, 4), x_hat), "what has a code keeps it"
-
-kernel = torch.fake_quantize_per_tensor_affine(x, s, z, 0, 15)
-assert torch.allclose(x_hat, kernel, rtol=1e-6, atol=0), "torch's kernel agrees"
-assert torch.equal(ql.fake_quantize(x, q), kernel), "so does ql, bit for bit"
+assert fake_quantize(torch.zeros(1), s, z, a_q, b_q) == 0, "zero is exact"
+again = fake_quantize(x_hat, s, z, a_q, b_q)
+assert torch.equal(again, x_hat), "what has a code keeps it"
 
 # %% [markdown]
-# **Bit for bit.** Our `x / s` divides in float32; kernels multiply by `1 / s`, taken once. Where $x/s$
-# lies within two units in the last place of a tie the two can round to different codes. `ql` does what
-# the kernels do; on random numbers the two forms differ this often:
+# Outside the range values are clipped, and the error has no bound. The package and PyTorch's own kernel
+# give the same, bit for bit: a million random numbers in 8 bits.
 
 # %%
 many = torch.randn(1_000_000, generator=torch.Generator().manual_seed(seed))
-ours = quantize(many, q.scale, q.zero_point, bits=4)
-theirs = ql.quantize_tensor(many, q)
-print(f"{(ours != theirs).sum()} of {len(many):,} codes differ")
-assert (ours - theirs).abs().max() <= 1, "and then by one"
+s8, z8 = scale_and_zero_point(many.min(), many.max(), 0, 255)
+q8 = ql.choose_qparams(many.min(), many.max(), bits=8)
+codes = quantize(many, s8, z8, 0, 255)
+assert torch.equal(codes, ql.quantize_tensor(many, q8)), "ql's codes"
+values = dequantize(codes, s8, z8)
+kernel = torch.fake_quantize_per_tensor_affine(many, s8, z8, 0, 255)
+assert torch.equal(values, kernel), "torch's kernel gives the same values"
+assert torch.equal(values, ql.fake_quantize(many, q8)), "so does ql"
+
+# %% [markdown]
+# Bit for bit it is because `quantize` multiplies by $1/s$, taken once, as kernels do. In float32 that is not
+# quite the same as dividing, and half-way between two codes the last digit decides:
+
+# %%
+half_way = (torch.arange(255) + 0.5 - z8) * s8
+divided = torch.round(half_way / s8) + z8
+off = (divided != quantize(half_way, s8, z8, 0, 255)).sum()
+print(f"x / s in place of x * (1 / s): {off} of {len(half_way)} codes differ")
 
 # %% [markdown]
 # **Per channel.** Nothing forces all output channels of a layer to share a scale: each accumulates on
-# its own. Then $s$ is a vector, shaped to divide each channel by its own. Weights scatter around zero, so
-# $z = 0$, and the codes run from $-127$ to $127$: the *narrow* range, in which $-x$ has a code whenever
-# $x$ has one.
+# its own. Then $s$ is a vector, shaped to meet each channel with its own. Weights scatter around zero; with
+# the range $[-m, m]$ and the *narrow* codes $-127 \dots 127$ the same two equations give $s = m/127$ and
+# $z = 0$, and $-x$ has a code whenever $x$ has one.
 
 # %%
 graph = folded(network)  # traced, BatchNorm folded: section 4 does one by hand
 name = ptq.layers(graph)[len(ptq.layers(graph)) // 2]
 weight = graph.get_submodule(find_node(graph, name).target).weight.detach()
 
-top = 127
 largest = weight.abs().flatten(1).amax(1)  # of every output channel
-s = (largest / top).view(-1, *[1] * (weight.dim() - 1))
-w_hat = torch.clamp(torch.round(weight / s), -top, top) * s
-q = ql.choose_qparams(-largest, largest, bits=8, symmetric=True, axis=0)
+scales, zeros = scale_and_zero_point(-largest, largest, -127, 127)
+by_channel = scales.view(-1, 1, 1, 1), zeros.view(-1, 1, 1, 1)
+w_q = quantize(weight, *by_channel, -127, 127)
+w_hat = dequantize(w_q, *by_channel)
 print(
-    f"{name}: {tuple(weight.shape)}, {len(largest)} scales from {s.min():.5f} to "
-    f"{s.max():.5f}"
+    f"{name}: {tuple(weight.shape)}, {len(scales)} scales from {scales.min():.5f} to "
+    f"{scales.max():.5f}, zero-points {zeros.unique().tolist()}"
 )
-close = torch.isclose(w_hat, ql.fake_quantize(weight, q), rtol=1e-5, atol=0)
-assert close.float().mean() > 0.999, "ql does the same, but for ties"
+
+# %%
+q = ql.choose_qparams(-largest, largest, bits=8, symmetric=True, axis=0)
+assert torch.equal(q.scale, scales) and torch.equal(q.zero_point, zeros)
+assert torch.equal(w_q, ql.quantize_tensor(weight, q))
+kernel = torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -127, 127)
+assert torch.equal(w_hat, kernel) and torch.equal(w_hat, ql.fake_quantize(weight, q))
 
 # %% [markdown]
-# From here on `ql.choose_qparams`, `ql.quantize_tensor` and `ql.fake_quantize` stand for these lines.
+# PyTorch also has tensors that *are* codes, the ones that [02](02_builtin_int8.ipynb) converts to, of 8 bits
+# only. They are to be removed (PyTorch's issue 184982), so this cell asks first. Their kernel adds $z$
+# before it rounds: again another code where $x/s$ is a tie but for the last digits.
+
+# %%
+# the deprecation is said above
+warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
+if hasattr(torch, "quantize_per_tensor"):
+    stored = torch.quantize_per_tensor(many, s8, z8, torch.quint8)
+    off = (stored.int_repr().int() - codes).abs()
+    print(f"{stored.dtype}: {(off > 0).sum()} of {len(many):,} codes differ")
+    assert off.max() <= 1 and (off > 0).double().mean() < 1e-4
+    assert torch.equal(stored.dequantize()[off == 0], values[off == 0])
+    stored = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    assert torch.equal(stored.int_repr().int(), w_q), "with z = 0 none differs"
+
+# %% [markdown]
+# Now that it is written, `ql.choose_qparams`, `ql.quantize_tensor` and `ql.fake_quantize` stand for these
+# lines.
 #
-# ## 3. One weight tensor, and the trade-off
-# First with one scale for the whole tensor and its whole range:
+# ## 3. One layer's weights, and the trade-off
+# First with one scale for the whole tensor and its whole range. One 3x3 filter on its way, weights, codes,
+# values, errors:
 
 # %%
 q = ql.choose_qparams(weight.min(), weight.max(), bits=8, symmetric=True)
 w_hat = ql.fake_quantize(weight, q)
+taps = weight[0, 0].flatten()
+steps = {"weight": taps, "code": ql.quantize_tensor(taps, q)}
+steps["value"] = ql.dequantize(steps["code"], q)
+steps["error in steps"] = (steps["value"] - taps) / q.scale
+print(f"{name}: scale {weight.abs().max():.4f} / 127 = {q.scale:.6f}")
+show(pd.DataFrame(steps).round(4))
 about = f"{plots.data_label(study.card.trained_on)}, {model}, layer {name}"
 about += f", n = {weight.numel():,} weights"
 picture = plots.weight_codes(weight, w_hat, q, about + ", 8 bits per tensor")
@@ -243,7 +325,7 @@ gains = ", ".join(f"{g:.1f} bits at {b}" for b, g in gain.items())
 print("the two choices together are worth", gains)
 
 # %% [markdown]
-# ## 4. One convolution, BatchNorm and ReLU
+# ## 4. One BatchNorm, folded
 # In evaluation, BatchNorm multiplies each channel by a constant and adds another, so it *folds* into the
 # convolution before it:
 #
@@ -253,127 +335,183 @@ print("the two choices together are worth", gains)
 conv, bn = network.conv1, network.bn1
 sample = next(iter(study.calibration(n=64)))
 with torch.no_grad():
-    factor = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-    w = conv.weight * factor.view(-1, 1, 1, 1)
-    b = (0 - bn.running_mean) * factor + bn.bias  # this convolution has no bias
+    factor = bn.weight.double() / torch.sqrt(bn.running_var.double() + bn.eps)
+    w = (conv.weight.double() * factor.view(-1, 1, 1, 1)).float()
+    b = (0 - bn.running_mean.double()) * factor + bn.bias  # the convolution has none
+    b = b.float()
     separate = bn(conv(sample))
     together = F.conv2d(sample, w, b, conv.stride, conv.padding)
-print(f"largest difference {(separate - together).abs().max():.1e}")
+print(f"{conv}\n{bn}\nlargest difference {(separate - together).abs().max():.1e}")
 assert torch.allclose(separate, together, atol=1e-4)
-assert torch.allclose(w, graph.conv1.weight, rtol=1e-5), "ql folds in float64"
+assert torch.equal(w, graph.conv1.weight) and torch.equal(b, graph.conv1.bias)
+
 
 # %% [markdown]
-# Now the same in codes. An 8-bit code times an 8-bit code has 16 bits; the sum over all inputs of an
-# output has more; the bias is added at the scale of the products, $s_x s_w$; and only then is the result
-# rounded back to 8 bits, behind the ReLU:
+# The difference is float32's own rounding: the sums are taken in another order. The last line says that the
+# package folds in the same way, bit for bit. From here on `folded(network)` stands for it.
 #
-# $$y = s_x s_w \Big( \sum (x_q - z_x)\, w_q + b_q \Big), \qquad b_q = \mathrm{round}\Big(\frac{b}{s_x s_w}\Big)$$
-
-# %%
-q_x = ql.choose_qparams(sample.min(), sample.max(), 8)
-q_w = ql.choose_qparams(*observers.weight_range(w, 8), 8, symmetric=True, axis=0)
-codes_x = ql.quantize_tensor(sample, q_x) - q_x.zero_point  # int32
-codes_w = ql.quantize_tensor(w, q_w)
-bias_scale = (q_x.scale * q_w.scale).double()
-codes_b = torch.round(b.double() / bias_scale)
-# float64 holds integers up to 2^53 exactly: the sum below is integer arithmetic
-accumulator = F.conv2d(
-    codes_x.double(), codes_w.double(), codes_b, conv.stride, conv.padding
-)
-assert torch.equal(accumulator, accumulator.round())
-result = (accumulator * bias_scale.view(1, -1, 1, 1)).relu()
-
-
-# %%
-def signed_bits(t):
-    return int(t.abs().max()).bit_length() + 1
-
-steps = {
-    "input code minus zero-point": signed_bits(codes_x),
-    "weight code": signed_bits(codes_w),
-    "one product": signed_bits(codes_x.abs().max() * codes_w.abs().max()),
-    "bias": signed_bits(codes_b),
-    "accumulator": signed_bits(accumulator),
-}
-error = (result - together.relu()).abs().max()
-print(
-    f"largest error behind the ReLU: {error:.4f}, of values up to {together.max():.2f}"
-)
-show(pd.Series(steps, name="bits needed").to_frame())
-
-# %% [markdown]
-# The accumulator stays far below the 32 bits it gets. Fake quantization computes the same thing in
-# float, from the values of the codes; that is what every accuracy below is measured with, and
-# [09](09_integer_only.ipynb) proves it for the whole network:
-
-# %%
-w_hat, b_hat = ql.fake_quantize(w, q_w), (codes_b * bias_scale).float()
-x_hat = ql.fake_quantize(sample, q_x)
-simulated = F.conv2d(x_hat, w_hat, b_hat, conv.stride, conv.padding)
-print(f"integer against simulated: {(simulated.relu() - result).abs().max():.1e}")
-assert torch.allclose(simulated.relu(), result.float(), atol=1e-4)
-
-
-# %% [markdown]
 # ## 5. One activation edge
 # Activations are not known in advance: *calibration* runs training images through the float network and
-# counts what passes every edge. One pass yields a histogram per edge, and every range setter at every
-# width is a function of it. Here is the edge with the longest tail:
+# counts what passes every edge. We do it for one edge, of values on both sides of zero, and of those the
+# one whose outermost values lie farthest beyond nearly all others.
 
 # %%
 def tail(edge):
-    """How far the largest value lies beyond the 99.99 % quantile."""
-    high = observers.percentile(edge, 4)[1]
-    return edge.maximum / high if edge.minimum >= 0 and high > 0 else 0.0
+    """How far an end lies beyond the 99.99 % quantile of its side."""
+    low, high = observers.percentile(edge, 4)
+    sides = ((edge.minimum, low), (edge.maximum, high))
+    return max(end / quantile for end, quantile in sides if quantile)
+
+def longest_tail(signed):
+    names = [n for n, edge in stats.edges.items() if (edge.minimum < 0) == signed]
+    return max(names, key=lambda name: tail(stats.edges[name]))
 
 stats = study.stats
-edge_name = max(stats.edges, key=lambda name: tail(stats.edges[name]))
+edge_name = longest_tail(signed=True)
 edge = stats.edges[edge_name]
-print(
-    f"{len(stats.edges)} edges; {edge_name} has the longest tail: "
-    f"{edge.count:,} values, {edge.zeros / edge.count:.0%} of them zero, "
-    f"up to {edge.maximum:.2f}"
-)
+reach = f"{edge.minimum:.2f} to {edge.maximum:.2f}"
+print(f"edge {edge_name}: {edge.count:,} values, {reach}")
+
+# %% [markdown]
+# **The histogram observer**, in the three steps that the original lists. *One: a histogram of what comes
+# in.* It grows as the data come: when a value lies outside, every bin becomes twice as wide, and two old
+# bins are one new one. Zeros are left out, since they have a code in any case.
+
+# %%
+HALF = 2**14  # bins on each side of zero; bin i holds the values in (i w, (i + 1) w]
+
+def count(counts, width, x):
+    """Step one: a histogram, with one more batch in it."""
+    while x.abs().max() > HALF * width:
+        width *= 2
+        counts = F.pad(counts.view(-1, 2).sum(1), (HALF // 2, HALF // 2))
+    bins = torch.ceil(x[x != 0] / width).long() - 1 + HALF
+    return counts + torch.bincount(bins, minlength=2 * HALF), width
+
+def values_on(name, batch):
+    found = []
+    watch(graph, [name], lambda _, x: found.append(x.cpu().flatten()), [batch])
+    return found[0]
+
+
+# %%
+counts, width = torch.zeros(2 * HALF, dtype=torch.int64), 2.0**-30
+for batch in study.calibration():
+    counts, width = count(counts, width, values_on(edge_name, batch))
+
+wider = round(edge.width / width)  # the package's bins, which are fewer
+coarse = counts.view(-1, wider).sum(1)[HALF // wider + edge.first :]
+assert torch.equal(coarse[: len(edge.bins)], edge.bins), "ql counts the same"
+assert counts.sum() + edge.zeros == edge.count
+print(f"{len(edge.bins):,} bins of width {edge.width:g}, {edge.zeros:,} zeros apart")
 
 
 # %% [markdown]
-# **A percentile**, the original's *fake-hist*: leave out the largest 0.01 % and be done. It knows
-# nothing of the number of codes.
-#
-# **The histogram observer**, in three steps. *One*: count. *Two*: for a candidate range, sum up what every
-# bin loses: its values move from the bin's middle to the nearest code. *Three*: take the range that loses
-# least, searching both ends.
+# *Two: the error of a range.* Every bin's values move from its middle to the nearest code: the *density*
+# times the square of the way. How many codes there are decides which range is good, so `bits` is an
+# argument (in the original it stood where the number of codes belongs).
 
 # %%
 def error_of_range(low, high, bits):
-    """Step two: mean squared error of everything that passed the edge."""
-    centers, counts = edge.histogram()
-    s, z = scale_and_zero_point(min(low, 0), max(high, 0), bits)
-    lost = fake_quantize(centers, s, z, bits) - centers
-    return ((lost.square() * counts).sum() / edge.count).item()
+    """Step two: mean squared error of all that passed the edge."""
+    middles, density = edge.histogram()
+    middles = middles.float()
+    codes = 0, 2**bits - 1
+    s, z = scale_and_zero_point(min(low, 0), max(high, 0), *codes)
+    way = fake_quantize(middles, s, z, *codes) - middles
+    return ((way.double().square() * density).sum() / edge.count).item()
 
+whole = edge.minimum, edge.maximum
+ours = error_of_range(*whole, act_bits)
+theirs = observers.quantization_error(edge, *([end] for end in whole), act_bits)
+assert math.isclose(ours, theirs.item(), rel_tol=1e-9), "ql's error is the same"
+
+# %% [markdown]
+# *Search, from both ends.* PyTorch's observer cuts a little of the mass off one end or the other, whichever
+# then moves farther, and stops as soon as the error rises:
+
+# %%
+bins = edge.bins.clone()
+bins[-edge.first - 1] += edge.zeros  # to the bin that ends at zero
+mass = (bins.cumsum(0) / edge.count).tolist()  # up to each bin's end
+ends = ((edge.first + torch.arange(len(bins) + 1)) * edge.width).tolist()  # of the bins
+
+
+# %%
+def walk(bits, step=1e-5):
+    error = functools.cache(lambda i, j: error_of_range(ends[i], ends[j], bits))
+    alpha, beta, i, j = 0.0, 1.0, 0, len(mass)
+    while alpha + step < beta - step:
+        left = max(i, bisect.bisect_left(mass, alpha + step))
+        right = min(j, bisect.bisect_left(mass, beta - step) + 1)
+        if left - i > j - right:
+            alpha, narrower = alpha + step, (left, j)
+        else:
+            beta, narrower = beta - step, (i, right)
+        if error(*narrower) > error(i, j):
+            break
+        i, j = narrower
+    return ends[i], ends[j]
+
+
+# %% [markdown]
+# A walk that stops at the first rise may stop too early. Ours tries every pair of ends on a grid:
+
+# %%
 def search(bits, steps=60):
-    """Step three: both ends of the range, each on a grid of fractions."""
     fractions = [(i + 1) / steps for i in range(steps)]
-    lows = [edge.minimum * f for f in fractions] if edge.minimum < 0 else [0.0]
-    highs = [edge.maximum * f for f in fractions]
+    lows, highs = ([end * f for f in fractions] for end in whole)
     pairs = itertools.product(lows, highs)
     return min(pairs, key=lambda pair: error_of_range(*pair, bits))
 
 
-# %%
-by_hand = search(act_bits)
-by_ql = observers.histogram(edge, act_bits)
-clip = observers.percentile(edge, act_bits)
-choices = {"search": by_hand, "ql's search": by_ql, "percentile": clip}
-for label, ends in choices.items():
-    print(
-        f"{label:12} {ends[0]:.3f} to {ends[1]:.3f}, error "
-        f"{error_of_range(*ends, act_bits):.3e}"
-    )
-assert error_of_range(*by_ql, act_bits) <= 1.001 * error_of_range(*by_hand, act_bits)
+# %% [markdown]
+# Beside it **a percentile**, the original's *fake-hist*: leave out the outermost 0.01 % and be done. It
+# knows nothing of the number of codes.
 
 # %%
+def clipped(fraction=0.9999):
+    low = bisect.bisect_left(mass, 1 - fraction)
+    return ends[low], ends[bisect.bisect_left(mass, fraction) + 1]
+
+by_ql = observers.percentile(edge, act_bits)
+assert all(abs(a - b) <= edge.width for a, b in zip(clipped(), by_ql)), "ql's, to a bin"
+
+# %% [markdown]
+# *Three: scale and zero-point* of the range that was found, which is section 1.
+
+# %%
+found = {
+    "whole range": whole, "percentile": clipped(), "search, walking": walk(act_bits),
+    "search, every pair": search(act_bits),
+    "ql's histogram": observers.histogram(edge, act_bits),
+}
+lines = {}
+for label, (low, high) in found.items():
+    s, z = scale_and_zero_point(low, high, 0, 2**act_bits - 1)
+    line = {"low": low, "high": high, "s": s.item(), "z": z.item()}
+    lines[label] = {**line, "error": error_of_range(low, high, act_bits)}
+two_ended = pd.DataFrame(lines).T
+gap = two_ended.error["ql's histogram"] / two_ended.error["search, every pair"]
+assert gap <= 1.001, "no range on the grid is better"
+show(two_ended.style.format("{:.4g}"))
+
+# %%
+ends = two_ended.loc[["whole range", "percentile", "ql's histogram"], ["low", "high"]]
+ranges = ends.assign(observer=["minmax", "percentile", "histogram"])
+text = f"values on edge {edge_name} from {study.n_calibration:,} calibration images; "
+text = study.caption(edge.count, text + f"ranges for {act_bits} bits")
+title = f"Both ends are free: edge {edge_name}"
+figure = plots.clip_histogram(edge, ranges, text, title, "activation")
+study.save(figure, "03_two_ends")
+
+# %% [markdown]
+# From here on `observers.percentile` and `observers.histogram` stand for these lines (its search refines
+# the grid around the best pair). The edge with the longest tail behind a ReLU:
+
+# %%
+edge_name = longest_tail(signed=False)
+edge = stats.edges[edge_name]
 OBSERVERS = ("minmax", "percentile", "histogram")  # 04 compares all there are
 found = [(o, *observers.find_observer(o)(edge, act_bits)) for o in OBSERVERS]
 ranges = pd.DataFrame(found, columns=["observer", "low", "high"])
@@ -400,7 +538,138 @@ assert (errors.loc["histogram"] <= errors.min() * 1.001).all(), "its own criteri
 show(errors.style.format("{:.2e}"))
 
 # %% [markdown]
-# ## 6. The whole network
+# ## 6. One convolution in integers
+# Now weights, activations and BatchNorm are known, and one layer can be computed in codes: the first
+# convolution, its BatchNorm and its ReLU. An 8-bit code times an 8-bit code has 16 bits; the sum over all
+# inputs of an output has more; the bias is added at the scale of the products, $s_x s_w$; and only then is
+# the result rounded back to 8 bits, behind the ReLU:
+#
+# $$a = \sum (x_q - z_x)\, w_q + b_q, \qquad b_q = \mathrm{round}\Big(\frac{b}{s_x s_w}\Big), \qquad y_q = \max\big(z_y,\; z_y + \mathrm{round}(a\,M)\big), \qquad M = \frac{s_x s_w}{s_y}$$
+#
+# Scales and zero-points are those that the package chooses for the whole network at 8 bits:
+
+# %%
+qmodel = ql.quantize(network, stats, ql.QuantConfig(8, 8)).cpu()
+q_x, q_w = qmodel.reads("conv1"), qmodel.layers["conv1"].weight_qparams
+q_y = qmodel.quantizers.relu.qparams
+s_w = q_w.scale.view(-1, 1, 1, 1)
+x_q = quantize(sample, q_x.scale, q_x.zero_point, 0, 255)
+w_q = quantize(w, s_w, 0, -127, 127)
+bias_scale = q_x.scale.double() * q_w.scale.double()
+b_q = torch.round(b.double() / bias_scale).long()
+centred = (x_q - q_x.zero_point).long()
+assert torch.equal(w_q, qmodel.codes("conv1")), "ql's codes of the weight"
+assert torch.equal(b_q, qmodel.bias_codes("conv1").long()), "and of the bias"
+
+# %% [markdown]
+# Every tensor below is int64. $M$, one number a channel, is the only thing that is not an integer; it
+# becomes a 31-bit integer $m$ and a shift to the right by $k$ places, $M \approx m\,2^{-k}$, and half of the
+# last place is added first, so that the shift rounds.
+
+# %%
+accumulator = F.conv2d(centred, w_q.long(), b_q, conv.stride, conv.padding)
+mantissa, exponent = torch.frexp(bias_scale / q_y.scale.double())  # M
+m = torch.round(mantissa * 2**31).long().view(1, -1, 1, 1)
+k = (31 - exponent).long().view(1, -1, 1, 1)
+scaled = (accumulator * m + (1 << (k - 1))) >> k
+z_y = int(q_y.zero_point)
+y_q = (scaled + z_y).clamp(z_y, 255)  # the ReLU is the lower end
+assert y_q.dtype == torch.int64, "no float on the way"
+
+
+# %%
+def signed_bits(t):
+    return int(t.abs().max()).bit_length() + 1
+
+steps = {
+    "input code minus zero-point": signed_bits(centred),
+    "weight code": signed_bits(w_q),
+    "one product": signed_bits(centred.abs().max() * w_q.abs().max()),
+    "bias code": signed_bits(b_q),
+    "accumulator": signed_bits(accumulator),
+    "multiplier m": signed_bits(m),
+    "accumulator times m": signed_bits(accumulator * m),
+}
+show(pd.Series(steps, name="bits needed").to_frame())
+
+# %% [markdown]
+# The accumulator stays far below the 32 bits it gets. Fake quantization computes the same thing in
+# float, from the values of the codes; that is what every accuracy below is measured with:
+
+# %%
+layer = qmodel.layers["conv1"]  # its weight is the values of the codes
+with torch.no_grad():
+    x_hat = dequantize(x_q, q_x.scale, q_x.zero_point)
+    simulated = F.conv2d(x_hat, layer.weight, layer.bias, conv.stride, conv.padding)
+codes = quantize(simulated.relu(), q_y.scale, q_y.zero_point, 0, 255)
+off = (codes - y_q).abs()
+simulation = f"{(off > 0).sum()} of {off.numel():,} codes differ"
+print("simulated in float:", simulation)
+assert off.max() <= 1 and (off > 0).double().mean() < 1e-4, "ties, and by one"
+
+# %% [markdown]
+# [09](09_integer_only.ipynb) does this for the whole network, where `ql.to_integer` gives just these codes
+# for this layer, and follows every difference.
+#
+# **The layer's input and output, before and after.** Eight neighbouring pixels of one image, and the
+# output of one channel in the same place:
+
+# %%
+y, y_hat = together.relu(), dequantize(y_q, q_y.scale, q_y.zero_point)
+channel, row = int(y[0].flatten(1).std(1).argmax()), sample.shape[2] // 2
+here = slice(sample.shape[3] // 2 - 4, sample.shape[3] // 2 + 4)
+columns = {
+    "x": sample[0, 0], "x_q": x_q[0, 0], "x_hat": x_hat[0, 0],
+    "y": y[0, channel], "y_q": y_q[0, channel], "y_hat": y_hat[0, channel],
+}
+table = {label: v[row, here].tolist() for label, v in columns.items()}
+show(pd.DataFrame(table).round(3))
+for label, before, after in (("input", sample, x_hat), ("output", y, y_hat)):
+    noise = decibels(before.square().sum(), (after - before).square().sum())
+    print(f"{label}: signal to noise {noise:.1f} dB")
+
+
+# %% [markdown]
+# To the eye: the first image as the layer reads it, and below it what one channel makes of it, with
+# weights, input and output of as many bits as stand above.
+
+# %%
+def rounded(x, edge_name, bits):
+    low, high = observers.histogram(stats.edges[edge_name], bits)
+    return ql.fake_quantize(x, ql.choose_qparams(low, high, bits))
+
+def layer_at(bits):
+    """(input, output) of the first image, rounded at this width."""
+    low, high = observers.weight_range(w, bits)
+    q_w = ql.choose_qparams(low, high, bits, symmetric=True, axis=0)
+    weight = ql.fake_quantize(w, q_w)
+    x_hat = rounded(sample[:1], qmodel.plan.reads["conv1"], bits)
+    out = F.conv2d(x_hat, weight, b, conv.stride, conv.padding)
+    return x_hat, rounded(out.relu(), "relu", bits)
+
+
+# %%
+def pixels(x, float_x):
+    """float [1, C, H, W] -> uint8 [1, 3, H, W]; black to white: the float's range."""
+    low, high = float_x.min(), float_x.max()
+    return (255 * (x - low) / (high - low)).clamp(0, 255).byte().expand(-1, 3, -1, -1)
+
+widths = (8, 7, 6, 5, 4, 3, 2)
+pairs = [(sample[:1], y[:1]), *map(layer_at, widths)]
+
+# %%
+inputs, outputs = ([pair[side] for pair in pairs] for side in (0, 1))
+outputs = [out[:, [channel]] for out in outputs]
+images_in = [pixels(x, inputs[0]) for x in inputs]
+maps_out = [pixels(x, outputs[0]) for x in outputs]
+titles = ["float", *(f"{bits} bits" for bits in widths), *[""] * len(pairs)]
+text = f"image: above the input of conv1, below channel {channel} behind its ReLU"
+pictures, plain = torch.cat(images_in + maps_out), [False] * len(titles)
+figure = plots.image_grid(pictures, titles, plain, study.caption(1, text))
+study.save(figure, "images_layer")
+
+# %% [markdown]
+# ## 7. The whole network
 # Where are codes stored? Behind every conv-ReLU and add-ReLU, in front of every add, and at the image:
 # found from the graph, nothing else is rounded. Operands and results of adds keep 8 bits
 # (`residual_bits`), so that the residual stream stays accurate.
@@ -427,7 +696,7 @@ print(f"weights {ql.weight_bytes(quantized):,} bytes instead of {in_float:,}")
 
 
 # %% [markdown]
-# ## 7. Which error should the weights' search minimise?
+# ## 8. Which error should the weights' search minimise?
 # The squared error is the obvious choice, and not the best: it clips most, so every layer's output shrinks
 # a little, and layers multiply. A larger exponent $p$ in $\sum|\hat w - w|^p$ clips less. Such a choice is
 # made on the *held-out* part of the training images:
@@ -452,7 +721,7 @@ show(norms.round(2))
 # less than the noise of 5,000 images. At three bits more may be better still, and the choice matters far
 # more there.
 #
-# ## 8. 8, 6, 4 and 3 bits
+# ## 9. 8, 6, 4 and 3 bits
 # Three range setters, four widths, from the same statistics. `minmax` takes the whole range of
 # activations *and* weights, as the simplest tool would; with the other two the weights' range is
 # searched. So their difference is not that of the activations' ranges alone.
@@ -489,6 +758,18 @@ study.save(plots.accuracy_by_bits(frame, text), "03_accuracy_by_bits")
 
 # %% [markdown]
 # ## What we learned
+
+# %%
+factor = two_ended.error / two_ended.error.min()
+print(
+    f"- One range at {act_bits} bits, its error over the least: whole range "
+    f"{factor['whole range']:.2f}, percentile {factor['percentile']:.2f}, a walk that "
+    f"stops at the first rise {factor['search, walking']:.2f}."
+)
+print(
+    f"- One convolution at 8 bits needs {steps['accumulator']} bits to sum up; in "
+    f"integers and simulated in float, {simulation}."
+)
 
 # %%
 means = table["drop"].unstack("observer")
