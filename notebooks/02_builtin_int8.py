@@ -36,10 +36,10 @@ import pandas as pd
 import quantlab as ql
 import torch
 from quantlab import plots
+from quantlab.graph import find_kinds, normalize, trace
 from quantlab.rivals import pytorch as builtin
 from quantlab.system.timing import latency
 from quantlab.workbook.study import Study, brief, show
-from torch import nn
 
 # torch.ao says on every call that torchao will replace it; this notebook says it once
 warnings.filterwarnings("ignore", module="torch.ao")
@@ -73,27 +73,50 @@ images = study.images
 network = study.network.cpu().to(memory_format=torch.channels_last)
 calibration = study.calibration()
 
-
 # %% [markdown]
 # ## 2. Fuse
-# A BatchNorm behind a convolution is a per-channel scale and shift, which the convolution can absorb; a
-# ReLU only cuts off what the convolution writes. Fusing turns three modules into one, so that values are
-# rounded once instead of three times.
+# The original's steps one by one, on the network as it was trained; one layer, the first, is printed after
+# each. A BatchNorm behind a convolution is a per-channel scale and shift, which the convolution can absorb;
+# a ReLU only cuts off what the convolution writes. *Fusing* turns three modules into one, so that values
+# are rounded once instead of three times.
+#
+# `fuse_modules` wants names, and a ReLU module that a block calls twice must not vanish with its first
+# call. So the network is traced first (`torch.fx`), and every call gets a module of its own. Then chains
+# whose inner values nobody else reads:
 
 # %%
-def kinds(module):
-    leaves = [m for m in module.modules() if not list(m.children())]
-    return pd.Series([type(m).__name__ for m in leaves]).value_counts()
+graph = trace(network)
+normalize(graph)  # one module a call
+kinds = find_kinds(graph)
+groups = []
+for node in (n for n in kinds if kinds[n] == "compute"):
+    chain = [node]
+    for kind in ("batchnorm", "clamp"):
+        readers = list(chain[-1].users)
+        if len(readers) == 1 and kinds[readers[0]] == kind:
+            chain.append(readers[0])
+    if len(chain) > 1:
+        groups.append([n.target for n in chain])
+print(f"{len(groups)} chains:", ", ".join(" + ".join(g) for g in groups[:3]), "…")
+print("conv1:", graph.conv1)
+
+
+# %%
+def leaves(module):
+    kinds = [type(m).__name__ for m in module.modules() if not list(m.children())]
+    return pd.Series(kinds).value_counts()
 
 if ready["eager"]:
-    fused = builtin.fuse(network)
-    counts = pd.DataFrame({"before": kinds(network), "after fusing": kinds(fused)})
+    from torch.ao.quantization import fuse_modules
+
+    fused = fuse_modules(graph, groups)
+    counts = pd.DataFrame({"before": leaves(graph), "after fusing": leaves(fused)})
     show(counts.fillna(0).astype(int))
-    print(fused.conv1)
+    print("conv1:", fused.conv1)
 
 # %% [markdown]
 # Every BatchNorm is gone and an `Identity` stands in its place; a `ConvReLU2d` holds what were three
-# modules. Fusing must not change what the network computes:
+# modules. The add and the ReLU behind it stay as they are. Fusing must not change what the network computes:
 
 # %%
 if ready["eager"]:
@@ -108,6 +131,25 @@ if ready["eager"]:
 
 # %% [markdown]
 # ## 3. Stubs
+# What is quantized must be a module, so that an observer can hang on it: every `+` of two values becomes a
+# `FloatFunctional`.
+
+# %%
+if ready["eager"]:
+    from torch.ao.nn.quantized import FloatFunctional
+
+    kinds = find_kinds(fused)
+    for i, node in enumerate([n for n in kinds if kinds[n] == "add"]):
+        fused.add_submodule(f"add_{i}", FloatFunctional())
+        with fused.graph.inserting_before(node):
+            functional = fused.graph.get_attr(f"add_{i}")
+            total = fused.graph.call_method("add", (functional, *node.args))
+        node.replace_all_uses_with(total)
+        fused.graph.erase_node(node)
+    fused.recompile()
+    print(fused.add_0)
+
+# %% [markdown]
 # `QuantStub` marks where floats become codes, `DeQuantStub` where codes become floats again;
 # `QuantWrapper` puts one before and one behind the network. So far they do nothing.
 
@@ -115,8 +157,11 @@ if ready["eager"]:
 if ready["eager"]:
     from torch.ao.quantization import QuantWrapper
 
-    wrapped = QuantWrapper(copy.deepcopy(fused)).eval()
+    wrapped = QuantWrapper(fused).eval()
     print(wrapped.quant, wrapped.dequant)
+    print("conv1:", wrapped.module.conv1)
+    with torch.no_grad():
+        before = wrapped(sample)
 
 # %% [markdown]
 # ## 4. A qconfig
@@ -143,11 +188,14 @@ if ready["eager"]:
     from torch.ao.quantization import prepare
 
     prepare(wrapped, inplace=True)
-    print("before:", wrapped.module.conv1.activation_post_process)
+    print("conv1:", wrapped.module.conv1)
+
+# %%
+if ready["eager"]:
     with torch.no_grad():
         for batch in calibration:
             wrapped(batch)
-    print("after: ", wrapped.module.conv1.activation_post_process)
+    print("conv1's observer:", wrapped.module.conv1.activation_post_process)
 
 # %% [markdown]
 # The observer has seen a range. **The model is still float**: not a single value has been rounded.
@@ -155,8 +203,10 @@ if ready["eager"]:
 # %%
 if ready["eager"]:
     with torch.no_grad():
-        assert torch.equal(wrapped(sample), fused(sample)), "observers only look"
-    print(wrapped.module.conv1[0].weight.dtype, "weights, and the fused model's logits")
+        # a copy: the observers would count these images twice
+        after = copy.deepcopy(wrapped)(sample)
+    assert torch.equal(after, before), "observers only look"
+    print("conv1's weight:", wrapped.module.conv1[0].weight.dtype)
 
 # %% [markdown]
 # ## 6. Convert
@@ -164,14 +214,13 @@ if ready["eager"]:
 # observer found.
 
 # %%
-networks = {"float": network}
 if ready["eager"]:
     from torch.ao.quantization import convert
 
     # the kernels that the converted modules are packed for
     torch.backends.quantized.engine = engine
-    networks["eager int8"] = convert(wrapped)
-    print(networks["eager int8"].module.conv1)
+    converted = convert(wrapped)
+    print("conv1:", converted.module.conv1)
 
 # %% [markdown]
 # One layer's parameters. Its weights are int8 with a scale per output channel and zero-point 0; its
@@ -179,7 +228,7 @@ if ready["eager"]:
 
 # %%
 if ready["eager"]:
-    weight = networks["eager int8"].module.conv1.weight()
+    weight = converted.module.conv1.weight()
     codes = weight.int_repr()
     print(
         f"weight: {tuple(weight.shape)}, {weight.dtype}, codes {codes.min()} to "
@@ -197,13 +246,29 @@ if ready["eager"]:
 
 # %%
 if ready["eager"]:
-    first = next(m for m in fused.modules() if isinstance(m, nn.Conv2d))
-    folded = first.weight.detach()
+    folded = wrapped.module.conv1[0].weight.detach()
     steps = folded * (1 / scales.float()).view(-1, 1, 1, 1)
     by_hand = torch.round(steps).clamp(-128, 127).int()
     agree = (by_hand == codes).double().mean()
     print(f"{agree:.2%} of {by_hand.numel()} codes agree")
     assert torch.equal(by_hand, codes.int())
+
+# %% [markdown]
+# `builtin.eager_int8` is these steps in one call: the same scales, zero-points and codes in every layer,
+# and the same logits. From here on it stands for them.
+
+# %%
+networks = {"float": network}
+if ready["eager"]:
+    networks["eager int8"] = builtin.eager_int8(network, calibration)
+    ours, theirs = converted.state_dict(), networks["eager int8"].state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, theirs[name]), name
+    with torch.no_grad():
+        assert torch.equal(converted(sample), networks["eager int8"](sample))
+    print(f"{len(ours)} entries of the state are equal, and {len(sample)} logits")
 
 # %% [markdown]
 # ## 7. The successor: PT2E
