@@ -14,7 +14,7 @@
 # numbers?
 #
 # **Cost.** Half a minute on the digits; for ResNet-20 on 10,000 test images about ten minutes on two CPU
-# cores, nearly all of it evaluation (43 networks); for ResNet-50 minutes on an accelerator, many hours
+# cores, nearly all of it evaluation (47 networks); for ResNet-50 minutes on an accelerator, many hours
 # without. Rows are recorded one by one.
 
 # %%
@@ -808,6 +808,71 @@ text += f"{n_calibration:,} calibration images, one seed"
 text = study.caption(study.baseline.n, text)
 study.save(questions.bits_heatmap(frame, text), "11_heatmap")
 
+
+# %% [markdown]
+# ## 9. One bit
+# *"The problem with those binary networks is that they are only fancy in research."* What is left of this
+# network when a weight is nothing but a sign? $w \approx \alpha\,b$ with $b = \pm 1$ loses
+#
+# $$\sum (w - \alpha b)^2 = \sum w^2 - 2 \alpha \sum w b + n \alpha^2 ,$$
+#
+# least for $b = \mathrm{sign}(w)$ and $\alpha = \frac{1}{n} \sum |w|$: the mean magnitude, one $\alpha$ a channel
+# (XNOR-Net, arXiv:1603.05279). The package's codes end at two bits, so this is by hand:
+
+# %%
+def one_bit(weight):
+    """sign(w) times the mean of |w| over each output channel; the same shape."""
+    flat = weight.flatten(1)
+    sign = torch.where(flat < 0, -1.0, 1.0)
+    return (flat.abs().mean(1, keepdim=True) * sign).view_as(weight)
+
+w_hat = one_bit(weight)
+channel = weight[0].flatten().double()
+alpha = torch.linalg.lstsq(channel.sign()[:, None], channel[:, None]).solution
+assert torch.isclose(alpha.float(), w_hat[0].max()), "least squares says the same"
+noise = (w_hat - weight).square().sum()
+print(f"{name}: {decibels(weight.square().sum(), noise):.1f} dB at one bit, ", end="")
+print(f"{weight_snr(tradeoff(2)['best range'], 2)[0]:.1f} dB at two (per tensor)")
+
+
+# %% [markdown]
+# BatchNorm is not folded here, so that its means and variances can be estimated anew: on the calibration
+# images, of what the binary network's layers really write.
+
+# %%
+def binary(outer):
+    """A copy with one-bit weights; outer: the first and the last layer too."""
+    own = copy.deepcopy(network).eval()
+    layers = [m for m in own.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    for layer in layers if outer else layers[1:-1]:
+        layer.weight.data = one_bit(layer.weight.data)
+    return own
+
+
+# %%
+@torch.no_grad()
+def reestimated(own):
+    for module in own.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the plain mean over all batches
+    own.train()
+    for batch in study.calibration():
+        own(batch.to(next(own.parameters()).device))
+    return own.eval()
+
+
+# %%
+NEAREST, ANEW = "nearest", "nearest, BatchNorm re-estimated"
+rows = []
+for outer, which in ((True, "all layers"), (False, "all but the first and the last")):
+    rows.append(measure(NEAREST, 1, binary(outer)) | {"layers": which})
+    rows.append(measure(ANEW, 1, reestimated(binary(outer))) | {"layers": which})
+one = pd.DataFrame(rows).set_index(["layers", "variant"])
+show(one.drop(columns="bits").round(2))
+chance = 100 / len(study.images.classes)
+print(f"guessing scores {chance:.1f} %; activations stay float")
+
 # %% [markdown]
 # ## What we learned
 
@@ -853,6 +918,13 @@ if broken:
     print(f"- It breaks at {broken[0]} bits: over a point lost, both at that width.")
 else:
     print("- No width loses more than one point.")
+
+# %%
+top1 = one.top1.xs("all but the first and the last", level="layers")
+print(
+    f"- One bit a weight, first and last layer float: {top1[NEAREST]:.2f} %, with "
+    f"BatchNorm re-estimated {top1[ANEW]:.2f} %; float {study.baseline.top1:.2f} %."
+)
 
 # %% [markdown]
 # Next: [12_beyond](12_beyond.ipynb), what lies beside static post-training quantization.
