@@ -14,9 +14,11 @@ from quantlab.images.files import SOURCES
 from quantlab.networks.recipe import NETWORKS, RECIPES, TrainConfig, parse_phases
 from quantlab.system.errors import UserError, check_name
 from quantlab.system.files import root
+from quantlab.system.paper import COLUMNS, ask_notebooks, check_paper
 from quantlab.workbook import allowed, notebooks
 from quantlab.workbook.request import check_data, requested
 
+TABLES = ("headline", "original", "speed", "all")
 BENCH_SECTIONS = ("collect", "fakequant", "int8", "integer", "reconstruct")
 
 
@@ -54,6 +56,10 @@ def parser():
     add("report", _report, "rebuild results/report.html from the results there are")
     add("publish", _publish,
         "move local results of real data sets into published.csv and the README's table")
+    _paper_options(add("figures", _figures, "draw figures for a report: from the published rows, "
+                                            "or by running the notebooks named"), COLUMNS, ("pdf",))
+    _paper_options(add("tables", _tables, "write the tables of published rows as LaTeX (booktabs) "
+                                          "and CSV"), None, ("tex", "csv"))
     _train_options(add("train", _train, "train a network and write its checkpoint and card; "
                                         "resumes after a kill"))
     _data_options(add("data", _data, "load and describe a data set; cifar10 downloads it, jpeg "
@@ -75,6 +81,18 @@ def _run_options(run):
     add("--force", action="store_true", help="run again what is complete")
     add("--time-limit", type=int, default=3 * 3600, metavar="SECONDS",
         help="per notebook (default: %(default)s)")
+
+
+def _paper_options(command, widths, formats):
+    add = command.add_argument
+    add("--formats", nargs="+", default=formats, metavar="FORMAT",
+        help=f"default: {', '.join(formats)}")
+    if widths is None:
+        add("names", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)} (none: all)")
+        return
+    add("numbers", nargs="*", metavar="NN", help="notebooks to run for their figures")
+    add("--widths", nargs="+", default=widths, metavar="MM", help="default: 89 and 183")
+    add("--data", help=f"{', '.join(SOURCES)} or a path, for the notebooks named")
 
 
 def _train_options(train):
@@ -180,6 +198,30 @@ def _publish(options):
     from quantlab.workbook.tables import publish
 
     print(f"{publish()} rows published to {published_path()}; README.md updated")
+
+
+def _figures(options):
+    widths, formats = check_paper(options.widths, options.formats)
+    if options.numbers:
+        ask_notebooks(widths, formats)
+        options.parameters, options.force, options.time_limit = [], True, 3 * 3600
+        return _run(options)
+
+    from quantlab.workbook.figures import save_figures
+
+    for line in save_figures(widths, formats):
+        print(line, flush=True)
+
+
+def _tables(options):
+    for name in options.formats:
+        check_name("format", name, ("tex", "csv"))
+    for name in options.names:
+        check_name("table", name, TABLES)
+
+    from quantlab.workbook.tables import save_tables
+
+    print("\n".join(map(str, save_tables(options.names, options.formats))))
 
 
 def _train(options):

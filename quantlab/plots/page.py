@@ -1,5 +1,6 @@
 """How a figure begins and ends: panels, the caption that names data set, model and n, its files."""
 
+import os
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -33,14 +34,23 @@ def facets(table, column, width, height, extra=0, **options):
 
 
 @styled
-def save(figure, name, data=None, model=None):
+def save(figure, name, data=None, model=None, widths=(), formats=("pdf",)):
     """Write pic/NAME_MODEL_DATA.png (200 dpi) and .svg and return the figure; names that begin with
     images_ and digits stay out of git.
+
+    widths: in mm, 89 or 183 as a rule: also results/figures/NAME_MODEL_DATA_89mm.pdf (or other
+    formats), with the caption in a .txt beside it instead of in the picture. UserError for a width
+    or format that the figure cannot have.
     """
     full = "_".join(part for part in (name, model, getattr(data, "name", data)) if part)
     for suffix, extra in ((".png", {}), (".svg", {"metadata": {"Date": None}})):
         with atomic_path(root() / "pic" / (full + suffix)) as temporary:
             figure.savefig(temporary, format=suffix[1:], **extra)
+    if widths or "QUANTLAB_PAPER" in os.environ:
+        from quantlab.plots import column  # loaded where a report wants it
+
+        column.save_columns(figure, full, widths, formats)
+        column.save_asked(figure, full)
     return figure
 
 

@@ -12,6 +12,7 @@ STYLE = MappingProxyType({
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
     "font.size": 10, "axes.titlesize": 11, "svg.hashsalt": "quantlab",
+    "pdf.fonttype": 42,  # letters, not curves
 })
 
 # Decorator of every function here that draws: the style while it runs, the reader's own afterwards.

@@ -92,19 +92,19 @@ def original_table(frame, model=None):
     repeated = repeated.sort_values(["model", "dataset"], ascending=[False, True])
     for model, dataset in repeated.itertuples(index=False):
         summary = results.summarize(frame[(frame.model == model) & (frame.dataset == dataset)])
-        for way, chosen in (("its way", _its_way), ("right way", _right_way)):
+        for way, chosen in (("its way", its_way), ("right way", right_way)):
             found = [summary[chosen(summary, line)] for line in lines[1:]]
             texts = [f"{summary.fp32_top1.iloc[0]:.2f}", *map(_against_float, found)]
             columns[f"{model} on {dataset}, {way}"] = texts
     return pd.DataFrame(columns) if len(repeated) else pd.DataFrame()
 
 
-def _its_way(summary, line):
+def its_way(summary, line):
     """bool Series: where a summary repeats a line of `original`."""
     return summary.method.eq("original") & summary.corrections.eq(line.corrections)
 
 
-def _right_way(summary, line):
+def right_way(summary, line):
     """bool Series: where a summary has what this workbook does instead of a line of `original`."""
     if line.right_way != "by hand":
         return summary.method.eq(line.right_way)
@@ -235,12 +235,63 @@ def speed_table(frame, brief=False):
     return table.reset_index().rename(columns={"Measured": "Times float"} if brief else {})
 
 
+def _numeric(table):
+    """Whether each column begins with a number in every row."""
+    return [all(re.match(r"[+-]?\d|$", str(v)) for v in table[name]) for name in table.columns]
+
+
 def markdown(table):
     """A frame of strings as a Markdown table, columns of numbers to the right."""
-    numeric = [all(re.match(r"[+-]?\d|$", str(v)) for v in table[name]) for name in table.columns]
+    numeric = _numeric(table)
     lines = [" | ".join(table.columns), " | ".join("---:" if n else "---" for n in numeric)]
     lines += [" | ".join(str(v) for v in row) for row in table.itertuples(index=False)]
     return "\n".join(f"| {line} |" for line in lines)
+
+
+# ---- For reports --------------------------------------------------------------------------------
+
+LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}",
+         "^": r"\textasciicircum{}", **{sign: "\\" + sign for sign in "&%$#_{}"}}
+
+
+def latex(table):
+    """A frame of strings as a LaTeX tabular with booktabs' rules, columns of numbers to the right.
+    """
+    columns = "".join("r" if numeric else "l" for numeric in _numeric(table))
+    lines = [" & ".join(map(_escaped, row)) + r" \\" for row in (table.columns, *table.values)]
+    begin, end = f"\\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
+    rows = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    return "\n".join([begin, *rows, end, ""])
+
+
+def _escaped(value):
+    text = "".join(LATEX.get(sign, sign) for sign in str(value))
+    return re.sub(r"(?<!\w)-(?=[\d.])", "$-$", text)  # a minus, not a hyphen
+
+
+def save_tables(names=(), formats=("tex", "csv")):
+    """Write results/tables/NAME.tex and .csv of published rows (none named: all that have rows);
+    the paths. UserError for a table that has none.
+    """
+    published, bench = results.load(results.published_path()), root() / "results" / "bench.csv"
+    makers = {
+        "headline": lambda: headline(published, brief=True),
+        "original": lambda: original_table(published),
+        "speed": lambda: speed_table(pd.read_csv(bench)) if bench.is_file() else pd.DataFrame(),
+        "all": lambda: headline(published),
+    }
+    frames = {name: makers[name]() for name in names or makers}
+    empty = [name for name, frame in frames.items() if not len(frame)]
+    if empty and (names or len(empty) == len(frames)):
+        raise UserError(f"table {empty[0]} has no rows; measure them with make results DATA=PATH "
+                        "and publish them with python -m quantlab publish")
+    paths = []
+    for name, frame in frames.items():
+        for suffix in formats if len(frame) else ():
+            text = latex(frame) if suffix == "tex" else frame.to_csv(index=False)
+            paths.append(root() / "results" / "tables" / f"{name}.{suffix}")
+            write_text(paths[-1], text)
+    return paths
 
 
 # ---- Publishing ---------------------------------------------------------------------------------

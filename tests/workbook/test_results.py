@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -521,3 +522,29 @@ def test_evaluating_leaves_a_network_trainable(digits):
     model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
     with pytest.raises(ql.UserError, match="no images"):
         evaluate(model, digits.test.subset(torch.arange(0)))
+
+
+# ---- For reports ---------------------------------------------------------------------------------
+
+
+def test_a_table_as_latex_is_text_with_booktabs_rules():
+    frame = pd.DataFrame({"Method_1": ["a & b", "50 %"], "Lost": ["-0.10 [-0.2, +0.1]", "3 ± 1"]})
+    assert tables.latex(frame) == (
+        "\\begin{tabular}{lr}\n\\toprule\nMethod\\_1 & Lost \\\\\n\\midrule\n"
+        "a \\& b & $-$0.10 [$-$0.2, +0.1] \\\\\n50 \\% & 3 $\\pm$ 1 \\\\\n"
+        "\\bottomrule\n\\end{tabular}\n")
+
+
+def test_tables_are_written_from_published_rows_and_one_without_rows_is_refused(workbook):
+    with pytest.raises(UserError, match="table speed has no rows; measure them with make results"):
+        tables.save_tables(["speed"])
+    with pytest.raises(UserError, match="table headline has no rows"):
+        tables.save_tables()
+    results.published_path().parent.mkdir(exist_ok=True)
+    shutil.copy(CHECKOUT / "results" / "published.csv", results.published_path())
+    paths = tables.save_tables(["original", "headline"])
+    assert [path.name for path in paths] == [
+        "original.tex", "original.csv", "headline.tex", "headline.csv"]
+    frame = pd.read_csv(paths[1], dtype=str, keep_default_na=False)
+    shown = tables.original_table(results.load(results.published_path()))
+    assert frame.values.tolist() == shown.values.tolist() and len(frame) == 7

@@ -1,0 +1,157 @@
+"""Figures that the published rows suffice for, drawn without running a notebook.
+
+    python -m quantlab figures                        # PDF, 89 and 183 mm, into results/figures
+"""
+
+import pandas as pd
+
+from quantlab import plots
+from quantlab.plots import ladder, lowbit, questions
+from quantlab.plots.column import save_columns
+from quantlab.system.errors import UserError
+from quantlab.workbook import results, tables
+from quantlab.workbook.methods import METHODS, config_of, name_of
+
+WIDTHS = ("8/8", "4/8", "4/4", "3/3", "2/4", "2/2", "2/2/8")
+FIRST, LAST = "the original's hist", "best range of weights"
+LADDER = (  # of notebook 10, between the two
+    "BatchNorm kept as trained", "ranges from the float network", "the search works",
+    "unsigned after ReLU", "codes stored once", "image and stream 8 bits, zero-point",
+    "BatchNorm folded", "one scale a channel",
+)
+ALSO = {"BatchNorm kept as trained": "hist, BatchNorm kept"}  # the same network, measured first
+
+
+def draw(frame):
+    """(name, model, data set, figure) of every figure that published rows suffice for, of every
+    network: the largest first. frame: rows of `results.load`.
+    """
+    frame = results.current(frame)
+    networks = frame[["model", "dataset"]].drop_duplicates()
+    for model, dataset in networks.sort_values("model", ascending=False).itertuples(index=False):
+        rows = frame[(frame.model == model) & (frame.dataset == dataset)]
+        for name, make in FIGURES.items():
+            if (figure := make(rows)) is not None:
+                yield name, model, dataset, figure
+
+
+def _caption(rows, text):
+    row = rows.iloc[-1]
+    return plots.row_caption(row.dataset, row.model, row.n_test, f"test images, {text}")
+
+
+def accuracy_by_bits(rows):
+    """Of the range setters measured at several widths; None where there are none."""
+    hand = results.equal_widths(rows)
+    if not len(hand):
+        return None
+    hand = hand.assign(bits=hand.weight_bits.astype(int))
+    text = f"up to {hand.seed.nunique()} calibration seeds, residual stream 8 bits"
+    return plots.accuracy_by_bits(hand, _caption(hand, text))
+
+
+def bits_heatmap(rows):
+    """Weight bits against activation bits; None where they were not varied apart."""
+    hand = rows[results.is_default(rows) & rows.corrections.eq("")]
+    hand = hand[hand.weight_bits.between(2, 8) & hand.act_bits.between(2, 8)]
+    widths = hand.groupby("weight_bits").act_bits.nunique()
+    hand = hand[hand.weight_bits.isin(widths[widths > 2].index)]
+    hand = hand[hand.act_bits.isin(hand.weight_bits)]
+    if not len(hand):
+        return None
+    text = f"nearest rounding, residual stream and image 8 bits, up to {hand.seed.nunique()} seeds"
+    return questions.bits_heatmap(hand, _caption(hand, text))
+
+
+def methods_by_width(rows):
+    """Of rounding learned and not, beside other tools; None where nothing was learned."""
+    tools = rows[rows.method.isin(["PT2E int8", "ONNX Runtime int8"])]
+    learned = rows.corrections.str.extract(r", (\d+) iterations")[0]
+    steps = learned.dropna().astype(int).max()
+    names = rows.corrections.str.removesuffix(f", {steps} iterations").replace("", "nearest")
+    rows = rows.assign(name=names)
+    parts = []
+    for width in WIDTHS:
+        same = rows[results.has_config(rows, config_of(width)) & names.isin(METHODS)]
+        parts.append(same.assign(width=name_of(width).replace(", ", "\n"), method=same.name))
+    drawn = pd.concat(parts)
+    if drawn.method.nunique() < 2:
+        return None
+    order = {name: place for place, name in enumerate(METHODS)}
+    drawn = drawn.sort_values("method", key=lambda names: names.map(order), kind="stable")
+    text = f"learned: {steps} iterations a unit; paired 95 % intervals, means of up to "
+    text += f"{drawn.seed.nunique()} seeds"
+    return lowbit.methods_by_width(drawn, tools, _caption(drawn, text))
+
+
+def original_rows(rows):
+    """The original's seven rows, its way and the right way; None where notebook 10 has not run."""
+    if not rows.method.eq("original").any():
+        return None
+    summary, lines, drawn = results.summarize(rows), list(tables.original().itertuples()), []
+    for line in lines:
+        name = line.quantization.replace("fp32", "float")
+        theirs = {"top1": line.top1, "drop": lines[0].top1 - line.top1}
+        drawn.append({"quantization": name, "way": ladder.WAYS[0], **theirs})
+        for way, chosen in zip(ladder.WAYS[1:], (tables.its_way, tables.right_way)):
+            is_float = line is lines[0]
+            found = summary[summary.method.eq("float") if is_float else chosen(summary, line)]
+            for row in found.head(1).itertuples():
+                ours = {"top1": row.top1, "drop": row.drop}
+                ours |= {"low": row.drop_low, "high": row.drop_high}
+                drawn.append({"quantization": name, "way": way, **ours})
+    text = "paired 95 % intervals. The original's: ResNet-50 on the official CIFAR-10 files, one "
+    text += "run without an interval, from its README"
+    return ladder.original_rows(pd.DataFrame(drawn), _caption(rows, text))
+
+
+def waterfall(rows):
+    """The ladder of notebook 10 at 4 and 3 bits; None where it was not measured."""
+    steps, seeds = [], []
+    for bits in (4, 3):
+        hist = rows.corrections.isin([f"{bits}bit hist", f"W{bits}A{bits} ladder: {FIRST}"])
+        ours = results.has_config(rows, config_of(f"{bits}/{bits}")) & rows.corrections.eq("")
+        parts = {FIRST: rows[hist]}
+        for step in LADDER:
+            names = [f"W{bits}A{bits} {name}" for name in (f"ladder: {step}", ALSO.get(step))]
+            parts[step] = rows[rows.corrections.isin(names)]
+        parts[LAST] = rows[ours]
+        if not all(len(part) for part in parts.values()):
+            continue
+        means = pd.Series({step: part.top1.mean() for step, part in parts.items()})
+        frame = pd.DataFrame({"step": means.index, "top1": means.values, "bits": bits})
+        steps.append(frame.assign(change=means.diff().values, low=float("nan"), high=float("nan")))
+        seeds += [part.assign(step=step, bits=bits) for step, part in parts.items()]
+    if not steps:
+        return None
+    text = "bars: means over calibration seeds, dots: each seed; right: what each step changed"
+    return ladder.waterfall(pd.concat(steps), pd.concat(seeds), _caption(rows, text))
+
+
+FIGURES = {
+    "03_accuracy_by_bits": accuracy_by_bits, "07_methods_by_width": methods_by_width,
+    "10_seven_rows": original_rows, "10_ladder": waterfall, "11_heatmap": bits_heatmap,
+}
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
+
+def save_figures(widths, formats):
+    """Draw what published rows suffice for, into pic/ and, in widths (mm) and formats, into
+    results/figures; yields a line about each.
+    """
+    frame = results.load(results.published_path())
+    if not len(frame):
+        raise UserError("published.csv has no rows to draw; run: make results DATA=PATH, then "
+                        "python -m quantlab publish")
+    for name, model, dataset, figure in draw(frame):
+        plots.save(figure, name, dataset, model)
+        had = []
+        for width in widths:
+            try:
+                save_columns(figure, f"{name}_{model}_{dataset}", [width], formats)
+                had.append(f"{width} mm")
+            except UserError as error:
+                yield f"left out: {error}"
+        yield f"{name}_{model}_{dataset}: pic, {', '.join(had)}".removesuffix(", ")
