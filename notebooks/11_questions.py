@@ -296,7 +296,7 @@ worst_total = worst + conv.b.long()
 worst_scaled, worst_shifted = times_M(worst_total.view(2, -1, 1, 1))
 
 # %%
-example = f"{int(shifted[at])} (by {31 - int(k[channel])})"
+example = f"{int(shifted[at])}, by {31 - int(k[channel])} bits"
 codes_in, codes_out = (q_in.qmin, q_in.qmax), (q_out.qmin, q_out.qmax)
 centred = (q_in.qmin - z_x, q_in.qmax - z_x)
 flow = [
@@ -335,6 +335,22 @@ step = q_out.scale.item()
 decoded = step * (int(written[at]) - z_y)
 print(f"code {int(written[at])} decodes to {decoded:.4f}")
 print(f"the same layer in float gives {exact:.4f}; a step is {step:.4f}")
+
+# %%
+s_x, s_w = q_in.scale.item(), conv.scale[channel].item() / q_in.scale.item()
+grids = {
+    "input code": f"s_x = {s_x:.3g}, z_x = {z_x}",
+    "minus zero-point": f"z_x = {z_x}",
+    "weight code": f"s_w = {s_w:.3g}, z_w = 0",
+    "bias code": "s_b = s_x · s_w, z_b = 0",
+    "multiplier": f"s_x · s_w / s_y = {M[channel].item():.2e}",
+    "clamped: ReLU": f"plus z_y = {z_y}; s_y = {step:.3g}",
+    "de-quantized": "s_y · (code - z_y)",
+}
+low, high = (step * (end - z_y) for end in ends(written))
+real = {"low": low, "high": high, "example": f"{decoded:.3f}"}
+steps.loc[len(steps)] = {"step": "de-quantized", "container": "float32", **real}
+steps["grid"] = steps.step.map(grids).fillna("")
 
 # %%
 title = f"{first} + BatchNorm + ReLU in integers, {conv.w[0].numel()} products a sum; "

@@ -3,17 +3,22 @@
 from matplotlib.ticker import MaxNLocator
 
 from quantlab.plots.page import caption, distinct, panels
-from quantlab.plots.parts import name_rows, plain
+from quantlab.plots.parts import lost_scale, name_rows, whiskers
 from quantlab.plots.style import DASHED, colour_of, method_style, styled
 
 
 @styled
 def method_bars(table, text):
-    """table: method, top1 (%), bytes, images_per_s: accuracy, size and throughput side by side."""
+    """table: method, top1 (%), bytes, images_per_s: accuracy, size and throughput side by side.
+
+    device, where there is such a column, names the machine and its threads; rows of several are
+    drawn without their throughput, which would compare machines.
+    """
     names = distinct(table.method)
-    figure, axes = panels(3, 10, 0.55 * len(names) + 1.5, sharey=True)
-    columns = {"top-1 accuracy, %": table.top1, "weights as stored, kB": table.bytes / 1000,
-               "throughput, images/s": table.images_per_s}
+    columns = {"top-1 accuracy, %": table.top1, "weights as stored, kB": table.bytes / 1000}
+    if "device" not in table or table.device.nunique() == 1:
+        columns["throughput, images/s"] = table.images_per_s
+    figure, axes = panels(len(columns), 10, 0.55 * len(names) + 1.5, sharey=True)
     for panel, (label, values) in zip(axes, columns.items()):
         bars = panel.barh(names, values.astype(float), 0.6, color=[colour_of(n) for n in names])
         panel.bar_label(bars, [f" {_short(value)}" for value in values], fontsize=9)
@@ -32,19 +37,25 @@ def _short(value):
 
 @styled
 def accuracy_by_bits(table, text, bits_label="bits of weights and activations"):
-    """table: bits, observer, top1 and fp32_top1 (%), drop (points); seeds become a band."""
-    figure, (left, right) = panels(2, 10, 3.8)
-    for observer in distinct(table.observer):
+    """table: bits, observer, top1 and fp32_top1 (%), drop, drop_low, drop_high (points, paired), a
+    row a seed. Left the means, with a band between the seeds; right the points lost, side by side,
+    with the mean of the seeds' intervals: what reaches zero is no loss that was seen.
+    """
+    figure, (left, right) = panels(2, 10, 4.2)
+    observers = distinct(table.observer)
+    for i, observer in enumerate(observers):
         groups = table[table.observer == observer].groupby("bits")
         _band(left, groups.top1, observer)
-        right.plot(groups["drop"].mean(), **method_style(observer))
+        lost = groups[["drop", "drop_low", "drop_high"]].mean()
+        aside = 0.5 * ((i + 0.5) / len(observers) - 0.5)  # of the bits, on a reversed axis
+        look = dict(elinewidth=1, capsize=2, linewidth=0.8) | method_style(observer)
+        right.errorbar(lost.index - aside, lost["drop"], yerr=whiskers(lost), **look)
+    right.axhline(0, **DASHED)
     left.axhline(table.fp32_top1.iloc[0], label="float", **DASHED)
     left.set(xlabel=bits_label, ylabel="top-1 accuracy, %", title="Accuracy", ylim=(0, 102))
     right.set(xlabel=bits_label, ylabel="points lost (log scale beyond 0.5)")
-    right.set_title("Points lost against float")
-    right.set_yscale("symlog", linthresh=0.5)
-    right.set_yticks([0, 0.25, 0.5, 1, 2, 5, 10, 20, 50])
-    plain(right.yaxis)
+    right.set_title("Points lost against float, 95 % intervals")
+    lost_scale(right.yaxis, min(table.drop_low.min(), 0), max(table.drop_high.max(), 1))
     for panel in (left, right):
         panel.set_xticks(sorted(table.bits.unique()))
         panel.invert_xaxis()

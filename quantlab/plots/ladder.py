@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from quantlab.plots.page import caption, distinct, facets, panels
-from quantlab.plots.parts import bars, histogram, legend, name_rows, note, plain, whiskers
+from quantlab.plots.parts import bars, histogram, legend, lost_scale, name_rows, note, whiskers
 from quantlab.plots.style import DASHED, GREEN, INK, RED, colour_of, method_style, styled
 
 WAYS = ("the original's", "ours, its way", "ours, the right way")
@@ -12,34 +12,45 @@ WAYS = ("the original's", "ours, its way", "ours, the right way")
 
 @styled
 def original_rows(table, text):
-    """table: quantization, way (of WAYS), top1 (%), drop (points), in the original's order."""
+    """table: quantization, way (of WAYS), top1 (%), drop, low, high (points, paired; NaN where no
+    interval is known), in the original's order, float first. Beside each mark the accuracy.
+    """
     names = distinct(table.quantization)
-    figure, (left, right) = panels(2, 11.5, 0.42 * len(names) + 1.7, sharey=True)
-    for offset, way in zip((-0.2, 0, 0.2), WAYS):
+    is_float = table.quantization == names[0]  # what others are measured against
+    table = table.assign(low=table.low.mask(is_float), high=table.high.mask(is_float))
+    figure, (axes,) = panels(1, 10, 0.58 * len(names) + 1.5)
+    for offset, way in zip((-0.26, 0, 0.26), WAYS):
         part = table[table.way == way]
         height = [names.index(name) + offset for name in part.quantization]
-        look = dict(markersize=7, linestyle="none", label=way) | method_style(way)
-        left.plot(part.top1, height, **look)
-        right.plot(part["drop"].clip(lower=-0.2), height, **look)
-    left.set(xlabel="top-1 accuracy, %", xlim=(0, 102), title="Accuracy")
-    name_rows(left, names)
-    right.set_xscale("symlog", linthresh=0.5)
-    right.set_xticks([0, 0.5, 1, 2, 5, 10, 20, 50, 100])
-    plain(right.xaxis)
-    right.set(xlabel="points lost (log scale beyond 0.5)", xlim=(-0.25, 110))
-    right.set_title("Points lost against the same network in float")
-    legend(right)
+        lengths = whiskers(part, "drop", "low", "high")
+        look = dict(markersize=6, linestyle="none", elinewidth=1.2, capsize=2, label=way)
+        look |= method_style(way)
+        axes.errorbar(part["drop"], height, xerr=np.nan_to_num(lengths), **look)
+        for row, place in zip(part.itertuples(), height):
+            end = np.nanmax([row.drop, row.high])
+            note(axes, f"{row.top1:.2f} %", end, place, 7, fontsize=7.5)
+    name_rows(axes, names)
+    lost_scale(axes.xaxis, min(table.low.min(), 0), max(table["drop"].max(), 1) * 1.6)
+    axes.axvline(0, **DASHED)
+    for row in range(1, len(names)):
+        axes.axhline(row - 0.5, color=INK, linewidth=0.4, alpha=0.3)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("points lost against the same network in float (log scale beyond 0.5)")
+    axes.set_title("Points lost, with 95 % intervals; beside each mark its top-1 accuracy")
+    legend(axes)
     return caption(figure, text)
 
 
 @styled
 def waterfall(table, seeds, text):
-    """table: bits, step, top1, change, low, high (points, 95 %), in order; seeds: bits, step, top1.
+    """table: bits, step, top1, change, low, high (points, 95 %; NaN where no interval is known), in
+    order, the last step ours; seeds: bits, step, top1.
 
-    A bar goes from the accuracy before a step to the accuracy after it; dots are the seeds.
+    A bar goes from the accuracy before a step to the accuracy after it; dots are the seeds. What a
+    step changed stands right of the panel, clear of bars and dots.
     """
     names = distinct(table.step)
-    figure, parts = facets(table, "bits", 5.5, 0.42 * len(names) + 1.5, sharey=True)
+    figure, parts = facets(table, "bits", 5.5, 0.42 * len(names) + 1.7, extra=1.5, sharey=True)
     for panel, bits, part in parts:
         dots, before = seeds[seeds.bits == bits], (part.top1 - part.change).fillna(0)
         colours = np.where(part.change >= 0, GREEN, RED)
@@ -48,30 +59,26 @@ def waterfall(table, seeds, text):
         for i, row in part.iterrows():
             steps = [i - 0.31, min(i + 1.31, len(part) - 0.69)]
             panel.plot([row.top1] * 2, steps, color=INK, linewidth=0.8)
-            drawn = [row.top1, before[i], *dots.top1[dots.step == row.step]]
-            _label_step(panel, i, row, min(drawn), max(drawn))
+            _label_step(panel, i, row)
         look = dict(color="white", markeredgecolor="black", markeredgewidth=0.7, markersize=3.5)
         panel.plot(dots.top1, [names.index(step) for step in dots.step], "o", **look)
         panel.set(xlabel="top-1 accuracy, %", xlim=(0, 100))
         panel.set_title(f"{bits} bits: {part.top1.iloc[0]:.1f} % to {part.top1.iloc[-1]:.1f} %")
         panel.grid(axis="y", visible=False)
-    name_rows(figure.axes[0], names)
+        beside = dict(xycoords=("axes fraction", "data"), fontsize=7.5, fontweight="bold")
+        note(panel, "points", 1.0, -0.75, 6, **beside)
+    name_rows(figure.axes[0], [*names[:-1], f"{names[-1]}\n= ours"])
     return caption(figure, text)
 
 
-def _label_step(panel, i, row, left, right):
-    """What a step changed, clear of all that is drawn from `left` to `right` in its row."""
-    text = f"{row.change:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
+def _label_step(panel, i, row):
+    """What a step changed, in a column right of the panel; of the first its accuracy."""
     if np.isnan(row.change):
-        text = f"{row.top1:.1f} %"
-    if right < 62:
-        note(panel, text, right, i, 8, fontsize=7.5)
-    elif np.isnan(row.change):
-        note(panel, text, 0, i, 6, fontsize=7.5, color="white")
-    elif left > 38:
-        note(panel, text, left, i, -8, fontsize=7.5)
-    else:  # a long bar that leaves no room at its sides
-        note(panel, text, (left + right) / 2, i, 0, fontsize=7.5, color="white")
+        text = f"from {row.top1:.1f} %"
+    else:
+        text = f"{row.change:+.1f}"
+        text += "" if np.isnan(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]"
+    note(panel, text, 1.0, i, 6, xycoords=("axes fraction", "data"), fontsize=7.5)
 
 
 @styled

@@ -1,12 +1,14 @@
 """Low bits: rounding that is learned, methods by width, sensitivity, Pareto fronts, conventions."""
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator
 
 from quantlab.plots.page import caption, distinct, facets, panels
-from quantlab.plots.parts import bars, legend, name_rows, plain, whiskers
+from quantlab.plots.parts import bars, lost_scale, name_rows, plain, whiskers
 from quantlab.plots.style import (
     BLUE,
     DASHED,
@@ -67,33 +69,50 @@ def unit_errors(frame, text):
 
 @styled
 def methods_by_width(frame, rivals, text):
-    """frame: method, width ("W4A4"), drop, drop_low, drop_high (points), a row a seed; rivals:
-    method, drop at 8 bits, their only width.
+    """A panel a method, nearest rounding in grey behind it. frame: method, width ("W4A4"), drop,
+    drop_low, drop_high (points), a row a seed; rivals: the same at 8 bits, their only width, which
+    have a panel together. A line joins neighbouring widths only: none passes one not measured.
     """
     widths, methods = distinct(frame.width), distinct(frame.method)
-    figure, (axes,) = panels(1, 9.5, 4.6)
-    for i, method in enumerate(methods):
-        groups = frame[frame.method == method].groupby("width", sort=False)
-        means = groups[["drop", "drop_low", "drop_high"]].mean()
-        x = [widths.index(w) + (i - (len(methods) - 1) / 2) * 0.07 for w in means.index]
-        look = dict(elinewidth=0.8, linewidth=0.9, markersize=7) | method_style(method)
-        axes.errorbar(x, means["drop"], yerr=whiskers(means), label=method, **look)
-    place = widths.index("W8A8") + 0.42 if "W8A8" in widths else -0.5
-    for row in rivals.itertuples():
-        look = dict(linestyle="", markersize=8, markeredgecolor=INK) | method_style(row.method)
-        axes.plot(place, row.drop, label=f"{row.method} (W8A8)", **look)
-    axes.axhline(0, **DASHED)
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50])
-    axes.minorticks_off()
-    plain(axes.yaxis)
-    axes.set_xticks(range(len(widths)), widths)
-    axes.set(ylabel="points lost against float (log scale beyond 1)")
-    axes.set(title="Every method at every width", xlabel="bits of weights and activations")
-    lowest = min([-0.3, 1.1 * frame.drop_low.min(), *(rivals["drop"] - 0.1)])
-    axes.set_ylim(max(1.5, 1.6 * frame["drop"].max()), lowest)
-    legend(axes)
-    return caption(figure, text)
+    count = len(methods) + (len(rivals) > 0)
+    rows, columns = -(-count // 4), min(count, 4)
+    size = (2.5 * columns + 0.8, 2.1 * rows + 1.1)
+    options = dict(figsize=size, squeeze=False, sharex=True, sharey=True)
+    figure, grid = plt.subplots(rows, columns, **options)
+    nearest = frame[frame.method == "nearest"]
+    for panel, method in zip(grid.flat, methods):
+        _by_width(panel, nearest, widths, color=colour_of("nearest"), alpha=0.45, linewidth=0.9)
+        look = dict(elinewidth=1, linewidth=1, markersize=6) | method_style(method)
+        _by_width(panel, frame[frame.method == method], widths, **look)
+        panel.set_title(method, fontsize=9.5)
+    for i, row in enumerate(rivals.itertuples()):
+        panel, place = grid.flat[len(methods)], widths.index("W8A8") if "W8A8" in widths else 0
+        aside = place + 0.35 * i
+        panel.plot(aside, row.drop, linestyle="", label=row.method, **method_style(row.method))
+        panel.vlines(aside, row.drop_low, row.drop_high, color=colour_of(row.method), linewidth=1)
+        panel.legend(loc="lower left", fontsize=7.5)
+        panel.set_title("other tools, W8A8", fontsize=9.5)
+    for panel in grid.flat[:count]:
+        panel.axhline(0, **DASHED)
+    for panel in grid.flat[count:]:  # its axis names the widths of the column above
+        panel.spines["left"].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+        panel.grid(False)
+    last, highest = grid.flat[0], pd.concat([frame.drop_high, rivals.drop_high]).max()
+    lowest = min(0, pd.concat([frame.drop_low, rivals.drop_low]).min())
+    lost_scale(last.yaxis, lowest, max(highest, 1), steps=(1, 2, 5, 10, 50), linear=2)
+    last.invert_yaxis()
+    for panel in grid[-1]:
+        panel.set_xticks(range(len(widths)), widths, rotation=90, fontsize=7.5)
+    figure.supylabel("points lost against float (log scale beyond 2)", fontsize=9.5)
+    return caption(figure, f"{text}; grey: nearest; lines join neighbouring widths only")
+
+
+def _by_width(panel, part, widths, **look):
+    """Means over seeds with the mean of their intervals; a line between neighbouring widths."""
+    means = part.groupby("width")[["drop", "drop_low", "drop_high"]].mean()
+    means = means.reindex(widths).reset_index(drop=True)  # NaN breaks the line
+    panel.errorbar(means.index, means["drop"], yerr=whiskers(means), **look)
 
 
 @styled
@@ -103,6 +122,7 @@ def sensitivity_map(errors, text, chosen=None):
     figure, axes = panels(2, 10, 1.6 + 0.24 * len(layers), sharey=True)
     errors = errors.assign(exponent=np.log10(errors.error.clip(lower=1e-9)))
     limits = dict(vmin=errors.exponent.min(), vmax=errors.exponent.max())
+    figure.suptitle("What a layer costs: divergence from float, its power of ten", fontsize=11)
     sides = (("weight", "weight_bits", "weights of this layer alone"),
              ("activation", "act_bits", "what this layer reads, alone"))
     for panel, (kind, column, title) in zip(axes, sides):

@@ -1,9 +1,11 @@
 """What several figures share: rows with names, bars, notes, histograms, error curves, legends."""
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 from quantlab.plots.style import BLUE, INK, RED
+
+LOST_STEPS = (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
 def name_rows(axes, names, **style):
@@ -23,6 +25,18 @@ def plain(axis):
     """Ticks of a logarithmic axis as 0.5 and 20, not as powers of ten; no numbers between them."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def lost_scale(axis, low, high, steps=LOST_STEPS, linear=0.5):
+    """Points lost on an axis that is linear up to `linear` and logarithmic beyond, so that an
+    interval may reach below zero; from `low` (at most 0) to `high`, with ticks at `steps`.
+    """
+    axes, name = axis.axes, axis.axis_name
+    getattr(axes, f"set_{name}scale")("symlog", linthresh=linear)
+    axis.set_ticks([-step for step in reversed(steps)] + [0, *steps])
+    plain(axis)
+    axis.set_minor_locator(NullLocator())
+    getattr(axes, f"set_{name}lim")(1.2 * low - 0.1, 1.3 * high)
 
 
 def in_order(axes, things):

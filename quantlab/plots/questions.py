@@ -1,9 +1,12 @@
 """Answers to the original README's questions: dataflow, strips, clipping, heat map, two values."""
 
+import itertools
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from quantlab.plots.page import caption, distinct, facets, panels
 from quantlab.plots.parts import bars, densities, name_rows, whiskers
@@ -18,45 +21,66 @@ from quantlab.plots.style import (
     styled,
 )
 
-MAIN = (
-    "input code", "minus zero-point", "sum of products", "plus bias", "times multiplier",
-    "shifted right", "clamped: ReLU",
-)
+# Boxes by (column, row from the bottom): codes run right above, and left again below.
+PLACES = {
+    "weight code": (2, 2), "bias code": (3, 2), "input code": (0, 1), "minus zero-point": (1, 1),
+    "sum of products": (2, 1), "plus bias": (3, 1), "multiplier": (4, 0),
+    "times multiplier": (3, 0), "shifted right": (2, 0), "clamped: ReLU": (1, 0),
+    "de-quantized": (0, 0),
+}
+MAIN = tuple(name for name in PLACES if name not in ("weight code", "bias code", "multiplier"))
 SIDE = {"weight code": MAIN[2], "bias code": MAIN[3], "multiplier": MAIN[4]}
 
 
 @styled
 def dataflow(steps, text, title=""):
-    """The integers of one conv-BN-ReLU from codes to codes; steps: step, container, low, high, bits
-    (seen), worst_bits, example (text).
+    """One conv-BN-ReLU in integers, from codes to codes and back to a real number; steps: step (of
+    PLACES), container, low, high, bits (seen), worst_bits (NaN where it holds no integer), example
+    and grid (texts; grid: the scale and zero-point that a step reads or brings in, or "").
     """
     rows = steps.set_index("step")
-    figure, (axes,) = panels(1, 13, 4.1)
-    places = {name: (1.9 * i, 0.0) for i, name in enumerate(MAIN)}
-    places |= {name: (places[target][0], 2.1) for name, target in SIDE.items()}
-    for name, place in places.items():
-        _box(axes, rows.loc[name], *place)
-    arrows = [((1.9 * i - 0.05, 0.7), (1.9 * i - 0.35, 0.7)) for i in range(1, len(MAIN))]
-    arrows += [((places[name][0] + 0.75, 1.46), (places[name][0] + 0.75, 2.05)) for name in SIDE]
-    for end, start in arrows:
-        look = dict(arrowstyle="-|>", color=INK, linewidth=1.2)
-        axes.annotate("", end, start, arrowprops=look)
-    axes.set(xlim=(-0.15, 1.9 * len(MAIN) - 0.25), ylim=(-0.15, 3.65), title=title)
+    figure, (axes,) = panels(1, 9.6, 6.2)
+    for name, (column, line) in PLACES.items():
+        _box(axes, rows.loc[name], 1.9 * column, 2.0 * line)
+    for start, end in [*itertools.pairwise(MAIN), *SIDE.items()]:
+        _join(axes, PLACES[start], PLACES[end])
+    _width_legend(axes, 1.9 * 4, 5.4)
+    axes.set(xlim=(-0.15, 9.25), ylim=(-0.15, 5.65))
+    axes.set_title("\n".join(textwrap.wrap(title, 100)))
     axes.axis("off")
     return caption(figure, text)
 
 
 def _box(axes, row, x, y):
-    """One step, 1.5 wide and 1.4 high, coloured by the width of the integers that hold it."""
-    colour = WIDTH_COLOURS[int(row.container.lstrip("uint"))]
+    """One step, 1.5 wide and high, coloured by the width of the integers that hold it."""
+    is_real = row.container.startswith("float")
+    colour = "white" if is_real else WIDTH_COLOURS[int(row.container.lstrip("uint"))]
     look = dict(boxstyle="round,pad=0.04", facecolor=colour, edgecolor=GREY, linewidth=0.8)
-    axes.add_patch(FancyBboxPatch((x, y), 1.5, 1.4, **look))
-    middle = dict(ha="center", va="center", linespacing=1.4)
-    axes.text(x + 0.75, y + 1.22, row.name, fontsize=9, fontweight="bold", **middle)
-    form = ",d" if abs(row.low) + row.high < 1e8 else ".1e"
-    lines = (row.container, f"{row.low:{form}} to {row.high:{form}}",
-             f"{row.bits} bits, at worst {row.worst_bits}", f"here: {row.example}")
-    axes.text(x + 0.75, y + 0.5, "\n".join(lines), fontsize=8, **middle)
+    axes.add_patch(FancyBboxPatch((x, y), 1.5, 1.5, **look))
+    middle = dict(ha="center", va="center", linespacing=1.35)
+    axes.text(x + 0.75, y + 1.36, row.name, fontsize=9, fontweight="bold", **middle)
+    form = ",.0f" if abs(row.low) + row.high < 1e8 else ".1e"
+    form = ".2f" if is_real else form
+    bits = "" if is_real else f"{row.bits:.0f} bits, at worst {row.worst_bits:.0f}"
+    lines = (row.container, f"{row.low:{form}} to {row.high:{form}}", bits, row.grid,
+             f"here: {row.example}")
+    axes.text(x + 0.75, y + 0.6, "\n".join(line for line in lines if line), fontsize=7.5, **middle)
+
+
+def _join(axes, start, end):
+    """An arrow between neighbouring boxes, given by column and row."""
+    (x, y), (to_x, to_y) = ((1.9 * column + 0.75, 2.0 * row + 0.75) for column, row in (start, end))
+    right, up = np.sign(to_x - x), np.sign(to_y - y)
+    ends = ((to_x - 0.82 * right, to_y - 0.82 * up), (x + 0.82 * right, y + 0.82 * up))
+    look = dict(arrowstyle="-|>", color=INK, linewidth=1.2, shrinkA=0, shrinkB=0)
+    axes.annotate("", *ends, arrowprops=look)
+
+
+def _width_legend(axes, x, y):
+    for i, (bits, colour) in enumerate(WIDTH_COLOURS.items()):
+        look = dict(facecolor=colour, edgecolor=GREY, linewidth=0.6)
+        axes.add_patch(Rectangle((x, y - 0.28 * i - 0.1), 0.28, 0.2, **look))
+        axes.text(x + 0.38, y - 0.28 * i, f"held in {bits} bits", fontsize=7.5, va="center")
 
 
 @styled
@@ -128,7 +152,7 @@ def error_by_range(curve, text):
     for panel, name, part in parts:
         for (colour, style), (measured, line) in zip(looks, part.groupby("measured", sort=False)):
             best = line.loc[line.sqnr.idxmax()]
-            label = f"{measured}: best at {best.share:.2f}"
+            label = f"{measured}: best at {best.share:.0%} of it"
             panel.plot(line.share, line.sqnr, style, color=colour, label=label)
             panel.plot(best.share, best.sqnr, "o", color=colour)
         panel.set(xlabel="clip range, fraction of the whole", title=f"Quantized: {name}")

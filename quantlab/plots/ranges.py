@@ -2,9 +2,10 @@
 
 import numpy as np
 import seaborn as sns
+from matplotlib.ticker import MaxNLocator
 
 from quantlab.plots.page import caption, distinct, facets, panels
-from quantlab.plots.parts import error_curves, histogram, in_order, legend
+from quantlab.plots.parts import error_curves, histogram, in_order, legend, plain
 from quantlab.plots.style import BLUE, DASHED, INK, RED, method_style, styled
 
 
@@ -27,7 +28,9 @@ def clip_histogram(stats, ranges, text, title="", xlabel="value"):
 
 @styled
 def weight_codes(weight, x_hat, q, text):
-    """A weight before and after (QParams q, per tensor): distribution, codes and errors."""
+    """A weight before and after (QParams q, per tensor): its values, and how many of them have
+    each code.
+    """
     figure, (left, right) = panels(2, 10, 3.6)
     values, step = weight.flatten().numpy(), q.scale.item()
     left.hist(values, bins=120, color=BLUE)
@@ -38,11 +41,15 @@ def weight_codes(weight, x_hat, q, text):
         left.axvline(level, **DASHED)
     left.set(xlabel="weight", ylabel="weights in a bin")
     left.set_title(f"Weights and the range of {len(levels)} codes (dashed)")
-    errors = (x_hat - weight).flatten().numpy() / step
-    right.scatter(values, errors, s=3, color=RED, alpha=0.4, linewidths=0, rasterized=True)
-    for bound in (-0.5, 0.5):
-        right.axhline(bound, **DASHED)
-    right.set(xlabel="weight", ylabel="error, in steps", title="Rounding stays within half a step")
+    codes = (x_hat / q.scale + q.zero_point).round().int().flatten().numpy()
+    counts = np.bincount(codes - q.qmin, minlength=len(levels))
+    right.bar(np.arange(q.qmin, q.qmax + 1), counts, 0.8, color=RED)
+    right.set(xlabel="code", ylabel="weights with this code (log scale)", yscale="log")
+    right.set(ylim=(0.7, 2 * counts.max()), xlim=(q.qmin - 1, q.qmax + 1))
+    plain(right.yaxis)
+    right.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    fullest = f"the fullest has {counts.max() / counts.sum():.0%} of the weights"
+    right.set_title(f"{(counts > 0).sum()} of {len(levels)} codes used; {fullest}", fontsize=10)
     return caption(figure, text)
 
 
@@ -59,7 +66,7 @@ def range_tradeoff(table, text):
         best = total.idxmin()
         panel.plot(part.share[best], total[best], "o", color=INK)
         panel.set_xlabel("clip range, fraction of the whole")
-        panel.set_title(f"{bits} bits: best at {part.share[best]:.2f}")
+        panel.set_title(f"{bits} bits: best at {part.share[best]:.0%} of it")
     figure.axes[0].set_ylabel("mean squared error")
     legend(figure.axes[-1])
     return caption(figure, text)

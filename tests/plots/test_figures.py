@@ -67,7 +67,7 @@ def bits_table(observers, seeds=3):
     rows = [{"bits": b, "observer": o, "fp32_top1": 92.31, "drop": 60 / b**2.5 * (1 + i) + 0.1 * s,
              "n": 4**b, "seed": s} for b, (i, o), s in
             itertools.product((8, 6, 5, 4, 3, 2), enumerate(observers), range(seeds))]
-    frame = pd.DataFrame(rows)
+    frame = with_interval(rows)
     return frame.assign(top1=(92.31 - frame["drop"]).clip(lower=10))
 
 
@@ -81,6 +81,10 @@ def widths_table(methods, widths=("W8A8", "W4A4", "W3A3", "W2A2", "W2A4\nfirst/l
     pairs = itertools.product(enumerate(widths), enumerate(methods))
     return with_interval({"method": m, "width": w, "drop": 0.02 + 0.6 * i**2 * (2 - j / 11)}
                          for (i, w), (j, m) in pairs)
+
+
+def rivals():
+    return with_interval({"method": m, "drop": d} for m, d in zip(TOOLS[2:], (0.1, -0.9)))
 
 
 def units_table(methods):
@@ -194,7 +198,9 @@ def original_rows():
              "4bit fake-hist", "3bit fake-hist"]
     rows = [{"quantization": n, "way": w, "top1": 93 - i**2 * (2 - j), "drop": i**2 * (2 - j) - 0.1}
             for (i, n), (j, w) in itertools.product(enumerate(names), enumerate(ladder.WAYS))]
-    return ladder.original_rows(pd.DataFrame(rows), TEXT)
+    frame = with_interval(rows, "drop", "low", "high")
+    theirs = frame.way == ladder.WAYS[0]
+    return ladder.original_rows(frame.assign(high=frame.high.mask(theirs)), TEXT)
 
 
 def waterfall():
@@ -227,10 +233,12 @@ def strips(stats):
 
 def dataflow():
     names = [*questions.MAIN, *questions.SIDE]
-    held = ["uint8", "int16", "int32", "int32", "int64", "int32", "uint8", "int8", "int32", "int32"]
-    ends = (128, 255, 120_345, 1_234_567, 123_456_789_012, 255, 255, 127, 12_345, 2_147_483_647)
+    held = ["uint8", "int16", "int32", "int32", "int64", "int32", "uint8", "float32", "int8",
+            "int32", "int32"]
+    ends = (128, 255, 120_345, 1_234_567, 123_456_789_012, 255, 255, 11.27, 127, 12_345,
+            2_147_483_647)
     rows = [{"step": name, "container": container, "low": -end, "high": end, "bits": 12,
-             "worst_bits": 23, "example": "1,234,567"}
+             "worst_bits": 23, "example": "1,234,567", "grid": "s = 0.004395, z = 119"}
             for name, container, end in zip(names, held, ends)]
     title = "conv1 + BatchNorm + ReLU in integers, 27 products a sum; “here” is one output"
     return questions.dataflow(pd.DataFrame(rows), TEXT, title)
@@ -375,9 +383,9 @@ FIGURES = {
     "unit_errors": lambda: lowbit.unit_errors(units_table(["AdaRound", "BRECQ", "QDrop"]), TEXT),
     "unit_errors_one": lambda: lowbit.unit_errors(units_table(["QDrop + Fisher"]), TEXT),
     "methods_by_width": lambda: lowbit.methods_by_width(
-        widths_table(METHODS), pd.DataFrame({"method": TOOLS[2:], "drop": [0.1, -0.9]}), TEXT),
+        widths_table(METHODS), rivals(), TEXT),
     "methods_by_width_one": lambda: lowbit.methods_by_width(
-        widths_table(["nearest"], ("W4A4",)), pd.DataFrame({"method": [], "drop": []}), TEXT),
+        widths_table(["nearest"], ("W4A4",)), rivals()[:0], TEXT),
     "sensitivity_map": lambda: lowbit.sensitivity_map(sensitivity_table(), TEXT, pd.DataFrame(
         {"layer": LAYERS, "weight_bits": 4, "act_bits": 2})),
     "layer_accuracy": layer_accuracy, "pareto": pareto, "conventions": conventions,
