@@ -1,10 +1,12 @@
 """The public door: names, rooms, torchvision, and a command line that is quick to refuse."""
 
+import pickle
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import CHECKOUT, read_text
 
 import quantlab as ql
@@ -152,6 +154,18 @@ def test_a_mistake_gets_one_line_and_status_1_before_anything_heavy_is_loaded(
 
 def test_names_that_the_command_line_offers_are_those_that_there_are():
     assert tuple(ARCHITECTURES) == NETWORKS and tuple(bench.SECTIONS) == BENCH_SECTIONS
+
+
+def test_a_user_error_is_one_line_also_when_torch_fx_adds_its_own(resnet20):
+    bad = torch.zeros(2, 3, 32, 32)
+    bad[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ql.UserError) as caught:
+        ql.collect(resnet20, [bad])
+    said = str(caught.value)
+    assert said.splitlines() == [said] and "NaN or infinite" in said
+    assert len(str(caught.value.args[0]).splitlines()) > 1, "what is written into args is left out"
+    assert str(ql.UserError("one\n  two\n")) == "one two"
+    assert str(pickle.loads(pickle.dumps(ql.UserError("one\ntwo")))) == "one two"
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_and_all_known():

@@ -9,6 +9,13 @@ class UserError(Exception):
     Shown without a traceback.
     """
 
+    def __init__(self, message=""):
+        super().__init__(message)
+        self.line = " ".join(line.strip() for line in str(message).splitlines())
+
+    def __str__(self):
+        return self.line  # torch.fx writes paragraphs of its own into args
+
 
 def did_you_mean(word, known, cutoff=0.6):
     """ "; did you mean NAME?" for the nearest of the known names, or "" where none is near."""
