@@ -50,7 +50,7 @@ from quantlab.images.datasets import Calibration
 from quantlab.images.files import SOURCES
 from quantlab.images.folder import load_folder
 from quantlab.system.machine import device
-from quantlab.workbook.inspection import check_outputs, import_model
+from quantlab.workbook.inspection import check_folder, check_outputs, import_model
 from quantlab.workbook.study import show
 
 pd.set_option("display.max_rows", None)  # every layer and every edge is shown
@@ -79,6 +79,7 @@ if data in SOURCES:
     calibration, test = ql.limited(images.train, n), ql.limited(images.test, n)
     classes = images.classes
 else:
+    check_folder(data)
     constants = [tuple(map(float, text.split())) for text in (mean, std)]
     calibration, test, classes = load_folder(data, size, *constants, n)
 classes = () if unlabelled else classes

@@ -161,7 +161,7 @@ def import_checkpoint(file, architecture, out, data):
     "model" or "net", with or without the prefix "module.". A head with more outputs than classes is
     kept; evaluation looks at the first, one a class.
     """
-    state = _read_state_dict(file)
+    state = read_state_dict(file)
     head = state.get("fc.weight", state.get("linear.weight"))
     outputs = 10 if head is None else head.shape[0] if head.dim() else 0
     if not 1 <= outputs <= MOST_OUTPUTS:
@@ -183,7 +183,10 @@ def import_checkpoint(file, architecture, out, data):
     return model, card
 
 
-def _read_state_dict(file):
+def read_state_dict(file):
+    """Name -> tensor of a state dict (.pt), bare or under "state_dict", "model" or "net", without
+    the prefix "module."; nothing in it is executed. UserError where it holds none.
+    """
     check_regular(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)

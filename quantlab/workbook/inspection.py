@@ -10,12 +10,15 @@ import os
 import pathlib
 import sys
 
+from quantlab.images.files import SOURCES
 from quantlab.system.errors import UserError
 from quantlab.system.files import root
 from quantlab.workbook import allowed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOTEBOOK = "inspect_network.ipynb"
+PARTS = {"train", "test", "val"}
+OTHER_NAMES = {"training", "testing", "valid", "validation"}
 
 
 def inspect(target, data, out, *, size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, bits=4, n=256,
@@ -29,6 +32,8 @@ def inspect(target, data, out, *, size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD
     find_module(module)
     constants = {"mean": " ".join(map(str, mean)), "std": " ".join(map(str, std))}
     allowed.check(bits=bits, size=size, n=n, **constants)
+    if data not in SOURCES:
+        check_folder(data)
 
     from quantlab.workbook.run import execute, export_html, runs_folder
 
@@ -66,6 +71,19 @@ def _not_found(name, module):
                      f"run this where `import {module}` works")
 
 
+def check_folder(path):
+    """UserError for a folder of images of which the parts cannot be told: one of train/ and test/
+    (or val/) without the other, or under another name; its images would become classes.
+    """
+    found = {place.name for place in pathlib.Path(path).glob("*") if place.is_dir()}
+    if strange := sorted(n for n in found - PARTS if n.lower() in PARTS | OTHER_NAMES):
+        raise UserError(f"{path} holds {strange[0]}/; call its parts train/ and test/ (or val/)")
+    if found & PARTS and not ("train" in found and found & {"test", "val"}):
+        there = ", ".join(f"{name}/" for name in sorted(found & PARTS))
+        raise UserError(f"{path} holds {there} alone, not train/ with test/ or val/; name "
+                        f"{pathlib.Path(path) / sorted(found & PARTS)[0]} to draw both parts from")
+
+
 def import_model(target, weights=""):
     """The nn.Module that `module:name` is, builds or has for a class, in eval mode.
 
@@ -91,16 +109,18 @@ def import_model(target, weights=""):
 
 
 def _load_weights(model, target, weights):
-    import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    from quantlab.networks.checkpoints import read_state_dict
 
     file = weights if pathlib.Path(weights).exists() else root() / weights
     try:
-        state = (load_file(file) if str(file).endswith(".safetensors")
-                 else torch.load(file, map_location="cpu", weights_only=True))
-        model.load_state_dict(state.get("state_dict", state))
-    except Exception as error:  # whatever a damaged or foreign file makes the readers say
-        reason = str(error).splitlines()[0]
+        state = (load_file(file) if str(file).endswith(".safetensors") else read_state_dict(file))
+        model.load_state_dict({name.removeprefix("module."): t for name, t in state.items()})
+    except (SafetensorError, OSError, RuntimeError, UserError) as error:
+        lines = str(error).splitlines()  # torch's first is a title
+        reason = lines[min(1, len(lines) - 1)].strip()
         raise UserError(f"{weights} does not hold weights of {target}: {reason}") from None
 
 
@@ -111,8 +131,13 @@ def check_outputs(model, images, classes=()):
     """
     import torch
 
-    with torch.no_grad():
-        logits = model(images)
+    try:
+        with torch.no_grad():
+            logits = model(images)
+    except Exception as error:  # whatever a network of one's own says
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the network does not take images {list(images.shape[1:])}: {reason}; "
+                        "give the size in pixels that it wants, or wrap it") from None
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
         shape = list(getattr(logits, "shape", []))
         raise UserError(f"the network returns {type(logits).__name__} {shape}, not logits "

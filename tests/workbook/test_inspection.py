@@ -129,6 +129,39 @@ def test_networks_that_are_none(place, target, weights, said):
     assert "\n" not in str(error.value)
 
 
+def test_a_network_that_cannot_take_the_images_gets_one_line(place):
+    grey = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3))
+    with pytest.raises(ql.UserError) as caught:
+        check_outputs(grey, torch.randn(2, 3, 10, 10))
+    said = str(caught.value)
+    assert said.startswith("the network does not take images [3, 10, 10]: Given groups=1")
+    assert said.endswith("; give the size in pixels that it wants, or wrap it")
+
+
+@pytest.mark.parametrize("parts, said", [
+    (("train",), "holds train/ alone, not train/ with test/ or val/; name "),
+    (("val",), "holds val/ alone"), (("Train", "test"), "holds Train/; call its parts train/ and"),
+    (("train", "validation"), "holds validation/; call its parts"),
+])
+def test_parts_are_not_taken_for_classes(place, capsys, parts, said):
+    for part in parts:
+        (place / "own" / part / "cat").mkdir(parents=True)
+    assert main(["inspect", "my_networks:build", "--data", "own"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: own {said}")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_of_another_shape_name_the_tensor(place, suffix):
+    from safetensors.torch import save_file
+
+    state = {**import_model("my_networks:build").state_dict(), "6.bias": torch.zeros(3)}
+    torch.save(state, "mine.pt")
+    save_file(state, "mine.safetensors")
+    with pytest.raises(ql.UserError, match="my_networks:build: size mismatch for 6.bias") as error:
+        import_model("my_networks:build", f"mine{suffix}")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_weights_are_loaded(place, suffix):
     from safetensors.torch import save_file
@@ -136,14 +169,14 @@ def test_weights_are_loaded(place, suffix):
     built = import_model("my_networks:build").state_dict()
     state = {name: tensor + 1 for name, tensor in built.items()}
     save_file(state, "mine.safetensors")
-    torch.save({"state_dict": state}, "mine.pt")
+    torch.save({"state_dict": {f"module.{name}": t for name, t in state.items()}}, "mine.pt")
     found = import_model("my_networks:build", f"mine{suffix}").state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize("target, more, said", [
     ("my_networks", [], "names no function; write module:function"),
-    ("my_networks:build", ["--data", "nowhere"], "nowhere not found"),
+    ("my_networks:build", ["--data", "nowhere"], "'nowhere' not found: name a folder"),
     ("my_networks:build", ["--bits", "9"], "bits=9: a width is an integer from 2 to 8"),
 ])
 def test_mistakes_get_one_line_and_leave_no_file(place, capsys, target, more, said):
