@@ -6,6 +6,7 @@ what it needs afterwards.
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import sys
 import typing
@@ -28,10 +29,15 @@ def main(arguments=None):
     """
     try:
         options = parser().parse_args(arguments)
-        return options.command(options) or 0
+        status = options.command(options) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read has ended: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again
+        return 141
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

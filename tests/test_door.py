@@ -177,6 +177,13 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all_known():
         "fruit 'plumb' is unknown; did you mean plum?; use one of: plum, pear")
 
 
+def test_a_reader_that_ends_early_gets_no_traceback():
+    command = f"{sys.executable} -m quantlab list | head -n 1; echo ${{PIPESTATUS[0]}}"
+    for _ in range(3):
+        done = subprocess.run(["bash", "-c", command], cwd=CHECKOUT, capture_output=True, text=True)
+        assert done.stderr == "" and done.stdout.splitlines()[-1] in ("0", "141"), done
+
+
 # ---- Where the README leads ---------------------------------------------------------------------
 
 

@@ -20,8 +20,10 @@ from quantlab.images import cifar10, imageset
 from quantlab.images.files import FETCH_COMMAND, find_data, fingerprint, is_cifar10
 from quantlab.system.errors import UserError
 from quantlab.system.files import data_folder
+from quantlab.system.schema import one_line
 
 HELDOUT_FRACTION = 0.1  # of every class
+LARGEST_SIDE = 8192  # pixels
 HELDOUT_SEED = 20210  # the same tenth for everyone
 
 # Image sets recognised by the fingerprint of their files, whatever the folder or archive is called.
@@ -136,12 +138,25 @@ def load_data(source="auto", *, size=None, verbose=True):
     elif place == "cifar10" or is_cifar10(place):
         data = load_cifar10(place)
     else:
-        data = load_images(place, size or int(os.environ.get("QUANTLAB_SIZE", 0)) or None)
+        data = load_images(place, _side(size))
     if verbose:
         better = str(source) == "auto" and data.name != "cifar10"
         hint = f"; CIFAR-10's official files: {FETCH_COMMAND}" if better else ""
         print(f"data: {data}{hint}", flush=True)
     return data
+
+
+def _side(size):
+    """Side in pixels from `size`, else $QUANTLAB_SIZE, else None; UserError for what is none."""
+    name, given = ("size", size) if size is not None else ("QUANTLAB_SIZE",
+                                                           os.environ.get("QUANTLAB_SIZE"))
+    if not given and size is None:
+        return None
+    text = str(given)
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= LARGEST_SIDE):
+        raise UserError(f"{name}={one_line(text, 40)!r}: a side is a whole number of pixels from 1 "
+                        f"to {LARGEST_SIDE}, such as {name}=224")
+    return int(text)
 
 
 def find_fingerprint(source="auto"):
@@ -223,9 +238,14 @@ def load_images(path, size=None):
     """A folder or archive of train/CLASS/* and test/CLASS/*; its name is $DATA_NAME, else that of a
     known fingerprint, else the file's.
     """
-    images = imageset.load(pathlib.Path(path), data_folder() / "cache", size)
+    path = pathlib.Path(path)
+    path = path if path.name not in ("", "..") else path.resolve()
+    images = imageset.load(path, data_folder() / "cache", size)
     known = KNOWN_FINGERPRINTS.get(images.fingerprint)
     name = os.environ.get("DATA_NAME") or known or images.stem
+    if not name.isprintable() or "/" in name or name.startswith("."):
+        raise UserError(f"the data set's name {one_line(name)!r} cannot name files; rename it, or "
+                        "set DATA_NAME")
     constants = None
     if images.classes == cifar10.CIFAR10_CLASSES:
         constants = cifar10.CIFAR10_MEAN, cifar10.CIFAR10_STD

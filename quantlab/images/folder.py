@@ -11,7 +11,7 @@ import random
 import torch
 
 from quantlab.images.datasets import Split
-from quantlab.images.files import IMAGE_SUFFIXES
+from quantlab.images.files import IMAGE_SUFFIXES, files_below, is_image
 from quantlab.images.imageset import Streamed
 from quantlab.system.errors import UserError
 
@@ -30,7 +30,8 @@ def load_folder(path, size, mean, std, n, seed=0):
     tests = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
     has_parts = tests and (folder / "train").is_dir()
     parts = [folder / "train", tests[0]] if has_parts else [folder]
-    places = [place for part in parts for place in part.iterdir() if place.is_dir()]
+    places = [place for part in parts for place in part.iterdir()
+              if place.is_dir() and not place.name.startswith(".")]
     classes = sorted({place.name for place in places if _images(place)})
     found = [_labelled(part, classes, seed) for part in parts]
     if not found[0]:
@@ -54,5 +55,4 @@ def _labelled(part, classes, seed):
 
 
 def _images(folder):
-    files = sorted(folder.rglob("*"))
-    return [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()]
+    return [file for file in files_below(folder) if is_image(file.name)]

@@ -20,8 +20,10 @@ from tqdm.auto import tqdm
 from quantlab.images.files import PARTS, base_folder, fingerprint, image_files, stem
 from quantlab.system.errors import UserError
 from quantlab.system.files import atomic_path, save_tensors
+from quantlab.system.schema import one_line
 
 STREAM_ABOVE = 10**9  # bytes of decoded images
+DECODING = 2  # counts what `decode` makes of the same file: 2 rounds 16 bits where 1 clipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ def load(path, cache, size=None):
     image set, damaged or unreadable, or when image sizes differ and `size` is None.
     """
     content = fingerprint(path, cache)
-    cached = cache / f"{stem(path)}-{content[:16]}-{size or 'full'}.safetensors"
+    cached = cache / f"{stem(path)}-{content[:16]}-{size or 'full'}-{DECODING}.safetensors"
     with contextlib.suppress(safetensors.SafetensorError, KeyError, ValueError, OSError):
         return _read_cache(cached, path, content)  # not there, or damaged: decoded below
     names, images = _decode_all(path, size)
@@ -88,12 +90,14 @@ def _part(part, names, images, classes):
 
 def decode(content, name, size=None):
     """Bytes of an image file -> uint8 [3, H, W], cropped to [3, size, size] if `size` is not None:
-    the shorter side is resized to it, the centre kept.
+    the shorter side is resized to it, the centre kept. 16 bits are rounded to 8; UserError for
+    pixels of more, and for floats, which have no range.
     """
     try:
-        image = Image.open(io.BytesIO(content)).convert("RGB")
+        image = _eight_bits(Image.open(io.BytesIO(content)), name).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise UserError(f"{name} cannot be read as an image; remove it or replace it") from None
+        raise UserError(
+            f"{one_line(name)} cannot be read as an image; remove it or replace it") from None
     if size is not None:
         scale = size / min(image.size)
         sides = [max(size, round(side * scale)) for side in image.size]
@@ -101,6 +105,20 @@ def decode(content, name, size=None):
         left, top = ((side - size) // 2 for side in sides)
         image = image.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _eight_bits(image, name):
+    """An image of 16 bits a pixel with 0..65535 as 0..255, where Pillow would clip; others as they
+    are.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    pixels = np.asarray(image)
+    if image.mode == "F" or not 0 <= pixels.min() <= pixels.max() <= 65535:
+        what = "floats" if image.mode == "F" else "32 bits"
+        raise UserError(f"{one_line(name)} has pixels of {what}, whose range nobody knows; convert "
+                        "it to 8 or 16 bits")
+    return Image.fromarray(((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
 
 
 class Streamed:

@@ -10,11 +10,19 @@ import random
 import numpy as np
 import torch
 
+from quantlab.system.errors import UserError
+
 
 def device():
     """The accelerator where there is one, else the CPU; $QUANTLAB_DEVICE overrides."""
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(os.environ.get("QUANTLAB_DEVICE") or found)
+    named = os.environ.get("QUANTLAB_DEVICE") or found
+    try:
+        torch.empty(0, device=named).cpu()  # where tensors have no values, this fails
+        return torch.device(named)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError):
+        raise UserError(f"QUANTLAB_DEVICE={named[:40]!r} is no device of this machine; use "
+                        f"{' or '.join(dict.fromkeys([found, 'cpu']))}") from None
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ without them.
 """
 
 import copy
+import os
 
 import pytest
 import torch
@@ -299,3 +300,46 @@ def test_a_cache_that_cannot_be_written(fresh):
     fresh.parent.write_text("a file where the folder should be")
     need_compiler()
     assert native.library() is not None
+
+
+def test_no_library_is_loaded_that_another_user_could_have_written(fresh, monkeypatch, tmp_path):
+    """Of what is there only files of this user's own, in a folder that no other can write; anything
+    else is compiled anew, elsewhere where the folder is not ours.
+    """
+    need_compiler()
+    library, digest = next(fresh.glob("*.so")), next(fresh.glob("*.sha256"))
+    assert fresh.stat().st_mode & 0o777 == 0o700 and library.stat().st_mode & 0o77 == 0
+    compiled, run = [], native._output
+
+    def count(command):
+        compiled.extend([command[-1]] if "-o" in command else [])
+        return run(command)
+
+    monkeypatch.setattr(native, "_output", count)
+
+    def link():
+        library.rename(tmp_path / "elsewhere.so")
+        library.symlink_to(tmp_path / "elsewhere.so")
+
+    for change in (lambda: fresh.chmod(0o777), lambda: fresh.chmod(0o775),
+                   lambda: library.chmod(0o666), lambda: digest.chmod(0o620), link):
+        change()
+        native.library.cache_clear()
+        assert native.library() is not None and len(compiled) == 1
+        assert str(fresh) in compiled.pop() and fresh.stat().st_mode & 0o777 == 0o700
+        assert not library.is_symlink() and library.stat().st_mode & 0o77 == 0
+    native.library.cache_clear()
+    assert native.library() is not None and not compiled, "what is ours is loaded"
+
+    real = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: real + 1)  # the folder belongs to another user
+    native.library.cache_clear()
+    with pytest.warns(UserWarning, match="belongs to another user"):
+        assert native.library() is None
+    assert not compiled
+
+
+def test_a_compiler_that_cannot_be_parsed(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "gcc 'open")
+    with pytest.warns(UserWarning, match="runs without its C kernels.*No closing quotation"):
+        assert native.library() is None

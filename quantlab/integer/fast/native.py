@@ -15,6 +15,7 @@ import pathlib
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -45,12 +46,13 @@ def library():
     """The kernels as a ctypes library, or None, after a warning that says why, where there is no
     compiler or it fails.
     """
-    compiler = _compiler()
+    compiler = ["$CC"]
     try:
+        compiler = _compiler()
         if not compiler:
             raise OSError("no C compiler (cc, gcc, clang or $CC) was found")
         return _load_anywhere(compiler)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: of a $CC with an open quote
         why = str(error)
     except subprocess.CalledProcessError as error:
         why = (error.stderr.strip().splitlines() or [error])[0]
@@ -85,18 +87,37 @@ def cache_folder():
 def _load(folder, compiler):
     """The library in `folder`, compiled if it is not there or not what was written.
 
-    Its name is a hash of all that decides it.
+    Its name is a hash of all that decides it. Code is loaded from nowhere that another user could
+    have written: OSError for a folder of someone else's.
     """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private = _is_private(folder.stat())
+    if not private:
+        folder.chmod(0o700)  # OSError unless it is ours; what lies there is compiled anew
+        if not _is_private(folder.stat()):
+            raise OSError(f"{folder} belongs to another user")
     version = _output([*compiler, "--version"])
     key = "\0".join([SOURCE.read_text(encoding="utf-8"), *compiler, version, *FLAGS, _processor()])
     path = folder / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     digest = path.with_suffix(".sha256")
-    whole = path.exists() and digest.exists() and digest.read_text() == sha256(path)
+    found = [os.path.lexists(file) and _is_private(file.lstat()) for file in (path, digest)]
+    whole = private and all(found) and digest.read_text() == sha256(path)
     if not whole:  # loading a damaged library would end the process
         with atomic_path(path) as temporary:
             _output([*compiler, *FLAGS, str(SOURCE), "-o", str(temporary)])
         write_text(digest, sha256(path))
+        for file in (path, digest):
+            file.chmod(0o600)
     return ctypes.CDLL(str(path))
+
+
+def _is_private(status):
+    """True for a folder or regular file that this user owns and no other can write."""
+    if not hasattr(os, "geteuid"):
+        return True
+    mode = status.st_mode
+    return ((stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and status.st_uid == os.geteuid()
+            and not mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 def _output(command):
