@@ -4,6 +4,8 @@ import os
 import textwrap
 
 import matplotlib.pyplot as plt
+from matplotlib.category import StrCategoryFormatter
+from matplotlib.ticker import FixedFormatter
 
 from quantlab.plots.style import styled
 from quantlab.system.errors import UserError
@@ -54,11 +56,15 @@ def save(figure, name, data=None, model=None, widths=(), formats=("pdf",)):
     return figure
 
 
+@styled
 def caption(figure, text):
     """A line under the finished figure that says what was measured; closed, so that a notebook
     shows it once, as the value of its cell.
     """
     plt.close(figure)
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(axis.get_major_formatter(), (FixedFormatter, StrCategoryFormatter)):
+            axis.get_ticklabels()  # those that are not made until they are drawn would parse $
     lines = textwrap.fill(text, int(figure.get_figwidth() * 15))
     figure.supxlabel(lines, fontsize=8, color="#555555", x=0.01, ha="left")
     return figure

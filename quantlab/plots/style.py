@@ -13,6 +13,7 @@ STYLE = MappingProxyType({
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
     "font.size": 10, "axes.titlesize": 11, "svg.hashsalt": "quantlab",
     "pdf.fonttype": 42,  # letters, not curves
+    "text.parse_math": False,  # a data set or class may have $ in its name
 })
 
 # Decorator of every function here that draws: the style while it runs, the reader's own afterwards.

@@ -17,7 +17,7 @@ import quantlab as ql
 from quantlab import plots
 from quantlab.edgestats import EdgeStats
 from quantlab.observers import OBSERVERS
-from quantlab.plots import beyond, integer, ladder, lowbit, panel, questions
+from quantlab.plots import beyond, integer, ladder, lowbit, page, panel, questions
 from quantlab.system.errors import UserError
 
 TEXT = ("cifar10-jpeg, resnet20, n = 10,000; test images, 1,024 calibration images, 3 calibration "
@@ -27,6 +27,24 @@ METHODS = ["nearest", "equalisation", "bias correction", "analytic bias correcti
            "BatchNorm re-estimation", "BRECQ", "QDrop", "QDrop + Fisher", "QDrop + end to end",
            "QDrop + fine-tuning"]
 random = np.random.default_rng(0)
+
+
+def test_names_are_text_and_no_formulas():
+    """Of a data set with one $, which is no formula, and classes with two, which would be one."""
+    data, classes = "prices_$5_to_$9", ["US$ for CA$", "$x^2$", "$_{"]
+    labels = torch.arange(3)
+    figures = [
+        plots.confusion(labels, labels, classes, plots.row_caption(data, "net", 3)),
+        plots.image_grid(
+            torch.zeros(3, 3, 8, 8, dtype=torch.uint8), classes, [1, 0, 1], data),
+        page.caption(plt.figure(), f"{data} $a$")]
+    for figure in figures:
+        figure.savefig(io.BytesIO())
+        texts = [text for text in figure.findobj(mpl.text.Text) if "$" in text.get_text()]
+        assert texts and not any(text.get_parse_math() for text in texts)
+    drawn = {text.get_text() for text in figures[0].findobj(mpl.text.Text)}
+    assert {*classes} <= drawn and any(text.startswith(data) for text in drawn)
+    assert mpl.rcParams["text.parse_math"], "the reader's own figures are as they were"
 
 
 def with_interval(rows, value="drop", low="drop_low", high="drop_high"):
