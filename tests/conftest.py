@@ -2,6 +2,7 @@
 the committed digits network, and the JPEG images where they are.
 """
 
+import copy
 import json
 import os
 
@@ -182,7 +183,7 @@ def mutate_fields(value, data):
         value = value[step]
     change = data.draw(st.sampled_from(["set", "set", "set", "delete", "rename", "repeat"]))
     if change == "set":
-        value[key] = data.draw(NONSENSE)
+        value[key] = copy.deepcopy(data.draw(NONSENSE))  # which is changed by the next change
     elif change == "delete":
         del value[key]
     elif isinstance(value, list):

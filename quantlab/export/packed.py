@@ -38,9 +38,9 @@ from quantlab.quantized import (
     find_quantizer,
     weight_bytes,
 )
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, one_line
 from quantlab.system.files import check_regular, save_tensors
-from quantlab.system.schema import check, one_line
+from quantlab.system.schema import check
 
 VERSION = 2  # 1 had no plan: it was the one that make_plan decides
 

@@ -18,9 +18,8 @@ import torch
 
 from quantlab.images import cifar10, imageset
 from quantlab.images.files import FETCH_COMMAND, find_data, fingerprint, is_cifar10
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, one_line
 from quantlab.system.files import data_folder
-from quantlab.system.schema import one_line
 
 HELDOUT_FRACTION = 0.1  # of every class
 LARGEST_SIDE = 8192  # pixels

@@ -14,7 +14,6 @@ import lzma
 import operator
 import os
 import pathlib
-import stat
 import tarfile
 import zipfile
 import zlib
@@ -23,7 +22,6 @@ from tqdm.auto import tqdm
 
 from quantlab.system.errors import UserError
 from quantlab.system.files import data_folder, root, write_text
-from quantlab.system.schema import one_line
 
 SOURCES = ("auto", "cifar10", "digits", "images")  # or a path
 CIFAR10_ARCHIVE, CIFAR10_FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
@@ -101,8 +99,11 @@ def is_image_set(path):
         return base_folder(path) is not None
     if not path.name.lower().endswith(ARCHIVE_SUFFIXES):
         return False
+
+    from quantlab.images import listing
+
     try:
-        return next(_archive_files(path), None) is not None
+        return next(listing.archive_files(path), None) is not None
     except DAMAGED:
         return False
 
@@ -134,7 +135,9 @@ def fingerprint(path, cache):
 
 def _state(path):
     """What changes when the images' files do: path, sizes and times."""
-    files = [file for _, file in _folder_files(path)] if path.is_dir() else [path]
+    from quantlab.images import listing
+
+    files = [file for _, file in listing.folder_files(path)] if path.is_dir() else [path]
     stats = [(str(f.relative_to(path)), f.stat()) for f in files]  # of what a link leads to
     return str(path.resolve()), [
         (name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
@@ -142,147 +145,19 @@ def _state(path):
 
 def image_files(path):
     """Yield ((part, class, file name), bytes) for every image of the set."""
+    from quantlab.images import listing
+
     try:
         if path.is_dir():
-            for name, file in _folder_files(path):
+            for name, file in listing.folder_files(path):
                 yield name, file.read_bytes()
         else:
-            yield from _archive_files(path)
+            yield from listing.archive_files(path)
     except DAMAGED as error:
         raise UserError(
             f"{path} is damaged or not a tar or zip archive ({type(error).__name__}: {error}); "
             "copy or download it again"
         ) from None
-
-
-def _folder_files(path):
-    """[((part, class, file name), file)] of every image of a folder."""
-    base = base_folder(path)
-    if base is None:
-        raise UserError(
-            f"{path} has no train/ and test/ folders; expected train/CLASS/* and test/CLASS/*"
-        )
-    classes = _Classes(path)
-    found = []
-    for part in PARTS:
-        for folder in sorted(base.joinpath(part).iterdir()):
-            if folder.is_dir():
-                classes.add((part, folder.name, ""))
-            files = files_below(folder) if folder.is_dir() else []
-            named = [(classes.add((part, *file.relative_to(base / part).parts)), file)
-                     for file in files]
-            found += [(name, file) for name, file in named if name]
-    classes.check()
-    return found
-
-
-def files_below(folder):
-    """The files below a folder, links followed, hidden ones left out, in order of their names.
-
-    UserError for an image that is none: reading a FIFO or a device may wait forever.
-    """
-    found, around = [], {}
-    for place, folders, names in os.walk(folder, followlinks=True):
-        above = around.get(os.path.dirname(place), frozenset())
-        around[place] = above | {os.path.realpath(place)}
-        folders[:] = [name for name in folders if not name.startswith(".")  # no link into itself
-                      and os.path.realpath(os.path.join(place, name)) not in around[place]]
-        found += [pathlib.Path(place, name) for name in names if not name.startswith(".")]
-    for file in found:
-        if is_image(file.name) and not file.is_file():
-            raise UserError(f"{one_line(file)} is no file but a device or a link to nothing; "
-                            "remove it")
-    return sorted(found)
-
-
-def is_image(name):
-    """True for the name of a file that is read as an image."""
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-
-
-def _archive_files(path):
-    classes = _Classes(path)
-    if path.name.lower().endswith(".zip"):
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                parts = pathlib.PurePosixPath(member.filename).parts
-                name = classes.add((*parts, "") if member.is_dir() else parts)
-                if stat.S_ISLNK(member.external_attr >> 16):
-                    classes.refuse_link(parts)
-                if name:
-                    yield name, archive.read(member)
-    else:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                parts = pathlib.PurePosixPath(member.name).parts
-                name = classes.add((*parts, "") if member.isdir() else parts)
-                if member.issym() or member.islnk():
-                    yield from _behind_link(archive, member, name, classes)
-                elif name and member.isfile():
-                    yield name, archive.extractfile(member).read()
-    classes.check()
-
-
-def _behind_link(archive, member, name, classes):
-    """(name, bytes) of the file in the archive that a link leads to; tar writes one for a file of
-    two names.
-    """
-    parts = pathlib.PurePosixPath(member.name).parts
-    try:
-        content = archive.extractfile(member) if name else None
-    except KeyError:
-        content = None
-    if content is None:
-        classes.refuse_link(parts)
-    else:
-        yield name, content.read()
-
-
-class _Classes:
-    """The classes of a set, and of which of them an image was seen."""
-
-    def __init__(self, path):
-        self.path, self.seen, self.others = path, set(), {}
-
-    def add(self, parts):
-        """(…, part, class, …, file) -> (part, class, file); None for what is no image of the set.
-        """
-        inside = _inside(parts)
-        if inside is None:
-            return None
-        part, name, *file = inside
-        if not name.isprintable():
-            raise UserError(f"{self.path}: the class {name!r} has a name that cannot be printed; "
-                            "rename its folder")
-        if is_image(file[-1]):
-            self.seen.add((part, name))
-            return part, name, "/".join(file)
-        self.others[part, name] = self.others.get((part, name)) or file[-1]
-        return None
-
-    def refuse_link(self, parts):
-        """UserError for a link of an archive that may stand for images."""
-        if _inside((*parts, "below")) is not None or _inside((*parts, "class", "file")) is not None:
-            raise UserError(f"{self.path}: {one_line('/'.join(parts))} is a link; pack the files "
-                            "themselves (tar --dereference)")
-
-    def check(self):
-        """UserError for a class of which no image can be read."""
-        for (part, name), other in sorted(self.others.items()):
-            if part in {p for p, _ in self.seen} and (part, name) not in self.seen:
-                there = f", only files such as {one_line(other)}" if other else ""
-                raise UserError(
-                    f"{self.path}: no image of the class {part}/{name} can be read{there}; convert "
-                    f"them to {', '.join(IMAGE_SUFFIXES[:3])} or remove the folder")
-
-
-def _inside(parts):
-    """The names from train or test on, of at least three; None for what is hidden or elsewhere."""
-    starts = [i for i in range(len(parts) - 2) if parts[i] in PARTS]
-    if not starts:
-        return None
-    inside = parts[starts[-1] if starts[-1] == len(parts) - 3 else starts[0] :]
-    return None if any(name.startswith(".") for name in inside) else inside
 
 
 def base_folder(path):

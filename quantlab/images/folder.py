@@ -11,8 +11,9 @@ import random
 import torch
 
 from quantlab.images.datasets import Split
-from quantlab.images.files import IMAGE_SUFFIXES, files_below, is_image
+from quantlab.images.files import IMAGE_SUFFIXES
 from quantlab.images.imageset import Streamed
+from quantlab.images.listing import files_below, is_image
 from quantlab.system.errors import UserError
 
 

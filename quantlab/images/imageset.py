@@ -18,9 +18,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from quantlab.images.files import PARTS, base_folder, fingerprint, image_files, stem
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, one_line
 from quantlab.system.files import atomic_path, save_tensors
-from quantlab.system.schema import one_line
 
 STREAM_ABOVE = 10**9  # bytes of decoded images
 DECODING = 2  # counts what `decode` makes of the same file: 2 rounds 16 bits where 1 clipped

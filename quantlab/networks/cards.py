@@ -4,23 +4,12 @@
 """
 
 import dataclasses
-import json
 import pathlib
 
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, one_line
 from quantlab.system.files import sha256
-from quantlab.system.schema import Between, Each, check, one_line
 
 TRAIN_COMMAND = "python -m quantlab train"
-MOST_OUTPUTS = 10**6
-PERCENT = Between(0, 100)
-CARD = {
-    "architecture": str, "num_outputs": Between(1, MOST_OUTPUTS, int), "trained_on": str,
-    "data_fingerprint": str, "classes": [str], "mean": [Between(-1e6, 1e6)],
-    "std": [Between(1e-9, 1e6)], "recipe": dict, "history": [dict], "test_top1": PERCENT,
-    "n_test": Between(1, 10**12, int), "sha256": str, "software": Each(str), "hardware": str,
-    "created": str, "source": str, "heldout_top1": (PERCENT, None),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +46,8 @@ def load_card(checkpoint, architecture=None):
     Raises UserError when either file is missing, they do not belong together, or it is of another
     architecture than that one.
     """
+    from quantlab.networks.card_fields import read_card
+
     checkpoint = pathlib.Path(checkpoint)
     if checkpoint.suffix != ".safetensors":
         raise UserError(f"{checkpoint} is not a .safetensors file; bring it in with: "
@@ -65,7 +56,7 @@ def load_card(checkpoint, architecture=None):
         if not file.is_file():
             raise UserError(f"checkpoint {file} not found; train one with: {TRAIN_COMMAND}")
     try:
-        card = _read_card(card_path(checkpoint).read_text(encoding="utf-8"))
+        card = Card(**read_card(card_path(checkpoint).read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{card_path(checkpoint)} is not a checkpoint card ({one_line(error)}); "
                         "restore it or import the weights again") from None
@@ -76,17 +67,3 @@ def load_card(checkpoint, architecture=None):
         raise UserError(f"checkpoint {checkpoint} is a {card.architecture}, not a {architecture}; "
                         f"set model={card.architecture} or choose another file")
     return card
-
-
-def _read_card(text):
-    """The Card of a JSON text; ValueError where it is none."""
-    fields = json.loads(text)
-    if isinstance(fields, dict):  # older cards have no accuracy on held-out images
-        fields = {"heldout_top1": None, **fields}
-    check(fields, CARD, "card")
-    if len(fields["mean"]) != 3 or len(fields["std"]) != 3:
-        raise ValueError("mean and std are of three channels")
-    for value in (*fields.values(), *fields["classes"]):
-        if isinstance(value, str) and not value.isprintable():
-            raise ValueError(f"{value!r} cannot be printed")
-    return Card(**fields)

@@ -13,7 +13,6 @@ import json
 import pathlib
 import time
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
@@ -23,9 +22,8 @@ from quantlab.networks import architectures, checkpoints
 from quantlab.networks.augment import augment, resized
 from quantlab.networks.recipe import RECIPES, TrainConfig
 from quantlab.system.errors import UserError, check_name
-from quantlab.system.files import check_regular, save_tensors
+from quantlab.system.files import save_tensors
 from quantlab.system.machine import device, has_bf16, seed_everything
-from quantlab.system.schema import Between, Each, check, one_line
 
 HALF_ABOVE = 20_000_000  # bytes of float32 weights from which they are stored in half precision
 
@@ -275,7 +273,7 @@ class _Run:
         start = {"start_from": self.first_cycle["sha256"]} if self.first_cycle else {}
         return json.loads(json.dumps({**dataclasses.asdict(self.config), **data, **start}))
 
-    def _tensors(self):
+    def tensors(self):
         """What a state holds that is there from the first step on, by name; not copied."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if self.average is not self.model:
@@ -283,7 +281,7 @@ class _Run:
         return {**tensors, "loss_sum": self.loss_sum, "correct": self.correct}
 
     def save(self, path):
-        tensors = {**self._tensors(), "generator": self.generator.get_state()}
+        tensors = {**self.tensors(), "generator": self.generator.get_state()}
         for name, parameter in self.model.named_parameters():
             if parameter in self.optimizer.state:
                 tensors[f"momentum.{name}"] = self.optimizer.state[parameter]["momentum_buffer"]
@@ -295,14 +293,16 @@ class _Run:
         """Go on where `path` left off. Raises UserError when it is damaged or of other settings;
         with `restart` the run begins anew instead.
         """
+        from quantlab.networks.train_state import read
+
         try:
-            place, tensors = self._read(path)
+            place, tensors = read(self, path)
         except UserError:
             if restart:
                 return
             raise
         self.step, self.seconds, self.history = place["step"], place["seconds"], place["history"]
-        for name, tensor in self._tensors().items():
+        for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
         for name, parameter in self.model.named_parameters():
             buffer = tensors.get(f"momentum.{name}")
@@ -310,58 +310,6 @@ class _Run:
                 like = torch.empty_like(parameter).copy_(buffer)  # channels last, on the device
                 self.optimizer.state[parameter]["momentum_buffer"] = like
         self.generator.set_state(tensors["generator"])
-
-    def _read(self, path):
-        """(place, tensors) of a state; UserError unless this run can go on from it."""
-        advice = "or pass --restart to begin again"
-        try:
-            there, place, tensors = _read_state(path)
-            asked = self.settings()
-            differing = [k for k in {**there, **asked} if there.get(k) != asked.get(k)]
-            if differing:
-                shown = ", ".join(f"{k}: {there.get(k)} there, {asked.get(k)} asked for"
-                                  for k in differing)
-                raise UserError(f"{path} was trained with other settings ({one_line(shown)}); "
-                                f"use those, {advice}")
-            self._check_state(place, tensors)
-        except ValueError as error:
-            raise UserError(f"{path} is damaged; delete it {advice} ({one_line(error)})") from None
-        return place, tensors
-
-    def _check_state(self, place, tensors):
-        """ValueError unless place and tensors are of this run: all names, shapes and types."""
-        last = self.steps_per_epoch
-        check(place, {"step": Between(0, last, int), "seconds": Between(0, 1e12),
-                      "history": [Each((int, float))]}, "place")
-        if len(place["history"]) > self.config.epochs:
-            raise ValueError(f"{len(place['history'])} epochs of {self.config.epochs}")
-        expected = {**self._tensors(), "generator": self.generator.get_state()}
-        momentum = {f"momentum.{name}": p for name, p in self.model.named_parameters()}
-        if any(name in tensors for name in momentum):
-            expected |= momentum
-        if tensors.keys() != expected.keys():
-            raise ValueError("tensors " + ", ".join(sorted(tensors.keys() ^ expected.keys())))
-        for name, like in expected.items():
-            if (tensors[name].shape, tensors[name].dtype) != (like.shape, like.dtype):
-                raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
-        try:
-            torch.Generator().set_state(tensors["generator"])
-        except RuntimeError as error:
-            raise ValueError(str(error).splitlines()[0]) from None
-
-
-def _read_state(path):
-    """(settings, place, tensors) of an unfinished run; ValueError where it is none."""
-    check_regular(path)
-    try:
-        tensors = safetensors.torch.load_file(path)
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        settings, place = (json.loads(metadata[name]) for name in ("settings", "place"))
-    except (safetensors.SafetensorError, OSError, KeyError, RecursionError) as error:
-        raise ValueError(str(error)) from None
-    check(settings, dict, "settings")
-    return settings, place, tensors
 
 
 def _start(model, config, data, start_from):

@@ -28,3 +28,9 @@ def check_name(kind, name, known):
     if name not in known:
         hint = did_you_mean(name, known)
         raise UserError(f"{kind} {name!r} is unknown{hint}; use one of: {', '.join(known)}")
+
+
+def one_line(text, most=200):
+    """Text of a file, of which nothing may reach a terminal but what can be printed."""
+    shown = (c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[:most])
+    return "".join(shown)

@@ -64,9 +64,3 @@ def _is(value, kind):
     if kind in (int, float):  # True is an int in Python, and no number of a file
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return isinstance(value, kind)
-
-
-def one_line(text, most=200):
-    """Text of a file, of which nothing may reach a terminal but what can be printed."""
-    shown = (c if c.isprintable() else ascii(c)[1:-1] for c in str(text)[:most])
-    return "".join(shown)

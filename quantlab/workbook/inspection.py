@@ -112,7 +112,7 @@ def _load_weights(model, target, weights):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from quantlab.networks.checkpoints import read_state_dict
+    from quantlab.networks.imported import read_state_dict
 
     file = weights if pathlib.Path(weights).exists() else root() / weights
     try:

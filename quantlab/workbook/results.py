@@ -9,12 +9,9 @@ old. What a run records counts when the run is complete; recorded by hand, it co
 """
 
 import contextlib
-import csv
 import datetime
 import hashlib
-import io
 import json
-import math
 import os
 import pathlib
 
@@ -25,16 +22,8 @@ import torch
 from quantlab.config import QuantConfig
 from quantlab.evaluate import paired_drop
 from quantlab.observers import observer_name
-from quantlab.system.errors import UserError
-from quantlab.system.files import (
-    atomic_path,
-    check_regular,
-    commit,
-    read_text,
-    root,
-    write_text,
-)
-from quantlab.system.schema import check, one_line
+from quantlab.system.errors import UserError, one_line
+from quantlab.system.files import atomic_path, check_regular, commit, root, write_text
 from quantlab.workbook.keys import code_hash, digest
 
 CONFIGURATION = [
@@ -176,6 +165,8 @@ def once(settings, measure):
     version are added here. state: a path for what a long measurement keeps to resume after a kill;
     deleted when it is done. The row is complete in itself: it counts also if its run is stopped.
     """
+    from quantlab.workbook import rows
+
     key = digest(settings, code_hash(ARITHMETIC), torch.__version__)
     file = root() / "results" / "rows" / f"{key}.json"
     state = file.with_suffix(".safetensors")
@@ -184,23 +175,9 @@ def once(settings, measure):
         if not file.is_file():
             write_text(file, json.dumps(measure(state)))
             state.unlink(missing_ok=True)
-    row = _read_row(file)
+    row = rows.read_row(file)
     record([row])
     _replace(_stamped([row]), local_path())
-    return row
-
-
-def _read_row(file):
-    """The row that `once` kept; UserError where the file is torn."""
-    try:
-        row = json.loads(file.read_text(encoding="utf-8"))
-        check(row, dict, "row")
-        if missing := ", ".join(sorted(set(COLUMNS) - row.keys())):
-            raise ValueError(f"it lacks {missing}")
-        _checked(_typed(pd.DataFrame([row], columns=COLUMNS)))
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{file} is no row of results ({one_line(error)}); delete it and it is "
-                        "measured again") from None
     return row
 
 
@@ -212,7 +189,7 @@ def rows_of_run(key, file):
     succeeds; a killed or failed run leaves nothing that is read.
     """
     with atomic_path(file) as own:
-        write(_typed(pd.DataFrame(columns=COLUMNS)), own)
+        write(typed(pd.DataFrame(columns=COLUMNS)), own)
         os.environ |= {"QUANTLAB_RUN": key, "QUANTLAB_ROWS": str(own)}
         try:
             yield
@@ -232,7 +209,7 @@ def _path_of_run():
 
 def _stamped(rows):
     frame = pd.DataFrame(rows, columns=COLUMNS)
-    return _typed(frame.assign(run=os.environ.get("QUANTLAB_RUN", "")))
+    return typed(frame.assign(run=os.environ.get("QUANTLAB_RUN", "")))
 
 
 def _replace(rows, path):
@@ -274,71 +251,33 @@ def load(path=None):
 
 
 def _read(path):
+    from quantlab.workbook import rows
+
     check_regular(path)
     if not path.is_file() or not path.stat().st_size:
-        return _typed(pd.DataFrame(columns=COLUMNS))
+        return typed(pd.DataFrame(columns=COLUMNS))
     try:
-        frame = _parsed(path)
+        frame = rows.parsed(path)
         if is_old := "run_key" in frame.columns:  # it named the configuration
             frame = frame.assign(config_key="", run="", levels=pd.NA)
         if missing := ", ".join(sorted(set(COLUMNS) - set(frame.columns))):
             raise UserError(
                 f"{path} lacks the columns {missing}; move it away and run the notebooks")
-        frame = _typed(frame)
-        return _checked(_upgraded(frame) if is_old else frame)
+        frame = typed(frame)
+        return rows.checked(_upgraded(frame) if is_old else frame)
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is no table of results ({one_line(error)}); mend that line, or "
                         "move it away and run the notebooks") from None
-
-
-def _parsed(path):
-    """A file's cells as text, without those that are empty; ValueError that names the line."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        header, rows = next(reader, []), []
-        for cells in reader:
-            if len(cells) != len(header):
-                raise ValueError(f"line {reader.line_num} has {len(cells)} cells, not "
-                                 f"{len(header)}: {','.join(cells)[:40]}")
-            rows.append(cells)
-    except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}") from None
-    if len(set(header)) < len(header):
-        raise ValueError("two columns have one name")
-    frame = pd.DataFrame(rows, columns=header, dtype=object)
-    return frame.where(frame != "", None)
-
-
-def _checked(frame):
-    """The frame itself; ValueError for a row that is none of `make_row`."""
-    bounds = {"n_test": 0, "seed": 0, "bytes": 0, "seconds": 0, "fp32_top1": 100, "top1": 100}
-    for column, most in bounds.items():
-        wrong = (frame[column] < 0) | ((frame[column] > most) if most else False)
-        if wrong.fillna(False).any():
-            raise ValueError(f"{column} is {frame[column][wrong.fillna(False)].iloc[0]}")
-    for column in FLOATS:
-        if frame[column].abs().eq(math.inf).any():
-            raise ValueError(f"{column} is infinite")
-    for column in TEXTS:
-        strange = [text for text in frame[column] if not text.isprintable()]
-        if strange:
-            raise ValueError(f"{column} is {strange[0]!r}")
-    keys = frame.config_key.tolist()
-    if strange := [key for key in keys if not (key.isalnum() and key.isascii())]:
-        raise ValueError(f"config_key is {strange[0]!r}, not hex digits")
-    if frame.seed.isna().any():
-        raise ValueError("a row has no seed")
-    return frame
 
 
 def _upgraded(frame):
     """Rows of an old file, with levels and today's keys."""
     frame["levels"] = pd.array([levels(row) for row in frame.to_dict("records")], "Int64")
     keys = [config_key(row) for row in frame.to_dict("records")]
-    return _typed(frame.assign(config_key=keys))
+    return typed(frame.assign(config_key=keys))
 
 
-def _typed(frame):
+def typed(frame):
     """The columns in order, whole numbers that may be missing as Int64, missing texts as ""."""
     frame = frame[COLUMNS].copy()
     for column in [*FLOATS, *INTEGERS]:

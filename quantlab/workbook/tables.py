@@ -2,6 +2,7 @@
 `python -m quantlab publish`. What is said around them stands in README.md itself.
 """
 
+import html
 import pathlib
 import re
 
@@ -244,7 +245,7 @@ def markdown(table):
     """A frame of strings as a Markdown table, columns of numbers to the right."""
     numeric = _numeric(table)
     lines = [" | ".join(table.columns), " | ".join("---:" if n else "---" for n in numeric)]
-    lines += [" | ".join(str(v) for v in row) for row in table.itertuples(index=False)]
+    lines += [" | ".join(_cell(v) for v in row) for row in table.itertuples(index=False)]
     return "\n".join(f"| {line} |" for line in lines)
 
 
@@ -292,6 +293,11 @@ def save_tables(names=(), formats=("tex", "csv")):
             paths.append(root() / "results" / "tables" / f"{name}.{suffix}")
             write_text(paths[-1], text)
     return paths
+
+
+def _cell(value):
+    """A name may hold what Markdown or HTML take for their own."""
+    return html.escape(str(value), quote=False).replace("|", "&#124;")
 
 
 # ---- Publishing ---------------------------------------------------------------------------------

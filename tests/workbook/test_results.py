@@ -240,6 +240,14 @@ def test_a_data_set_keeps_its_name_whatever_it_looks_like(digits, workbook, name
     assert frame.dataset.tolist() == [name] * 2 and len(results.current(frame)) == 2
 
 
+def test_names_are_no_html_and_no_cells():
+    names = ["<script>alert(1)</script>", "a | b"]
+    table = pd.DataFrame({"Data set": names, "Top-1 %": ["1", "2"]})
+    lines = tables.markdown(table).splitlines()
+    assert lines[2] == "| &lt;script&gt;alert(1)&lt;/script&gt; | 1 |"
+    assert lines[3].count("|") == 3 and "a &#124; b" in lines[3]
+
+
 def damaged_files():
     def on_line(n, change):
         def damage(text):
