@@ -275,10 +275,10 @@ study.save(picture, "03_weight_8bit", data=study.card.trained_on)
 
 
 # %% [markdown]
-# The error never leaves half a step. But look at how few weights use the outer codes: one outlier sets
-# the step for everyone. A narrower range clips the outliers and makes the step smaller for all others.
-# Clipping error rises, rounding error falls, and their sum has its minimum in between. The fewer the
-# bits, the further inside it lies.
+# The error never leaves half a step (the table's last column). But look at how few weights use the outer
+# codes: one outlier sets the step for everyone. A narrower range clips the outliers and makes the step
+# smaller for all others. Clipping error rises, rounding error falls, and their sum has its minimum in
+# between. The fewer the bits, the further inside it lies.
 
 # %%
 def tradeoff(bits, fraction):
