@@ -11,7 +11,6 @@ import os
 import pathlib
 
 from quantlab.images.files import (
-    IMAGE_SUFFIXES,
     base_folder,
     find_data,
     image_files,
@@ -19,6 +18,7 @@ from quantlab.images.files import (
     is_image_set,
     stem,
 )
+from quantlab.images.listing import files_below, is_image
 from quantlab.networks.cards import card_path, load_card
 from quantlab.system.errors import UserError
 from quantlab.system.files import root
@@ -132,8 +132,8 @@ def _training_images(place, enough):
     if place in TRAINING_IMAGES or is_cifar10(path):
         return TRAINING_IMAGES.get(place, TRAINING_IMAGES["cifar10"])
     if path.is_dir():
-        files = (base_folder(path) / "train").glob("*/*")
-        classes = (f.parent.name for f in files if f.suffix.lower() in IMAGE_SUFFIXES)
+        folders = [p for p in (base_folder(path) / "train").iterdir() if p.is_dir()]
+        classes = (p.name for p in folders for f in files_below(p) if is_image(f.name))
     else:
         classes = (name[1] for name, _ in image_files(path) if name[0] == "train")
     counts = collections.Counter(itertools.islice(classes, 2 * enough))  # a class keeps half

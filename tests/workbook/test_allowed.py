@@ -133,7 +133,11 @@ def test_a_small_data_set_says_how_many_images_are_needed_for_what(workbook, tmp
     said = r"few\S* has 62 training images, .*need at least 64 of them .*\(n_calibration\)"
     with pytest.raises(UserError, match=said):
         requested((), {}, str(few))
-    pets = pack(make_image_folder(tmp_path / "pets", train=36, test=1))
+    pets = make_image_folder(tmp_path / "pets", train=36, test=1)
+    (pets / "train" / "cat" / "deeper").mkdir()
+    for file in [*(pets / "train" / "cat").glob("000*.png")]:
+        file.rename(file.parent / "deeper" / file.name)
+    pets = pack(pets)
     there = len(ql.load_data(pets).train)
     assert there == 64 and len(requested((), {}, str(pets))) == len(OURS) - 1
     assert requested(["05"], {"n_calibration": "64"}, str(pets))
