@@ -5,6 +5,7 @@
 
 import dataclasses
 import hashlib
+import operator
 
 import torch
 from torch import fx
@@ -19,11 +20,15 @@ from quantlab.system.machine import device, exact_float
 
 @dataclasses.dataclass
 class CalibrationStats:
-    """What one pass saw of one graph: node name -> EdgeStats; `+` joins two passes."""
+    """What one pass saw of one graph: node name -> EdgeStats; `+` joins two passes.
+
+    image_shape: (C, H, W) of the first batch.
+    """
 
     edges: dict
     graph_hash: str
     n_images: int
+    image_shape: tuple
 
     def __add__(self, other):
         if self.graph_hash != other.graph_hash:
@@ -32,7 +37,7 @@ class CalibrationStats:
             name: EdgeStats().merge(edge).merge(other.edges[name])
             for name, edge in self.edges.items()
         }
-        return CalibrationStats(edges, self.graph_hash, self.n_images + other.n_images)
+        return dataclasses.replace(self, edges=edges, n_images=self.n_images + other.n_images)
 
 
 def graph_hash(graph):
@@ -54,20 +59,32 @@ def check_statistics(stats, graph):
 
 
 def collect(model, batches, verbose=False):
-    """Run the folded float network over `batches` (float32 [B, C, H, W] each), count every value.
+    """Run the folded float network over `batches` (float [B, C, H, W] each), count every value.
 
     Eval mode, no gradients, one pass, constant memory; the result does not depend on the order of
-    the images. UserError for an empty calibration set and for values that are not finite, naming
-    the edge.
+    the images. UserError for what is not in the contract (system/contract.py), for a folded network
+    that does not compute what `model` does, for an empty calibration set, and for values that are
+    not finite, naming the edge.
     """
-    graph = folded(model)
+    from quantlab.system.contract import check_function
+
+    graph, shapes = folded(model), []
     digest = graph_hash(graph)
-    edges, n_images = collect_edges(graph, make_plan(graph).observed, batches, verbose)
-    return CalibrationStats(edges, digest, n_images)
+
+    def check(images):
+        shapes.append(tuple(images.shape[1:]))
+        check_function(model, graph, images)
+
+    names = make_plan(graph).observed
+    edges, n_images = collect_edges(graph, names, batches, verbose, check)
+    return CalibrationStats(edges, digest, n_images, shapes[0])
 
 
-def collect_edges(graph, names, batches, verbose=False):
-    """(name -> EdgeStats of the values of these nodes, number of images) of one pass."""
+def collect_edges(graph, names, batches, verbose=False, first=None):
+    """(name -> EdgeStats of the values of these nodes, number of images) of one pass.
+
+    first(images), if given, is called once, with the first batch.
+    """
     edges = {name: EdgeStats() for name in names}
 
     def count(name, value):
@@ -77,7 +94,7 @@ def collect_edges(graph, names, batches, verbose=False):
             except UserError as error:
                 raise UserError(f"edge {name}: {error}") from None
 
-    n_images = watch(graph, edges, count, batches, verbose, "collect")
+    n_images = watch(graph, edges, count, batches, verbose, "collect", first)
     if not n_images:
         raise UserError("the calibration set is empty: give at least one batch of images")
     unseen = [name for name, edge in edges.items() if not edge.count]
@@ -89,15 +106,19 @@ def collect_edges(graph, names, batches, verbose=False):
 
 
 @torch.no_grad()
-def watch(graph, names, callback, batches, verbose=False, desc="observe"):
-    """Run a graph over `batches` (float32 [B, C, H, W] each) and return the number of images.
+def watch(graph, names, callback, batches, verbose=False, desc="observe", first=None):
+    """Run a graph over `batches` (as system/contract.py says) and return the number of images.
 
-    callback(name, value) is called for the nodes in `names` as soon as their value exists.
+    callback(name, value) is called for the nodes in `names` as soon as their value exists,
+    first(images) once, before anything runs.
     """
     watcher = Watcher(graph.to(device()), names, callback)
-    n_images = 0
+    from quantlab.system.contract import as_batches
+
+    n_images, total = 0, operator.length_hint(batches, 0) or None
+    bar = dict(desc=desc, unit=" batches", total=total, leave=False, disable=not verbose)
     with exact_float():
-        for batch in tqdm(batches, desc=desc, unit=" batches", leave=False, disable=not verbose):
+        for batch in tqdm(as_batches(batches, first), **bar):
             watcher.run(batch.to(device()))
             n_images += len(batch)
     return n_images
@@ -111,6 +132,7 @@ class Watcher(fx.Interpreter):
     def __init__(self, graph, names, callback):
         super().__init__(graph)
         self.names, self.callback = names, callback
+        self.extra_traceback = False  # an error message stays one line
 
     def run_node(self, node):
         value = super().run_node(node)

@@ -7,14 +7,9 @@ Kinds are found from modules, functions and methods, never from names; no bit-wi
 """
 
 import copy
-import operator
-import traceback
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
-
-from quantlab.system.errors import UserError
 
 MODULE_KINDS = {
     "compute": (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
@@ -40,39 +35,21 @@ CALL_KINDS = {  # functions and tensor methods by name
     "dropout": {"dropout", "dropout1d", "dropout2d", "alpha_dropout", "stochastic_depth"},
     "shape": {"size", "dim", "getattr"},
 }
+VIEW_ATTRIBUTES = ("T", "mT", "H", "mH", "data", "real")  # of a tensor, another view of it
+KEYWORDS = ("input", "tensors", "tensor", "other")  # of torch's functions, in the order they take
 PASSES_CODES = ("rearrange", "maxpool")  # codes of the input, at most fewer or in another order
 
 
 # ---- Tracing and folding -------------------------------------------------------------------------
 
 
-class _Tracer(fx.Tracer):
-    """Names what is no module by the block that calls it: layer3_0_add, where torch.fx counts from
-    the start of the network (add_6)."""
-
-    def create_proxy(self, kind, target, args, kwargs, name=None, *rest, **options):
-        if name is None and kind in ("call_function", "call_method") and self.module_stack:
-            block = next(reversed(self.module_stack)).split("@")[0]  # @1: its second call
-            name = f"{block}_{getattr(target, '__name__', target)}"
-        return super().create_proxy(kind, target, args, kwargs, name, *rest, **options)
-
-
 def trace(model):
-    """A symbolic trace of a copy of `model` in eval mode; UserError with the line to change."""
-    model = copy.deepcopy(model).eval()
-    if isinstance(model, fx.GraphModule):
-        return model
-    try:
-        return fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
-    except Exception as error:  # whatever the model's own forward raises on a symbolic value
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if "torch" not in f.filename and "quantlab" not in f.filename]
-        where = f" at {own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else ""
-        raise UserError(
-            f"{type(model).__name__} cannot be traced by torch.fx{where} "
-            f"({str(error).splitlines()[0]}); replace control flow that depends on tensor values, "
-            "or wrap it in a function marked torch.fx.wrap"
-        ) from None
+    """A symbolic trace of a copy of `model` that shares no weights; UserError for what is not in
+    the contract (system/contract.py), with the line to change.
+    """
+    from quantlab.system.contract import trace_network  # here, as it is only needed with a network
+
+    return trace_network(model)
 
 
 def folded(model):
@@ -87,15 +64,26 @@ def folded(model):
     kinds = find_kinds(graph)
     for node in [n for n in kinds if kinds[n] == "batchnorm"]:
         before = node.args[0]
-        foldable = kinds[before] == "compute" and readers_of(before, kinds) == [node]
-        # without running statistics it is no fixed affine map
-        if foldable and graph.get_submodule(node.target).running_mean is not None:
-            fold_batchnorm(graph.get_submodule(before.target), graph.get_submodule(node.target))
-            node.replace_all_uses_with(before)
-            graph.graph.erase_node(node)
+        if kinds[before] == "compute" and readers_of(before, kinds) == [node]:
+            layer, bn = graph.get_submodule(before.target), graph.get_submodule(node.target)
+            # without running statistics it is no fixed affine map
+            if bn.running_mean is not None and _same_channels(before, layer, bn):
+                fold_batchnorm(layer, bn)
+                before.meta["call"] = node.meta["call"]  # whose value it has from now on
+                node.replace_all_uses_with(before)
+                graph.graph.erase_node(node)
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
+
+
+def _same_channels(node, layer, bn):
+    """True where a layer's outputs are BatchNorm's channels, axis 1: not over a linear's places."""
+    if isinstance(layer, nn.Linear):
+        from quantlab.ranks import find_ranks  # here, as few networks need it
+
+        return len(layer.weight) == bn.num_features and find_ranks(node.graph)[node] in (2, None)
+    return True
 
 
 @torch.no_grad()
@@ -120,11 +108,14 @@ def fold_batchnorm(layer, bn):
 
 
 def normalize(graph):
-    """Drop dropout and identities, give every call its own module, and write in-place operations as
-    what they compute.
+    """Drop dropout and identities, give every call its own module and tensors, and write in-place
+    operations as what they compute and `layer(input=x)` as `layer(x)`.
     """
     seen, kinds = set(), find_kinds(graph)
     for node in kinds:
+        if _is_of_torch(node, graph):
+            node.args = (*node.args, *(node.kwargs[k] for k in KEYWORDS if k in node.kwargs))
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k not in KEYWORDS}
         module = graph.get_submodule(node.target) if node.op == "call_module" else None
         if kinds[node] == "dropout" or type(module) is nn.Identity:
             node.replace_all_uses_with(node.args[0])
@@ -136,37 +127,20 @@ def normalize(graph):
                 graph.add_submodule(own, copy.deepcopy(graph.get_submodule(node.target)))
                 node.target = own
             seen.add(node.target)
-        if _in_place(node, graph):
-            _make_out_of_place(node, graph)
+    from quantlab.inplace import write_out_of_place  # here, as it reads what this module defines
+
+    write_out_of_place(graph)
     graph.graph.lint()
     graph.recompile()
 
 
-def _in_place(node, graph):
-    if node.op == "call_module":
-        return getattr(graph.get_submodule(node.target), "inplace", False)
-    if node.kwargs.get("inplace", False) or node.target in (operator.iadd, operator.imul):
-        return True
-    return node.op.startswith("call_") and call_name(node).endswith("_")
+def _is_of_torch(node, graph):
+    """True for calls of torch's and Python's own functions, methods and modules."""
+    made = type(graph.get_submodule(node.target)) if node.op == "call_module" else node.target
+    return (getattr(made, "__module__", None) or "torch").startswith(("torch", "_operator"))
 
 
-def _make_out_of_place(node, graph):
-    """After y.op_() later readers of y see the new value: they get the node's result instead."""
-    changed, order = node.args[0], {n: i for i, n in enumerate(graph.graph.nodes)}
-    for user in [u for u in changed.users if order[u] > order[node]]:
-        user.replace_input_with(changed, node)
-    if node.op == "call_module":
-        graph.get_submodule(node.target).inplace = False
-    elif node.op == "call_method":
-        node.target = node.target.rstrip("_")
-    elif node.target in (operator.iadd, operator.imul):
-        node.target = {operator.iadd: operator.add, operator.imul: operator.mul}[node.target]
-    elif call_name(node).endswith("_"):
-        name = call_name(node).rstrip("_")
-        node.target = getattr(F, name, None) or getattr(torch, name)
-    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-    if call_name(node) in CALL_KINDS["clamp"] and len(node.args) > 1 and node.op == "call_function":
-        node.args = tuple(a for a in node.args if not isinstance(a, bool))
+# ---- What every node is --------------------------------------------------------------------------
 
 
 def call_name(node):
@@ -183,6 +157,11 @@ def operation_name(node, graph):
     return call_name(node)
 
 
+def is_view(node):
+    """True for x.T and the like, which torch.fx writes as getattr(x, "T")."""
+    return call_name(node) == "getattr" and node.args[1] in VIEW_ATTRIBUTES
+
+
 def find_kinds(graph):
     """node -> input, output, constant, shape, a key of MODULE_KINDS or CALL_KINDS, or other."""
     kinds = {}
@@ -195,15 +174,29 @@ def _kind(node, graph, inputs):
     if node.op in ("placeholder", "output", "get_attr"):
         return {"placeholder": "input", "output": "output", "get_attr": "constant"}[node.op]
     if node.op == "call_module":
-        module = graph.get_submodule(node.target)
-        return next((k for k, types in MODULE_KINDS.items() if isinstance(module, types)), "other")
+        return _module_kind(graph.get_submodule(node.target))
+    name = call_name(node)
     if inputs and all(k in ("shape", "constant") for k in inputs):
-        return "shape"  # arithmetic on sizes
-    found = next((k for k, names in CALL_KINDS.items() if call_name(node) in names), "other")
+        # arithmetic on sizes, or on parameters and sizes
+        sizes = "constant" not in inputs or name in CALL_KINDS["shape"] and not is_view(node)
+        return "shape" if sizes else "constant"
+    found = next((k for k, names in CALL_KINDS.items() if name in names), "other")
+    if found == "shape" and is_view(node):
+        return "rearrange"
+    if name == "getitem" and inputs[0] == "other" and isinstance(node.args[1], int):
+        return "other"  # one of several results of an operation, itself a value
     activations = all(isinstance(a, fx.Node) for a in node.args) and "constant" not in inputs
     if found == "add" and (node.kwargs or not activations):
         return "other"  # only the sum of two activations is a residual add
-    return found
+    returns_indices = node.kwargs.get("return_indices", False)
+    return "other" if returns_indices else found
+
+
+def _module_kind(module):
+    """The kind of a module whose forward is torch's own: a subclass may compute anything."""
+    own = type(module).forward.__module__.startswith("torch.nn.modules.")
+    found = next((k for k, types in MODULE_KINDS.items() if isinstance(module, types)), "other")
+    return found if own and not getattr(module, "return_indices", False) else "other"
 
 
 def readers_of(node, kinds):

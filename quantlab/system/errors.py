@@ -17,6 +17,11 @@ class UserError(Exception):
         return self.line  # torch.fx writes paragraphs of its own into args
 
 
+def first_line(error):
+    """The first line of what an exception says, or its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(word, known, cutoff=0.6):
     """ "; did you mean NAME?" for the nearest of the known names, or "" where none is near."""
     near = difflib.get_close_matches(str(word), [str(name) for name in known], 1, cutoff)

@@ -6,11 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from examples import TORCHVISION, Tangle, randomize_batchnorm, torchvision_network
-from torch import nn
+from torch import fx, nn
 
 import quantlab as ql
+from quantlab.calibration import watch
 from quantlab.graph import find_kinds, folded, trace
 from quantlab.plan import make_plan
+
+IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,111 @@ def test_in_place_operations_keep_their_meaning():
 
     model, x = InPlace().eval(), torch.randn(2, 3, 4, 4)
     assert torch.allclose(folded(model)(x), model(x), atol=1e-6)
+
+
+class Changes(nn.Module):
+    """forward(x): a convolution, what `change` does with its result, and its mean."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.conv = change, nn.Conv2d(3, 8, 3)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = z = self.conv(x)
+        return self.change(self, y, z)
+
+
+def changed(operation):
+    def change(network, y, z):
+        operation(network, y)
+        return z.mean((2, 3))
+
+    return change
+
+
+def one_chunk(network, y, z):
+    a, b = y.chunk(2, 1)
+    return torch.cat([b, network.relu(a), a], 1)
+
+
+@pytest.mark.parametrize("change", [
+    one_chunk,
+    changed(lambda network, y: network.relu(y)),
+    changed(lambda network, y: F.relu(y, True)),
+    changed(lambda network, y: F.hardtanh(y, -0.1, 0.2, True)),
+    changed(lambda network, y: F.leaky_relu(y, 0.5, inplace=True)),
+    changed(lambda network, y: y.clamp_(0, 0.1)),
+    changed(lambda network, y: (y.shape, y.mul_(2))),
+])
+@torch.no_grad()
+def test_in_place_operations_that_can_be_written_out_are(change):
+    model, x = Changes(change).eval(), torch.randn(4, 3, 6, 6)
+    graph = folded(model)
+    assert torch.allclose(graph(x), model(x), atol=1e-6)
+    values, watched = {}, {n.name for n in graph.graph.nodes}
+    watch(graph, watched, lambda name, value: values.update({name: value}), [x])
+    before = {k: v.clone() for k, v in values.items() if isinstance(v, torch.Tensor)}
+    watch(graph, watched, lambda name, value: None, [x])
+    assert all(torch.equal(values[name], value) for name, value in before.items())
+    assert torch.equal(values["conv"], model.conv(x)), "no value changes once it is computed"
+
+
+@pytest.mark.parametrize("operation, name", [
+    (lambda network, y: y[:, :4].relu_(), "relu_"),
+    (lambda network, y: network.relu(y[:, :4]), "relu"),
+    (lambda network, y: y.chunk(2, 1)[0].mul_(0.1), "mul_"),
+    (lambda network, y: y.view(y.size(0), -1).clamp_(0, 1), "clamp_"),
+    (lambda network, y: y.T.mul_(2), "mul_"),
+    (lambda network, y: y.float().mul_(2), "mul_"),
+    (lambda network, y: F.relu(y.flatten(1), True), "relu"),
+    (lambda network, y: torch.add(y, 1, out=y), "add"),
+])
+def test_in_place_operations_on_views_are_refused(operation, name):
+    with pytest.raises(ql.UserError, match=rf"node {name} .* in place .*; write y = f\(y\)"):
+        folded(Changes(changed(operation)).eval())
+
+
+def behind_a_linear(linear, flat, bn):
+    """A linear layer on the value of `flat` and a BatchNorm with real statistics."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 8, 8), flat, linear, bn, nn.Flatten()).eval()
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.2, 3)
+    return model
+
+
+@pytest.mark.parametrize("width", [16, 24])
+@pytest.mark.parametrize("flat", [nn.Flatten(2), nn.Sequential(nn.ReLU(), nn.Flatten(-2))])
+def test_batchnorm_over_the_places_of_a_linear_layer_is_not_folded(width, flat):
+    model, x = behind_a_linear(nn.Linear(16, width), flat, nn.BatchNorm1d(16)), IMAGES
+    graph = folded(model)
+    assert "batchnorm" in find_kinds(graph).values()
+    assert torch.allclose(graph(x), model(x), atol=1e-5)
+    exact, rounded = model(x), ql.quantize(model, ql.collect(model, [x]))(x)
+    assert 10 * torch.log10(exact.square().sum() / (rounded - exact).square().sum()) > 35
+
+
+def test_batchnorm_behind_a_linear_layer_is_folded_along_its_outputs():
+    linear, bn = nn.Linear(256, 16), nn.BatchNorm1d(16)
+    model = behind_a_linear(linear, nn.Flatten(), bn)
+    graph = folded(model)
+    assert "batchnorm" not in find_kinds(graph).values()
+    assert torch.allclose(graph(IMAGES), model(IMAGES), atol=1e-5)
+
+
+def test_a_layer_of_the_callers_own_is_not_taken_for_torchs():
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Leaves(fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return True
+
+    model = nn.Sequential(Doubled(3, 4, 1), nn.Conv2d(4, 2, 1)).eval()
+    graph = fx.GraphModule(model, Leaves().trace(model))
+    plan = make_plan(folded(graph))
+    assert list(plan.reads) == ["_1"] and plan.floats == ("_0",)
 
 
 def test_deep_chains_are_planned_in_no_time():

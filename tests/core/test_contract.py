@@ -1,0 +1,244 @@
+"""What people bring: within the contract it works, the rest is refused in one line, and the folded
+network never is another one than the model.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+from torch.utils.data import DataLoader, TensorDataset
+
+import quantlab as ql
+from quantlab import calibration
+from quantlab.graph import folded
+
+X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+def network():
+    conv, bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+    bn.running_mean.normal_()
+    bn.running_var.uniform_(0.5, 2)
+    pool = nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(conv, bn, nn.ReLU(), nn.Conv2d(8, 4, 3), pool, nn.Flatten()).eval()
+
+
+def refusal(function, *args):
+    with pytest.raises(ql.UserError) as caught:
+        function(*args)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+# ---- The gate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["0", "1", "2", "3", ""])
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+def test_a_hook_that_changes_a_value_is_refused_by_the_name_of_its_module(place, kind):
+    model = network()
+    change = {"forward_hook": lambda module, inputs, output: output * 3,
+              "forward_pre_hook": lambda module, inputs: (inputs[0] * 3,)}[kind]
+    getattr(model.get_submodule(place), f"register_{kind}")(change)
+    message = refusal(ql.collect, model, [X])
+    assert f"hook (there is one on module {place or 'the outermost'})" in message
+
+
+def test_a_hook_that_only_looks_changes_nothing():
+    model, seen = network(), []
+    plain = ql.collect(model, [X])
+    model[2].register_forward_hook(lambda module, inputs, output: seen.append(output.mean().item()))
+    stats = ql.collect(model, [X])
+    assert seen and stats.graph_hash == plain.graph_hash
+    assert torch.equal(ql.quantize(model, stats)(X), ql.quantize(model, plain)(X))
+
+
+@pytest.mark.parametrize("what, name", [("weight of 3", "node _3"), ("bias of 0", "node _0")])
+def test_a_folded_network_that_is_another_is_refused_by_its_first_node(monkeypatch, what, name):
+    def wrong(model):
+        graph = folded(model)
+        parameter, _, place = what.split()
+        getattr(graph.get_submodule(place), parameter).data.mul_(1.01)
+        return graph
+
+    monkeypatch.setattr(calibration, "folded", wrong)
+    assert refusal(ql.collect, network(), [X]).startswith(f"{name} of the traced network is not")
+
+
+def test_a_forward_that_was_replaced_is_refused():
+    model = network()
+    model.forward = lambda x, forward=model.forward: forward(x) * 2  # torch.fx reads the class
+    assert "the output of the traced network is not" in refusal(ql.collect, model, [X])
+
+
+def test_a_change_in_place_that_torch_fx_does_not_record_is_refused():
+    class Alias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            y = z = self.a(x)
+            y -= 0.5  # traced as y = y - 0.5, which would leave z
+            return self.b(z)
+
+    assert refusal(ql.collect, Alias(), [X]).startswith("node b of the traced network is not")
+
+
+# ---- Weights that are not a layer's own ----------------------------------------------------------
+
+
+def pruned(conv):
+    return prune.l1_unstructured(conv, "weight", 0.5)
+
+
+def standardized(conv):
+    """A weight that a hook of the caller's computes."""
+    weight = conv.weight
+    del conv.weight
+    conv.source = weight
+    conv.register_forward_pre_hook(lambda module, _: setattr(module, "weight", module.source * 2))
+    return conv
+
+
+REPARAMETRIZATIONS = {
+    "parametrizations.weight_norm": nn.utils.parametrizations.weight_norm,
+    "parametrizations.spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "weight_norm": nn.utils.weight_norm, "spectral_norm": nn.utils.spectral_norm,
+    "prune": pruned, "own hook": standardized}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("batchnorm", [False, True])
+@pytest.mark.parametrize("name", REPARAMETRIZATIONS)
+def test_weights_that_are_computed_anew_are_quantized_as_they_are(name, batchnorm):
+    conv = REPARAMETRIZATIONS[name](nn.Conv2d(3, 6, 3))
+    bn = [nn.BatchNorm2d(6)] if batchnorm else []
+    model = nn.Sequential(conv, *bn, nn.ReLU(), nn.Conv2d(6, 2, 1))
+    model.train()(X)  # with gradients: the weight it leaves behind is no parameter
+    model.eval()
+    expected, hooks, kind = model(X), len(conv._forward_pre_hooks), type(conv)
+    qmodel = ql.quantize(model, ql.collect(model, [X]), ql.QuantConfig(weight_bits=2))
+    assert all(len(c.unique()) <= 3 for c in qmodel.layers["_0"].weight.flatten(1))
+    assert qmodel.codes("_0").abs().max() == 1
+    assert torch.allclose(folded(model)(X), expected, atol=1e-5)
+    assert torch.equal(model(X), expected), "the model itself is left alone"
+    assert len(conv._forward_pre_hooks) == hooks and type(conv) is kind
+
+
+class Tied(nn.Module):
+    """An autoencoder of one weight, and a layer that shares its storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(n, 6, 1, bias=False) for n in (3, 6, 6))
+        self.b.weight = self.c.weight
+        self.d = nn.Conv2d(6, 6, 1)
+        self.d.weight = nn.Parameter(self.c.weight.data)
+        self.bn = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        x = self.bn(self.d(self.c(self.b(F.relu(self.a(x))))))
+        return F.conv_transpose2d(x, self.a.weight)
+
+
+def test_a_weight_that_is_used_twice_is_rounded_once_for_each():
+    model = Tied().eval()
+    model.bn.running_var.uniform_(0.3, 3)
+    expected, before = model(X), {k: v.clone() for k, v in model.state_dict().items()}
+    assert torch.allclose(folded(model)(X), expected, atol=1e-5)
+    config = ql.QuantConfig(weight_bits=3, weight_observer="minmax")
+    qmodel = ql.quantize(model, ql.collect(model, [X]), config)
+    for name in "bc":
+        weight = getattr(model, name).weight.detach()
+        scale = weight.abs().amax((1, 2, 3), keepdim=True) / 3
+        assert torch.equal(qmodel.codes(name), (weight * (1 / scale)).round().int())
+    scale = model.bn.weight / torch.sqrt(model.bn.running_var + model.bn.eps)
+    error = (qmodel.layers["d"].weight / scale.view(-1, 1, 1, 1) - model.d.weight).abs()
+    assert (error <= model.d.weight.abs().amax(1, keepdim=True) / 5.9).all()
+    (kept,) = [v for k, v in qmodel.named_buffers() if k.startswith("a_weight")]
+    assert torch.equal(kept, model.a.weight), "what the forward reads itself stays float"
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ---- Networks and batches ------------------------------------------------------------------------
+
+
+def Two():
+    class Two(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    return Two()
+
+
+@pytest.mark.parametrize("wrap, advice", [
+    (nn.DataParallel, "pass what it wraps: model.module"),
+    (lambda m: nn.Sequential(nn.DataParallel(m)), "module 0 is a DataParallel"),
+    (lambda m: torch.compile(m, backend="eager"), "pass what it wraps: model._orig_mod"),
+    (torch.jit.script, "pass what it wraps: the nn.Module"),
+    (lambda m: lambda x: m(x), "a torch.nn.Module, not function"),
+    (lambda m: Two(), r"takes 2 inputs (x, y); wrap it"),
+])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_what_is_no_network_is_refused_with_what_to_pass(wrap, advice):
+    assert advice in refusal(ql.collect, wrap(network()), [X])
+
+
+@pytest.mark.parametrize("batches, advice", [
+    (X.byte(), "not torch.uint8; scale it"),
+    ([X.long()], "not torch.int64"),
+    ([X.numpy()], "torch.from_numpy(x)"),
+    (X.numpy(), "not ndarray"),
+    ([{"image": X, "label": 1}], "not a dict with image, label"),
+    ({"image": X}, "not str; pass tensors"),
+    (7, "not int"),
+    ([X[0]], "a single image becomes one with image[None]"),
+    ([X.permute(0, 2, 3, 1)], "give it x.permute(0, 3, 1, 2)"),
+    ([X[:, :1]], "to have 3 channels, but got 1"),
+    ([], "the calibration set is empty"),
+    ([X[:0]], "the calibration set is empty"),
+])
+def test_what_is_no_batch_is_refused_with_what_to_pass(batches, advice):
+    assert advice in refusal(ql.collect, network(), batches)
+
+
+def test_every_form_of_a_batch_gives_the_same_statistics():
+    model, labels = network(), torch.zeros(8)
+    expected = ql.collect(model, [X[:4], X[4:]])
+    loader = DataLoader(TensorDataset(X, labels), 4)
+    for batches in (loader, X, [X], [[X, labels]], (x for x in X.double().split(4))):
+        stats = ql.collect(model, batches)
+        assert stats.n_images == 8 and stats.image_shape == (3, 12, 12)
+        for name, edge in expected.edges.items():
+            assert torch.equal(stats.edges[name].bins, edge.bins)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_of_any_float_type_are_computed_in_float32(dtype):
+    model = network().to(dtype)
+    exact = ql.collect(network().float(), [X]).edges.keys()
+    qmodel = ql.quantize(model, ql.collect(model, [X.to(dtype)]))
+    assert qmodel(X).dtype == torch.float32 and exact == set(qmodel.plan.observed)
+    assert next(model.parameters()).dtype == dtype
+
+
+def test_other_inputs_keep_their_defaults():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x, mask=None, *, scale=2.0):
+            return self.conv(x) * scale if mask is None else self.conv(x) * mask
+
+    model = Masked().eval()
+    qmodel = ql.quantize(model, ql.collect(model, [X]))
+    assert torch.allclose(folded(model)(X), model(X)) and qmodel(X).shape == model(X).shape
+
+
+def test_a_value_that_is_not_finite_is_one_line():
+    bad = X.clone()
+    bad[0, 0, 0, 0] = torch.nan
+    assert refusal(ql.collect, network(), [bad]).startswith("edge input_1: 1 of 3456 values")
