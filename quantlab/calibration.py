@@ -81,7 +81,8 @@ def collect(model, batches, verbose=False):
 
 
 def collect_edges(graph, names, batches, verbose=False, first=None):
-    """(name -> EdgeStats of the values of these nodes, number of images) of one pass.
+    """(name -> EdgeStats of the values of these nodes, number of images) of one pass; nodes without
+    a floating-point value are left out.
 
     first(images), if given, is called once, with the first batch.
     """
@@ -97,11 +98,8 @@ def collect_edges(graph, names, batches, verbose=False, first=None):
     n_images = watch(graph, edges, count, batches, verbose, "collect", first)
     if not n_images:
         raise UserError("the calibration set is empty: give at least one batch of images")
-    unseen = [name for name, edge in edges.items() if not edge.count]
-    if unseen:
-        raise UserError(
-            f"edge {unseen[0]} never saw a floating-point value; it cannot be quantized"
-        )
+    # masks, indices and pairs of values are computed as they are
+    edges = {name: edge for name, edge in edges.items() if edge.count}
     return edges, n_images
 
 

@@ -30,11 +30,15 @@ CALL_KINDS = {  # functions and tensor methods by name
     "concat": {"cat", "concat", "concatenate"},
     "rearrange": {
         "flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
-        "chunk", "split", "getitem", "channel_shuffle", "pixel_shuffle", "movedim", "detach",
-        "clone"},
+        "chunk", "split", "unbind", "getitem", "channel_shuffle", "pixel_shuffle", "movedim",
+        "detach", "clone"},
     "dropout": {"dropout", "dropout1d", "dropout2d", "alpha_dropout", "stochastic_depth"},
     "shape": {"size", "dim", "getattr"},
 }
+TAIL = {  # of the network: changes no logit's code and needs none
+    "add", "argmax", "div", "double", "exp", "float", "interpolate", "log_softmax", "logsigmoid",
+    "logsoftmax", "mul", "neg", "sigmoid", "softmax", "softmax2d", "softmin", "sub", "tanh", "to",
+    "truediv", "upsample"}
 VIEW_ATTRIBUTES = ("T", "mT", "H", "mH", "data", "real")  # of a tensor, another view of it
 KEYWORDS = ("input", "tensors", "tensor", "other")  # of torch's functions, in the order they take
 PASSES_CODES = ("rearrange", "maxpool")  # codes of the input, at most fewer or in another order
@@ -163,10 +167,19 @@ def is_view(node):
 
 
 def find_kinds(graph):
-    """node -> input, output, constant, shape, a key of MODULE_KINDS or CALL_KINDS, or other."""
-    kinds = {}
+    """node -> input, output, constant, shape, a key of MODULE_KINDS or CALL_KINDS, tail (what only
+    the network's output is made with, of logits that stay float), or other.
+    """
+    kinds, ends = {}, set()
     for node in graph.graph.nodes:
         kinds[node] = _kind(node, graph, [kinds[n] for n in node.all_input_nodes])
+    for node in reversed(kinds):
+        reads = [n for n in node.all_input_nodes if kinds[n] not in ("constant", "shape")]
+        tail = kinds[node] == "other" and operation_name(node, graph) in TAIL and len(reads) == 1
+        passes = tail or kinds[node] in ("rearrange", "clamp")
+        if kinds[node] == "output" or passes and all(user in ends for user in node.users):
+            ends.add(node)
+            kinds[node] = "tail" if tail else kinds[node]
     return kinds
 
 

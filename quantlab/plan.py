@@ -40,6 +40,18 @@ class Plan:
         activations = [name for name, role in self.stores.items() if role == "activation"]
         return [name for name in activations if name not in read]
 
+    def of_floats(self, edges):
+        """The plan without stored values that have no statistics: they are no floats, but masks,
+        indices or several values. UserError where a layer reads one.
+        """
+        strange = [name for name in self.reads.values() if name not in edges]
+        if strange:
+            raise UserError(f"edge {strange[0]} never saw a floating-point value; "
+                            "a layer that reads it cannot be quantized: give it a float tensor")
+        stores = {name: role for name, role in self.stores.items() if name in edges}
+        sources = {value: name for value, name in self.sources.items() if name in stores}
+        return dataclasses.replace(self, stores=stores, sources=sources)
+
 
 def make_plan(graph):
     """Decide from the graph alone where codes are stored.
@@ -76,12 +88,12 @@ def make_plan(graph):
 
 def _is_stored(node, kinds):
     """True where a new value is written to memory as codes."""
-    if kinds[node] in ("input", "output", "constant", "shape", *PASSES_CODES):
+    if kinds[node] in ("input", "output", "constant", "shape", "tail", *PASSES_CODES):
         return False
     if kinds[node] == "clamp" and not _ends_group(node, kinds):
         return False
     users = _readers(node, kinds)
-    if all(kinds[u] == "output" for u in users):
+    if all(kinds[u] in ("output", "tail") for u in users):
         return False  # logits
     follower = _only_user(node, kinds)
     if follower is not None and _is_unfolded(follower, kinds):

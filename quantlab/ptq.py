@@ -5,10 +5,12 @@
     qmodel = quantize(model, stats, QuantConfig(weight_bits=4, act_bits=4))
 """
 
+import dataclasses
+
 import torch
 
 from quantlab import observers
-from quantlab.affine import choose_qparams, fake_quantize
+from quantlab.affine import MIN_SCALE, choose_qparams, fake_quantize
 from quantlab.calibration import check_statistics
 from quantlab.config import QuantConfig
 from quantlab.graph import find_kinds, folded
@@ -36,7 +38,7 @@ def quantize_graph(graph, plan, edges, config):
 
     edges: name -> EdgeStats of every value in plan.observed.
     """
-    names = layers(graph)
+    names, plan = layers(graph), plan.of_floats(edges)
     config.check_layers(plan, names)
     inputs = _insert_quantizers(graph, plan, edges, config)
     for name in names:
@@ -122,6 +124,10 @@ def _quantize_layer(layer, bits, config, q_in):
     weight = layer.weight.detach()
     q = choose_weight_qparams(weight, bits, config)
     if layer.bias is not None and q_in is not None:
+        # a channel without weights has only its bias: the finest scale that holds its code
+        empty = (weight == 0).flatten(1).all(1) & (layer.bias != 0)
+        empty = empty if config.per_channel else (weight == 0).all()
+        q = dataclasses.replace(q, scale=q.scale.where(~empty, MIN_SCALE))
         q, bias = round_bias(layer.bias, q, q_in)
         layer.bias.copy_(bias)
     layer.weight.copy_(fake_quantize(weight, q))

@@ -34,6 +34,12 @@ class Quantizer(nn.Module):
     def forward(self, x):
         return fake_quantize(x, self.qparams)
 
+    def get_extra_state(self):
+        return torch.tensor([self.qmin, self.qmax])
+
+    def set_extra_state(self, state):
+        """Nothing: QuantizedNetwork.load_state_dict has compared the codes."""
+
     def extra_repr(self):
         bits, zero_point = self.qparams.bits, self.zero_point.item()
         return f"bits={bits}, scale={self.scale.item():.4g}, zero_point={zero_point}"
@@ -117,6 +123,17 @@ class QuantizedNetwork(fx.GraphModule):
         """name -> convolution or linear module, in order of execution."""
         kinds = find_kinds(self)
         return {n.name: self.get_submodule(n.target) for n in kinds if kinds[n] == "compute"}
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """UserError for the state of a network of other widths, before anything is changed."""
+        for node, quantizer in self.quantizer_nodes.items():
+            here = quantizer.get_extra_state()
+            there = state_dict.get(f"{node.target}._extra_state", here)
+            if not torch.equal(here, there):
+                here, there = ("..".join(map(str, codes.tolist())) for codes in (here, there))
+                raise UserError(f"{edge_name(node)} has codes {here} here and {there} in the "
+                                "state; quantize with the config it was saved with")
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _layer(self, name):  # `layers` looks at every node, which a caller may do for every layer
         return self.get_submodule(find_node(self, name).target)

@@ -28,7 +28,7 @@ def _rank(node, graph, ranks):
     if spatial := re.search(r"(?:pool|batchnorm|upsample\w*)_?([123])d$", name):
         return source if spatial[1] == "1" and "norm" in name else 2 + int(spatial[1])
     if name == "flatten":
-        return _flattened(node, module, source)
+        return _flattened(node, graph, source)
     if name in ("view", "reshape", "permute"):
         shape = node.args[1:]
         return len(shape[0]) if shape and isinstance(shape[0], (tuple, list)) else len(shape)
@@ -38,13 +38,17 @@ def _rank(node, graph, ranks):
     return source if same else None
 
 
-def _flattened(node, module, rank):
+def flattened_dims(node, graph):
+    """(first, last) dimension that a flatten joins."""
+    module = graph.get_submodule(node.target) if node.op == "call_module" else None
+    names = ("start_dim", "end_dim")
+    given = dict(zip(names, (0, -1))) | dict(zip(names, node.args[1:])) | node.kwargs
+    return tuple(given[name] if module is None else getattr(module, name) for name in names)
+
+
+def _flattened(node, graph, rank):
     """Rank behind a flatten."""
-    given = dict(zip(("start_dim", "end_dim"), node.args[1:])) | node.kwargs
-    first, last = (getattr(module, key, given.get(key, default))
-                   for key, default in (("start_dim", 1 if module else 0), ("end_dim", -1)))
+    first, last = flattened_dims(node, graph)
     if first >= 0 and last == -1:
         return first + 1
-    if rank is None:
-        return None
-    return rank - (last % rank - first % rank)
+    return None if rank is None else rank - (last % rank - first % rank)

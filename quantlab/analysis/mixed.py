@@ -7,6 +7,7 @@ within a budget.
 """
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -25,10 +26,12 @@ from quantlab.graph import folded
 from quantlab.plan import make_plan
 from quantlab.ptq import choose_edge_qparams, choose_weight_qparams, layers, quantize
 from quantlab.quantized import find_node
+from quantlab.system.contract import as_batches, as_images, check_function
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
+FLOAT_BITS = 32  # what a value costs that is not rounded
 
 
 # ---- What a layer loses --------------------------------------------------------------------------
@@ -40,21 +43,21 @@ def layer_errors(model, stats, batches, widths=WIDTHS, config=QuantConfig(), ver
     nothing else: a frame, one row a measurement.
 
     columns: layer, kind ("weight" or "activation"), bits, error: the Kullback-Leibler divergence
-    KL(p || q) in nats, mean over images, of the class probabilities p of the float network and q of
-    the rounded one (the measure of ZeroQ, arXiv:2001.00281). Such errors add up nearly enough to
-    rank allocations. A layer that reads the image has one activation row, at `input_bits`.
-    batches: float32 [B, C, H, W].
+    KL(p || q) in nats, mean over images (and over the places of a segmentation), of the class
+    probabilities (axis 1) p of the float network and q of the rounded one (the measure of ZeroQ,
+    arXiv:2001.00281). Such errors add up nearly enough to rank allocations. A layer that reads the
+    image has one activation row, at `input_bits`. batches: as system/contract.py says.
     """
     for bits in widths:
         check_bits(bits, "widths")
     graph = folded(model)
     check_statistics(stats, graph)
     graph.to(device())
-    cases = _cases(graph, stats, widths, config)
+    cases, check = _cases(graph, stats, widths, config), partial(check_function, model, graph)
     totals, seen = np.zeros(len(cases)), 0
     options = dict(desc="one layer at a time", unit=" batches", leave=False, disable=not verbose)
     with exact_float():
-        for batch in tqdm(batches, **options):
+        for batch in tqdm(as_batches(batches, check), **options):
             totals += _divergences(graph, cases, batch.to(device()))
             seen += len(batch)
     if not seen:
@@ -80,9 +83,10 @@ def _cases(graph, stats, widths, config):
 
 
 def _divergences(graph, cases, batch):
-    """KL(p || q), summed over the images of a batch: float64 [cases]."""
+    """KL(p || q), summed over the images of a batch, mean over places: float64 [cases]."""
     exact = fx.Interpreter(graph, garbage_collect_values=False)
-    log_p = F.log_softmax(exact.run(batch).double(), -1)
+    log_p = F.log_softmax(exact.run(batch).double(), 1)
+    places = log_p[0, 0].numel()
     nodes, found = list(graph.graph.nodes), []
     for name, kind, _, q in cases:
         node = find_node(graph, name)
@@ -95,8 +99,8 @@ def _divergences(graph, cases, batch):
             weight = fake_quantize(layer.weight, q)
             known[node] = torch.func.functional_call(layer, {"weight": weight}, x)
         logits = fx.Interpreter(graph).run(initial_env=known)
-        log_q = F.log_softmax(logits.double(), -1)
-        found.append(F.kl_div(log_q, log_p, reduction="sum", log_target=True).item())
+        log_q = F.log_softmax(logits.double(), 1)
+        found.append(F.kl_div(log_q, log_p, reduction="sum", log_target=True).item() / places)
     return np.array(found)
 
 
@@ -110,7 +114,7 @@ def layer_accuracy(model, stats, split, config, names=None, verbose=False, **opt
     all. options: those of `evaluate` (limit, batch_size). A lone quantized layer reads unrounded
     adds and image; a float layer among quantized ones reads them as stored.
     """
-    plan = make_plan(folded(model))
+    plan = quantize(model, stats, config).plan
     baseline = evaluate(model, split, **options)
 
     def measure(config):
@@ -143,7 +147,7 @@ def layer_costs(model, batch):
     batch: float32 [B, C, H, W] of any B.
     """
     graph = folded(model)
-    ShapeProp(graph).propagate(batch[:1].to(next(graph.parameters()).device))
+    ShapeProp(graph).propagate(as_images(batch)[:1].to(next(graph.parameters()).device))
     rows = []
     for name in layers(graph):
         node = find_node(graph, name)
@@ -170,10 +174,14 @@ def weight_options(errors, costs):
 
 def operation_options(errors, costs):
     """Pairs of widths for every layer; cost: bit operations for one image (BOPs),
-    multiply-accumulates * weight_bits * act_bits.
+    multiply-accumulates * weight_bits * act_bits. A layer that reads float (input_bits=None) reads
+    32 bits.
     """
     weights = errors[errors.kind == "weight"].rename(columns={"bits": "weight_bits"})
     acts = errors[errors.kind == "activation"].rename(columns={"bits": "act_bits"})
+    unrounded = [name for name in weights.layer.unique() if name not in set(acts.layer)]
+    floats = pd.DataFrame({"layer": unrounded, "act_bits": FLOAT_BITS, "error": 0.0})
+    acts = pd.concat([acts, floats]) if unrounded else acts
     table = weights.merge(acts, on="layer", suffixes=("", "_act")).merge(costs, on="layer")
     cost = table.macs * table.weight_bits * table.act_bits
     table = table.assign(error=table.error + table.error_act, cost=cost)
@@ -190,9 +198,10 @@ def allocate(options, budget):
     Raises UserError for a budget that no allocation meets, with the least that one needs.
     """
     options = options.reset_index(drop=True)
+    budget = min(budget, int(options.groupby("layer").cost.max().sum()))
     cost, error = options.cost.to_numpy(np.int64), options.error.to_numpy(np.float64)
     least = int(options.groupby("layer").cost.min().sum())
-    if budget < least:
+    if not budget >= least:
         raise UserError(f"no allocation meets a budget of {budget:,}: the narrowest widths offered "
                         f"need {least:,}; raise it or offer narrower ones")
     # small integers, so that the solver's tolerance of 1e-6 is far below one step of cost
@@ -213,5 +222,9 @@ def allocate(options, budget):
 def mixed_config(config, chosen):
     """`config` with the widths of an allocation."""
     names = [name for name in ("weight_bits", "act_bits") if name in chosen]
-    widths = {name: dict(zip(chosen.layer, chosen[name].astype(int).tolist())) for name in names}
+    widths = {name: dict(zip(chosen.layer, map(_width, chosen[name]))) for name in names}
     return dataclasses.replace(config, **{f"layer_{name}": bits for name, bits in widths.items()})
+
+
+def _width(bits):
+    return None if bits == FLOAT_BITS else int(bits)

@@ -1,6 +1,7 @@
 """Which layer broke, and by how much: the error at every edge of a quantized network, ranked."""
 
 import math
+from functools import partial
 
 import pandas as pd
 import torch
@@ -10,6 +11,7 @@ from quantlab.calibration import watch
 from quantlab.evaluate import decibels
 from quantlab.graph import folded
 from quantlab.quantized import edge_name, origin
+from quantlab.system.contract import as_batches, check_function
 from quantlab.system.errors import UserError
 
 
@@ -22,14 +24,15 @@ def edge_errors(model, qmodel, batches):
     quantized one on the same images. own_sqnr: the same if only this edge were rounded, so that
     what arrives from earlier layers does not count. added_db: how much noise this step adds to what
     its predecessor on the path had, in dB; the largest is where the network breaks.
-    columns: order, edge, role, bits, sqnr, own_sqnr, added_db. batches: float32 [B, C, H, W] each.
+    columns: order, edge, role, bits, sqnr, own_sqnr, added_db. batches: as system/contract.py
+    says.
     """
     graph = folded(model)
     quantizers = qmodel.quantizer_nodes
     origins = {node: origin(qmodel, node).name for node in quantizers}
     sums = {node: torch.zeros(3, dtype=torch.float64) for node in quantizers}
     seen = 0
-    for batch in batches:
+    for batch in as_batches(batches, partial(check_function, model, graph)):
         exact, rounded = {}, {}
         seen += watch(graph, set(origins.values()), exact.__setitem__, [batch])
         watch(qmodel, {node.name for node in quantizers}, rounded.__setitem__, [batch])

@@ -7,17 +7,16 @@ import torch
 
 from quantlab.improving.units import extract, find_units
 from quantlab.quantized import find_quantizer, origin
+from quantlab.system.contract import as_batches
 from quantlab.system.errors import UserError
 
 BATCH = 128  # images at once where nothing is learned
 
 
 def stack_images(images, batch_size):
-    """float32 [N, 3, H, W] of such a tensor or an iterable of batches; UserError for fewer than a
-    batch.
-    """
-    if not isinstance(images, torch.Tensor):
-        images = torch.cat(list(images))
+    """float32 [N, 3, H, W] of batches (system/contract.py); UserError for fewer than one."""
+    batches = list(as_batches(images))
+    images = torch.cat(batches) if batches else torch.empty(0)
     if len(images) < batch_size:
         raise UserError(
             f"{len(images)} calibration images do not fill a batch of {batch_size}; "
@@ -57,7 +56,7 @@ class Cache:
             flat = torch.from_file(str(self._path(key)), True, count, dtype=torch.float32)
             self.uncounted.add(key)
         else:
-            flat = torch.empty(count, device=self.device)
+            flat = torch.empty(count, device=self.device, dtype=torch.float32)
         if len(shape) == 4:
             n, c, h, w = shape
             self.values[key] = flat.view(n, h, w, c).permute(0, 3, 1, 2)

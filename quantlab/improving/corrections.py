@@ -11,11 +11,14 @@ import dataclasses
 import math
 
 import torch
+from torch import nn
 
 from quantlab.graph import find_kinds, folded, operation_name
 from quantlab.improving.activations import Networks
 from quantlab.improving.equalization import grouped_weight, in_channels
 from quantlab.quantized import find_node
+from quantlab.ranks import find_ranks, flattened_dims
+from quantlab.system.contract import as_batches, check_function
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float
 
@@ -42,10 +45,14 @@ def correct_bias(model, qmodel, batches):
     return corrected
 
 
+@torch.no_grad()
 def _shift_bias(qmodel, name, error):
     layer = qmodel.layers[name]
     bias = layer.bias.detach().cpu().double() - error
-    qmodel.write(name, qmodel.codes(name), layer.weight_qparams, bias)
+    if hasattr(layer, "weight_qparams"):
+        qmodel.write(name, qmodel.codes(name), layer.weight_qparams, bias)
+    else:  # left float on purpose
+        layer.bias.copy_(bias)
 
 
 @torch.no_grad()
@@ -88,6 +95,11 @@ def clipped_normal(mean, std, low=0.0, high=math.inf):
     return clipped, (second + low**2 * below + edge2 - clipped**2).clamp(min=0)
 
 
+def _argument(node, name, default=None):
+    """The second argument of a call, or the one of that name."""
+    return node.args[1] if len(node.args) > 1 else node.kwargs.get(name, default)
+
+
 class _Gaussian:
     """Mean and variance per channel at every node, from BatchNorm's parameters alone; None where no
     rule applies.
@@ -95,6 +107,7 @@ class _Gaussian:
 
     def __init__(self, graph):
         self.graph, self.kinds, self.moments = graph, find_kinds(graph), {}
+        self.ranks = find_ranks(graph.graph)
         for node in self.kinds:
             self.moments[node] = self._rule(node)
 
@@ -107,8 +120,10 @@ class _Gaussian:
         return found
 
     def _input(self, node):
-        before, channels = node.args[0], in_channels(self.graph.get_submodule(node.target))
-        moments = self.moments[before]
+        layer, before = self.graph.get_submodule(node.target), node.args[0]
+        channels, moments = in_channels(layer), self.moments[before]
+        if isinstance(layer, nn.Linear) and self.ranks[before] not in (2, None):
+            return None  # it reads places, not channels
         if self.kinds[before] == "input":
             return tuple(torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, channels))
         # flattened places of a channel are alike
@@ -123,10 +138,10 @@ class _Gaussian:
         if not inputs or any(m is None for m in inputs):
             return None
         if kind in ("rearrange", "average", "maxpool"):
-            return inputs[0]
+            return self._same_channels(node, inputs[0])
         if kind == "add":
             return tuple(a + b for a, b in zip(*inputs, strict=True))
-        if kind == "concat":
+        if kind == "concat" and _argument(node, "dim", 0) == 1:
             return tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
         if kind == "clamp":
             high = {"relu": math.inf, "relu6": 6.0}.get(operation_name(node, self.graph))
@@ -135,7 +150,29 @@ class _Gaussian:
                 return clipped_normal(mean, variance.sqrt(), 0.0, high)
         return None
 
+    def _same_channels(self, node, moments):
+        """Moments behind an operation that keeps channels, or moves them as a known shuffle does.
+        """
+        name = operation_name(node, self.graph)
+        if name in ("channel_shuffle", "channelshuffle"):
+            module = self.graph.get_submodule(node.target) if node.op == "call_module" else None
+            groups = _argument(node, "groups") if module is None else module.groups
+            return tuple(m.view(groups, -1).T.flatten() for m in moments)
+        if name == "flatten":
+            return moments if flattened_dims(node, self.graph)[0] >= 1 else None
+        if name in ("view", "reshape"):  # [B, -1] and nothing else
+            shape = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+            return moments if len(shape) == 2 and shape[1] == -1 else None
+        if name in ("mean", "squeeze"):
+            dims = _argument(node, "dim")
+            dims = dims if isinstance(dims, (tuple, list)) else [dims]
+            return moments if {2, 3, -1, -2}.issuperset(dims) else None
+        pools = self.kinds[node] in ("average", "maxpool")
+        return moments if pools or name in ("contiguous", "clone", "detach", "identity") else None
+
     def _layer(self, node):
+        if isinstance(self.graph.get_submodule(node.target), nn.Linear) and self.ranks[node] == 3:
+            return None  # its channels are no channels of what follows
         layer = self.graph.get_submodule(node.target)
         if (bn := getattr(layer, "folded_batchnorm", None)) is not None:
             return bn["mean"], bn["std"] ** 2
@@ -181,15 +218,20 @@ def reestimate_batchnorm(model, qmodel, batches):
     return corrected
 
 
+@torch.no_grad()
 def _rescale(corrected, name, bn, mean, variance):
     layer, gamma = corrected.layers[name], bn["gamma"]
-    q = layer.weight_qparams
-    if q.axis is None:
+    q = getattr(layer, "weight_qparams", None)
+    if q is not None and q.axis is None:
         raise UserError(
             "re-estimating BatchNorm rescales channels one by one; quantize with per_channel=True")
     ratio = gamma.abs() / torch.sqrt(variance + gamma**2 * bn["eps_share"]).clamp(min=1e-12)
     ratio = torch.where(gamma == 0, 1.0, ratio)
     bias = (layer.bias.detach().cpu().double() - mean) * ratio + bn["mean"]
+    if q is None:  # left float on purpose
+        layer.weight.copy_(layer.weight * ratio.view([-1] + [1] * (layer.weight.dim() - 1)))
+        layer.bias.copy_(bias)
+        return
     scaled = dataclasses.replace(q, scale=(q.scale.double() * ratio).float())
     corrected.write(name, corrected.codes(name), scaled, bias)
 
@@ -199,11 +241,12 @@ def _rescale(corrected, name, bn, mean, variance):
 
 def _side_by_side(model, qmodel, batches):
     """The float network beside a copy of the quantized one, layer by layer, and that copy."""
-    batches = [batches] if isinstance(batches, torch.Tensor) else list(batches)
+    graph, batches = folded(model), list(as_batches(batches))
     if not sum(len(b) for b in batches):
         raise UserError("there are no images to measure the correction on: give at least one batch")
-    corrected = copy.deepcopy(qmodel).to(device())
-    return Networks(folded(model), corrected, torch.cat(batches), "layer"), corrected
+    images, corrected = torch.cat(batches), copy.deepcopy(qmodel).to(device())
+    check_function(model, graph, images)
+    return Networks(graph, corrected, images, "layer"), corrected
 
 
 def _moments(networks, kind, i):
@@ -212,8 +255,10 @@ def _moments(networks, kind, i):
     """
     count = total = squares = 0.0
     with exact_float():
-        for _, (value,) in networks.run(kind, i, outputs=[networks.units[i].layers[0]]):
-            flat = value.double().transpose(0, 1).flatten(1)
+        name = networks.units[i].layers[0]
+        linear = isinstance(networks.graphs["quantized"].layers[name], nn.Linear)
+        for _, (value,) in networks.run(kind, i, outputs=[name]):
+            flat = value.double().transpose(0, -1 if linear else 1).flatten(1)
             count += flat.shape[1]
             total += flat.sum(1).cpu()
             squares += flat.square().sum(1).cpu()

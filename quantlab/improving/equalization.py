@@ -4,14 +4,20 @@
     qmodel = quantize(equalized, collect(equalized, batches), config)
 """
 
+import contextlib
+
 import torch
 from torch import nn
 
 from quantlab.graph import find_kinds, folded, operation_name, readers_of
+from quantlab.ranks import flattened_dims
+from quantlab.system.contract import as_images, check_function
+
+SIZES = (32, 28, 64, 224, 16, 8, 96, 128, 299)  # of images, in pixels
 
 
 @torch.no_grad()
-def equalize(model, rounds=20):
+def equalize(model, rounds=20, images=None):
     """The folded float graph with equal weight ranges on both sides of every channel.
 
     For two layers with a ReLU (or nothing) between, relu(s y) = s relu(y) lets a channel i of the
@@ -20,7 +26,8 @@ def equalize(model, rounds=20):
     repeated until nothing changes (Nagel et al. 2019, arXiv:1906.04721, eq. 11). Pairs are found
     from the graph: the first's value must reach the second alone, through ReLUs, pools and
     rearranging that keeps channels apart; not through adds, concatenations, or clamps with an upper
-    end. The float output stays.
+    end. The float output stays, which is checked on `images` (float32 [B, C, H, W]; None: random
+    ones of the first size that the network can read): UserError where it does not.
     """
     graph = folded(model).cpu()
     pairs = [tuple(map(graph.get_submodule, pair)) for pair in equalizable_pairs(graph)]
@@ -36,7 +43,24 @@ def equalize(model, rounds=20):
             change = max(change, scale.log().abs().max().item())
         if change < 1e-3:
             break
-    return graph
+    images = _random_images(graph) if images is None else as_images(images)
+    if images is not None:
+        for node in graph.graph.nodes:  # only the output stays
+            node.meta.pop("call", None)
+        check_function(model, graph, images)
+    return graph.cpu()
+
+
+def _random_images(graph):
+    """float32 [2, C, H, W] that the graph can read; None where none of the usual sizes can be."""
+    kinds, generator = find_kinds(graph), torch.Generator().manual_seed(0)
+    first = graph.get_submodule(next(n for n in kinds if kinds[n] == "compute").target)
+    for size in SIZES if isinstance(first, nn.Conv2d) else ():
+        images = torch.randn(2, first.in_channels, size, size, generator=generator)
+        with contextlib.suppress(RuntimeError):
+            graph(images)
+            return images
+    return None
 
 
 def equalizable_pairs(graph):
@@ -45,26 +69,37 @@ def equalizable_pairs(graph):
     """
     kinds, pairs = find_kinds(graph), []
     for node in [n for n in kinds if kinds[n] == "compute"]:
-        follower = node
-        while len(found := readers_of(follower, kinds)) == 1:
+        first = graph.get_submodule(node.target)
+        follower, axis = node, _channel_axis(first)
+        while axis is not None and len(found := readers_of(follower, kinds)) == 1:
             follower = found[0]
             if kinds[follower] == "compute":
-                channels = len(graph.get_submodule(node.target).weight)
-                if channels == in_channels(graph.get_submodule(follower.target)):
+                second = graph.get_submodule(follower.target)
+                if axis == _channel_axis(second) and len(first.weight) == in_channels(second):
                     pairs.append((node.target, follower.target))
                 break
-            if not _keeps_channels(follower, kinds, graph):
-                break
+            axis = _axis_behind(follower, axis, kinds, graph)
     return pairs
 
 
-def _keeps_channels(node, kinds, graph):
-    """True for an operation f with f(s y) = s f(y) for s > 0, channel by channel, in the order they
-    came.
+def _channel_axis(layer):
+    """A linear layer's features lie along the last axis, a convolution's channels along axis 1."""
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
+def _axis_behind(node, axis, kinds, graph):
+    """Axis of the channels behind an operation f with f(s y) = s f(y) for s > 0, channel by channel
+    in the order they came; None for any other.
     """
     name = operation_name(node, graph)
+    if name in ("relu", "identity", "contiguous"):
+        return axis
+    if name == "flatten":
+        first, last = flattened_dims(node, graph)
+        places = first >= 2 and axis == 1
+        return axis if places else {(1, -1): -1}.get((first, last))
     pooled = kinds[node] in ("maxpool", "average") and name != "mean"
-    return pooled or name in ("relu", "flatten", "identity", "contiguous")
+    return 1 if pooled and axis == 1 else None
 
 
 def in_channels(layer):

@@ -201,9 +201,9 @@ class Converter:
         if not isinstance(node, fx.Node):
             raise UserError("the network returns several values; to_integer takes networks that "
                             "return their logits alone")
-        while self.kinds[node] in ("rearrange", "clamp") and node not in self.codes:
+        while self.kinds[node] in ("rearrange", "clamp", "tail") and node not in self.codes:
             later.insert(0, node)
-            node = node.args[0]
+            node = next(n for n in node.all_input_nodes if self.kinds[n] != "constant")
         ends = self.kinds[node] in ("compute", "average", "add", "batchnorm")
         if node in self.codes or not ends:
             raise UserError(f"{describe(self.qmodel, node)} ends the network; to_integer knows "
@@ -211,10 +211,18 @@ class Converter:
         self.graph.output(self._operation(node, None))
         tail = fx.Graph()
         known = {node: tail.placeholder("logits")}
-        for step in later:
+        for step in self._with_constants(later):
             known[step] = tail.node_copy(step, lambda n: known[n])
         tail.output(known[later[-1] if later else node])
         return copy.deepcopy(fx.GraphModule(self.qmodel, tail, "Tail"))
+
+    def _with_constants(self, nodes):
+        """These nodes behind the parameters, and what is made from them, that they read."""
+        found = {}
+        for node in nodes:
+            constants = [n for n in node.all_input_nodes if self.kinds[n] == "constant"]
+            found |= dict.fromkeys([*self._with_constants(constants), node])
+        return list(found)
 
     # ---- Arguments of modules, functions and methods alike ---------------------------------------
 

@@ -4,6 +4,7 @@ allocations equal brute force.
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pandas as pd
@@ -200,3 +201,35 @@ def test_needs_images_and_the_right_statistics(small, resnet20):
         mixed.layer_errors(model, stats, [])
     with pytest.raises(ql.UserError, match="another network"):
         mixed.layer_errors(resnet20, stats, batches)
+
+
+def segmentation():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+
+
+@torch.no_grad()
+def test_classes_are_axis_1_of_what_a_segmentation_network_returns():
+    model, x = segmentation(), torch.randn(8, 3, 10, 10)
+    error = mixed.layer_errors(model, ql.collect(model, [x]), [x], widths=(2,)).error[0]
+    exact = model(x).double()
+    q = ptq.choose_weight_qparams(model[0].weight, 2, ql.QuantConfig())
+    model[0].weight.copy_(ql.fake_quantize(model[0].weight, q))
+    p, log_q = exact.softmax(1), model(x).double().log_softmax(1)
+    by_hand = (p * (exact.log_softmax(1) - log_q)).sum(1).mean().item()
+    assert error == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_a_layer_that_reads_float_is_in_the_table_and_in_the_budget():
+    model, x = segmentation(), torch.randn(4, 3, 8, 8)
+    stats, costs = ql.collect(model, [x]), mixed.layer_costs(model, x)
+    config = ql.QuantConfig(input_bits=None)
+    errors = mixed.layer_errors(model, stats, [x], widths=(8, 4), config=config)
+    options = mixed.operation_options(errors, costs)
+    chosen = mixed.allocate(options, math.inf)
+    assert chosen.layer.tolist() == costs.layer.tolist()
+    assert chosen.weight_bits.tolist() == [8, 8] and chosen.act_bits.tolist() == [32, 8]
+    assert chosen.cost.tolist() == (costs.macs * 8 * chosen.act_bits).tolist()
+    qmodel = ql.quantize(model, stats, mixed.mixed_config(config, chosen))
+    assert qmodel.reads("_0") is None and qmodel.reads("_2").bits == 8
+    with pytest.raises(ql.UserError, match="no allocation meets"):
+        mixed.allocate(options, math.nan)

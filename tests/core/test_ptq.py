@@ -3,6 +3,7 @@ implementation agrees.
 """
 
 import copy
+import io
 
 import pytest
 import torch
@@ -11,7 +12,11 @@ from torch import nn
 import quantlab as ql
 from quantlab.calibration import Watcher
 from quantlab.edgestats import EdgeStats
-from quantlab.quantized import QuantizedNetwork, Quantizer, edge_name
+from quantlab.graph import folded
+from quantlab.plan import make_plan
+from quantlab.quantized import QuantizedNetwork, Quantizer, edge_name, find_node
+
+IMAGES = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
 
 def is_on_grid(x, q):
@@ -176,6 +181,111 @@ def test_bias_codes_stay_below_2_to_the_30():
     assert torch.allclose(qmodel(x), model(x), atol=0.05)
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_channel_without_weights_keeps_its_bias(per_channel):
+    """Images of 0 to 255, so that a step of the input is 1 and half of one loses every bias."""
+    conv = nn.Conv2d(3, 8, 3, padding=1)
+    pruned = slice(0, 8 if not per_channel else 4)
+    conv.weight.data[pruned], conv.bias.data[pruned] = 0, torch.rand(8)[pruned]
+    model = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    x = torch.rand(16, 3, 8, 8) * 255
+    qmodel = ql.quantize(
+        model, ql.collect(model, [x]), ql.QuantConfig(per_channel=per_channel))
+    error = (qmodel.layers["_0"].bias - conv.bias)[pruned].abs()
+    assert (error <= conv.bias.abs()[pruned] * 2.0**-20).all()
+    step = qmodel.quantizer_nodes[find_node(qmodel, "quantizers__1")].scale
+    with torch.no_grad():
+        found, integers = qmodel(x)[:, pruned], ql.to_integer(qmodel)(x)[:, pruned]
+    exact = conv.bias.relu()[pruned]
+    assert ((found - exact).abs() <= 0.51 * step).all() and torch.allclose(integers, found)
+
+
+class Ends(nn.Module):
+    """A classifier and what its author does with the logits."""
+
+    def __init__(self, tail):
+        super().__init__()
+        self.conv, self.fc, self.tail = nn.Conv2d(3, 6, 3), nn.Linear(6, 5), tail
+        self.heat = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        return self.tail(self, self.fc(self.conv(x).relu().mean((2, 3))))
+
+
+@pytest.mark.parametrize("tail", [
+    lambda net, y: torch.log_softmax(y, 1), lambda net, y: nn.functional.softmax(y, dim=-1),
+    lambda net, y: y / 2, lambda net, y: y / net.heat.exp(), lambda net, y: (y * 3).sigmoid(),
+    lambda net, y: y.unsqueeze(2).squeeze(2), lambda net, y: y.reshape(-1, 5).float() + 1,
+    lambda net, y: torch.relu(y.softmax(1) - 0.1),
+])
+def test_what_is_done_with_the_logits_rounds_nothing(tail):
+    torch.manual_seed(3)
+    model, x = Ends(tail).eval(), torch.randn(8, 3, 8, 8)
+    config = ql.QuantConfig(3, 3)
+    qmodel = ql.quantize(model, ql.collect(model, [x]), config)
+    plain = copy.deepcopy(model)
+    plain.tail = lambda net, y: y
+    logits = ql.quantize(plain, ql.collect(plain, [x]), config)(x)
+    assert torch.equal(qmodel(x), tail(model, logits)), "as if it stood outside the network"
+    assert "fc" not in qmodel.plan.stores and qmodel.plan.floats == ()
+    assert torch.allclose(ql.to_integer(qmodel)(x), qmodel(x), atol=1e-5)
+
+
+def test_an_operation_in_the_middle_is_no_tail():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(y.softmax(1)) * y.sigmoid()
+
+    plan = make_plan(folded(Gated().eval()))
+    assert plan.floats == ("softmax", "sigmoid", "mul")
+    assert {"a", "b", "softmax"} <= set(plan.stores)
+
+
+def unpooled(net, pair):
+    return net.unpool(pair[0], pair[1])
+
+
+# what an operation makes of y: no float, several values, values that parameters make
+ODD = {
+    "where": lambda net, y: torch.where(y > 0, y, 0.1 * y),
+    "mask": lambda net, y: y * (y > 0),
+    "pair": lambda net, y: torch.max(y, 1, keepdim=True)[0].expand(-1, 6, -1, -1),
+    "topk": lambda net, y: y.topk(6, 1)[0],
+    "unbind": lambda net, y: torch.stack(y.unbind(1), 1),
+    "indices": lambda net, y: unpooled(net, net.pool(torch.relu(y))),
+    "parameter": lambda net, y: y + net.heat.exp().view(1, -1, 1, 1),
+    "part of a parameter": lambda net, y: y * net.table[: y.size(1)].view(1, -1, 1, 1),
+    "keyword": lambda net, y: torch.relu(input=net.same(input=y)),
+    "attribute": lambda net, y: y.mT.mT,
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_values_that_are_no_float_tensors_of_the_image_alone(name):
+    class Odd(Ends):
+        def __init__(self):
+            super().__init__(None)
+            self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+            self.same, self.table = nn.Conv2d(6, 6, 1), nn.Parameter(torch.rand(8))
+
+        def forward(self, x):
+            return self.fc(ODD[name](self, self.conv(x)).mean((2, 3)))
+
+    model, x = Odd().eval(), torch.randn(16, 3, 10, 10)
+    qmodel = ql.quantize(model, ql.collect(model, [x]))
+    with torch.no_grad():
+        exact, rounded = model(x), qmodel(x)
+    assert 10 * torch.log10(exact.square().sum() / (rounded - exact).square().sum()) > 35
+    if name not in ("unbind", "keyword", "attribute"):
+        with pytest.raises(ql.UserError, match=f"node {qmodel.plan.floats[0]} .*has no integer"):
+            ql.to_integer(qmodel)
+
+
 def test_own_observer_as_a_function(resnet20, stats):
     seen = []
 
@@ -221,6 +331,21 @@ def test_to_and_state_dict_keep_everything(resnet20, stats, digits):
     x = next(iter(digits.calibration(8)))
     assert torch.equal(other(x), qmodel(x)) and other.to("cpu").config.observer == "minmax"
     assert qmodel.to(torch.float32).plan is qmodel.plan
+
+
+@pytest.mark.parametrize("widths", [(2, 8), (8, 2), (4, 3)])
+def test_the_state_of_other_widths_is_refused_and_nothing_changes(widths):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval(), IMAGES
+    stats = ql.collect(model, [x])
+    saved, other = (ql.quantize(model, stats, ql.QuantConfig(b, b)) for b in widths)
+    before = other(x)
+    with pytest.raises(ql.UserError, match=r"_1 has codes 0\.\.\d+ here and 0\.\.\d+ in the state"):
+        other.load_state_dict(saved.state_dict())
+    assert torch.equal(other(x), before)
+    stored = io.BytesIO()
+    torch.save(saved.state_dict(), stored)
+    stored.seek(0)
+    saved.load_state_dict(torch.load(stored, weights_only=True))
 
 
 def test_codes_that_were_changed_behind_our_back_are_refused(resnet20, stats):

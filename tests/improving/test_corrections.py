@@ -69,6 +69,50 @@ def test_equalisation_of_resnet20_pairs_the_two_convolutions_of_a_block(resnet20
     assert torch.allclose(equal(x), resnet20(x), rtol=1e-3, atol=1e-3)
 
 
+class Places(nn.Module):
+    """A linear layer that mixes 16 places, as many as there are channels."""
+
+    def __init__(self, behind=None):
+        super().__init__()
+        self.c, self.l, self.o = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 16), nn.Linear(256, 10)
+        self.behind = behind or nn.Identity()
+
+    def forward(self, x):
+        y = self.l(torch.relu(self.c(x)).flatten(2)).relu()  # [B, 16 channels, 16 places]
+        return self.o(self.behind(y).flatten(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("behind", [None, nn.Conv1d(16, 16, 1), nn.AvgPool1d(1), nn.Linear(16, 16)])
+def test_equalisation_keeps_networks_that_mix_places(behind):
+    model, x = Places(behind).eval(), torch.randn(8, 3, 16, 16)
+    equal, exact = equalization.equalize(model), model(x).double()
+    assert 10 * torch.log10(exact.square().sum() / (equal(x) - exact).square().sum()) > 120
+    expected = [("l", "behind")] if isinstance(behind, nn.Linear) else []
+    assert equalization.equalizable_pairs(equal) == expected
+
+
+def test_equalisation_that_changes_the_function_is_refused(monkeypatch):
+    monkeypatch.setattr(equalization, "equalizable_pairs", lambda graph: [("c", "l")])
+    for images in (None, torch.randn(2, 3, 16, 16)):
+        with pytest.raises(ql.UserError, match="the output of the traced network is not"):
+            equalization.equalize(Places().eval(), images=images)
+
+
+def test_channels_of_a_linear_layer_over_places_are_its_outputs():
+    model, x = Places().eval(), torch.randn(32, 3, 16, 16)
+    qmodel = ql.quantize(model, ql.collect(model, [x]), ql.QuantConfig(2, 8))
+    corrected = corrections.correct_bias(model, qmodel, [x])
+    seen = {}
+    for name, network in {"exact": folded(model), "corrected": corrected}.items():
+        network.get_submodule("l").register_forward_hook(
+            lambda module, inputs, output, name=name: seen.update({name: output}))
+        with torch.no_grad():
+            network(x)
+    error = (seen["corrected"] - seen["exact"]).mean((0, 1))
+    assert (error.abs() <= corrected.bias_scale("l") * 0.51 + 1e-6).all()
+
+
 def test_nothing_is_scaled_across_relu6():
     assert equalization.equalizable_pairs(folded(sequence(activation=nn.ReLU6))) == []
 
@@ -168,6 +212,45 @@ def test_analytic_correction_names_what_it_cannot_follow():
     assert corrections.correct_bias_analytic(model, qmodel).meta["uncorrected"] == ["b"]
 
 
+class Shuffled(nn.Module):
+    """A convolution that reads another's channels in another order; BatchNorm tells their means."""
+
+    def __init__(self, shuffle, images):
+        super().__init__()
+        self.shuffle, self.a, self.bn = shuffle, nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32)
+        self.c = nn.Conv2d(32, 32, 1)
+        with torch.no_grad():
+            self.bn.weight.uniform_(0.1, 3)
+            self.bn.bias.uniform_(-1, 4)
+            y = self.a(images)
+            self.bn.running_mean.copy_(y.mean((0, 2, 3)))
+            self.bn.running_var.copy_(y.var((0, 2, 3)))
+
+    def forward(self, x):
+        return self.c(self.shuffle(torch.relu(self.bn(self.a(x)))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shuffle, known", [
+    (lambda y: y, True), (lambda y: nn.functional.channel_shuffle(y, 4), True),
+    (nn.ChannelShuffle(4), True), (nn.MaxPool2d(1), True), (lambda y: y.contiguous(), True),
+    (lambda y: y[:, [*range(1, 32), 0]], False),
+    (lambda y: y.chunk(2, 1)[0].repeat(1, 2, 1, 1), False),
+    (lambda y: y.view(-1, 4, 8, 4, 4).transpose(1, 2).reshape(-1, 32, 4, 4), False),
+    (lambda y: torch.cat([y[:, 16:], y[:, :16]], 1), False), (lambda y: y.mT.mT, False),
+])
+def test_analytic_correction_moves_means_with_their_channels(shuffle, known):
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, 6, 6)
+    model = Shuffled(shuffle, images).eval()
+    qmodel = ql.quantize(model, ql.collect(model, [images]), ql.QuantConfig(weight_bits=3))
+    better = corrections.correct_bias_analytic(model, qmodel)
+    assert ("c" not in better.meta["uncorrected"]) == known
+    before, after = (
+        (n(images) - model(images)).mean((0, 2, 3)).abs().mean() for n in (qmodel, better))
+    assert after < 0.2 * before if known else after <= before
+
+
 # ---- BatchNorm -----------------------------------------------------------------------------------
 
 
@@ -223,6 +306,30 @@ def test_corrections_survive_equalisation(resnet20, digits):
     assert torch.allclose(scaled.folded_batchnorm["mean"], expected, rtol=1e-3)
     corrected = corrections.reestimate_batchnorm(equal, qmodel, images)
     assert ql.evaluate(corrected, digits.test, limit=200).top1 > 95
+
+
+def test_a_layer_left_float_is_corrected_in_float():
+    model, x = sequence(), torch.randn(16, 3, 8, 8)
+    config = ql.QuantConfig(2, 8, layer_weight_bits={"_0": None})
+    qmodel = ql.quantize(model, ql.collect(model, [x]), config)
+    exact, names = folded(model), ["_0", "_3", "_6"]
+    for correct in (corrections.correct_bias, corrections.reestimate_batchnorm):
+        corrected = correct(model, qmodel, [x])
+        assert not hasattr(corrected.layers["_0"], "weight_qparams")
+        assert list(corrected.layers) == names
+        with torch.no_grad():
+            image = ql.fake_quantize(x, corrected.reads("_0"))
+            error = (corrected.layers["_0"](image) - exact.get_submodule("0")(x)).mean((0, 2, 3))
+        assert correct is not corrections.correct_bias or error.abs().max() < 1e-5
+
+
+def test_a_correction_of_another_network_is_refused(resnet20, stats, digits):
+    qmodel, model = ql.quantize(resnet20, stats), copy.deepcopy(resnet20)
+    model.layer1[0].conv1.register_forward_hook(lambda module, inputs, output: output * 2)
+    images = [torch.cat(list(digits.calibration(8)))]
+    for correct in (corrections.correct_bias, corrections.reestimate_batchnorm):
+        with pytest.raises(ql.UserError, match="is not what the model computes: a forward hook"):
+            correct(model, qmodel, images)
 
 
 def test_bad_input(resnet20, stats):
