@@ -10,6 +10,13 @@
 # # 06 · Learned rounding
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/06_learned_rounding.ipynb)
 #
+# <!-- findings:opening -->
+# **Found** (resnet20, cifar10-jpeg, 10,000 test images; means over calibration seeds, paired 95 %
+# intervals). At W2A2, first/last 8 nearest rounding keeps 11.02 % of float's 87.37 %, codes learned by
+# QDrop 79.79 %. Points lost at W4A4: AdaRound 0.52, QDrop 0.59, BRECQ 0.68, nearest 2.14. Points lost at
+# W3A3: BRECQ 1.83, QDrop 2.00, AdaRound 2.17, nearest 12.70.
+# <!-- /findings -->
+#
 # **Question.** Why is the nearest code not the best one, and how is a better one learned, without labels
 # and without training?
 #
@@ -344,4 +351,15 @@ print(
 )
 
 # %% [markdown]
+# <!-- findings:closing -->
+# **Published.** Points lost against float (resnet20, cifar10-jpeg, 10,000 test images):
+#
+# | Method | W4A4 | W3A3 | W2A2 | W2A2, first/last 8 |
+# | --- | ---: | ---: | ---: | ---: |
+# | nearest | 2.14 [1.64, 2.63] | 12.70 [11.88, 13.51] | 75.60 [74.68, 76.49] | 76.35 [75.44, 77.23] |
+# | AdaRound | 0.52 [0.15, 0.89] | 2.17 [1.67, 2.67] |  |  |
+# | BRECQ | 0.68 [0.31, 1.05] | 1.83 [1.33, 2.32] |  |  |
+# | QDrop | 0.59 [0.24, 0.95] | 2.00 [1.51, 2.50] | 9.45 [8.70, 10.19] | 7.58 [6.87, 8.29] |
+# <!-- /findings -->
+#
 # Next: [07_low_bit_methods](07_low_bit_methods.ipynb), every method at every width.

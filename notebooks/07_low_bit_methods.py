@@ -10,6 +10,14 @@
 # # 07 · Low-bit methods
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/07_low_bit_methods.ipynb)
 #
+# <!-- findings:opening -->
+# **Found** (resnet20, cifar10-jpeg, 10,000 test images; means over calibration seeds, paired 95 %
+# intervals). Nearest rounding loses 2.14 at W4A4, 12.70 at W3A3, 75.60 at W2A2 (points). The method that
+# loses least loses 0.52 [0.15, 0.89] at W4A4 (AdaRound), 1.65 [1.17, 2.13] at W3A3 (QDrop + fine-tuning),
+# 6.76 [6.07, 7.45] at W2A2 (QDrop + fine-tuning). Of those that learn nothing, the best lose 1.47 at W4A4
+# (analytic bias correction) and 6.97 at W3A3 (analytic bias correction).
+# <!-- /findings -->
+#
 # **Question.** How much of what 4, 3 and 2 bits cost can be won back without training, and by which
 # method?
 #
@@ -334,5 +342,22 @@ for row in fisher.itertuples():
     print(f"- {name_of(row.width)}: Fisher's loss instead of the plain one, {gain}.")
 
 # %% [markdown]
+# <!-- findings:closing -->
+# **Published.** Points lost against float (resnet20, cifar10-jpeg, 10,000 test images):
+#
+# | Method | W8A8 | W4A4 | W3A3 | W2A2 | W2A2, first/last 8 |
+# | --- | ---: | ---: | ---: | ---: | ---: |
+# | nearest | 0.12 [-0.03, 0.28] | 2.14 [1.64, 2.63] | 12.70 [11.88, 13.51] | 75.60 [74.68, 76.49] | 76.35 [75.44, 77.23] |
+# | equalisation |  | 2.57 [2.04, 3.10] | 13.04 [12.22, 13.86] |  |  |
+# | bias correction |  | 1.72 [1.25, 2.19] | 33.31 [32.26, 34.35] |  |  |
+# | analytic bias correction |  | 1.47 [1.02, 1.92] | 6.97 [6.28, 7.66] |  |  |
+# | BatchNorm re-estimation |  | 6.26 [5.60, 6.92] | 9.63 [8.89, 10.36] |  |  |
+# | AdaRound |  | 0.52 [0.15, 0.89] | 2.17 [1.67, 2.67] |  |  |
+# | BRECQ |  | 0.68 [0.31, 1.05] | 1.83 [1.33, 2.32] |  |  |
+# | QDrop | 0.06 [-0.09, 0.21] | 0.59 [0.24, 0.95] | 2.00 [1.51, 2.50] | 9.45 [8.70, 10.19] | 7.58 [6.87, 8.29] |
+# | QDrop + end to end |  | 0.53 [0.18, 0.88] | 1.76 [1.28, 2.24] | 8.42 [7.69, 9.14] | 7.03 [6.35, 7.72] |
+# | QDrop + fine-tuning |  |  | 1.65 [1.17, 2.13] | 6.76 [6.07, 7.45] | 6.30 [5.62, 6.97] |
+# <!-- /findings -->
+#
 # Next: [08_mixed_precision](08_mixed_precision.ipynb), which layer needs its bits, and why papers
 # disagree.

@@ -61,7 +61,8 @@ def parser():
     add("list", _list, "list the notebooks and their parameters")
     add("report", _report, "rebuild results/report.html from the results there are")
     add("publish", _publish,
-        "move local results of real data sets into published.csv and the README's table")
+        "move local results of real data sets into published.csv, the README's tables and "
+        "what the notebooks say they found")
     _paper_options(add("figures", _figures, "draw figures for a report: from the published rows, "
                                             "or by running the notebooks named"), COLUMNS, ("pdf",))
     _paper_options(add("tables", _tables, "write the tables of published rows as LaTeX (booktabs) "
@@ -200,10 +201,12 @@ def _report(options):
 
 
 def _publish(options):
+    from quantlab.workbook.findings import update_notebooks
     from quantlab.workbook.results import published_path
     from quantlab.workbook.tables import publish
 
     print(f"{publish()} rows published to {published_path()}; README.md updated")
+    print("\n".join(update_notebooks()) or "what notebooks found stands in them")
 
 
 def _figures(options):

@@ -9,17 +9,10 @@ from quantlab import plots
 from quantlab.plots import ladder, lowbit, questions
 from quantlab.plots.column import save_columns
 from quantlab.system.errors import UserError
-from quantlab.workbook import results, tables
+from quantlab.workbook import findings, results, tables
 from quantlab.workbook.methods import METHODS, config_of, name_of
 
 WIDTHS = ("8/8", "4/8", "4/4", "3/3", "2/4", "2/2", "2/2/8")
-FIRST, LAST = "the original's hist", "best range of weights"
-LADDER = (  # of notebook 10, between the two
-    "BatchNorm kept as trained", "ranges from the float network", "the search works",
-    "unsigned after ReLU", "codes stored once", "image and stream 8 bits, zero-point",
-    "BatchNorm folded", "one scale a channel",
-)
-ALSO = {"BatchNorm kept as trained": "hist, BatchNorm kept"}  # the same network, measured first
 
 
 def draw(frame):
@@ -109,14 +102,8 @@ def waterfall(rows):
     """The ladder of notebook 10 at 4 and 3 bits; None where it was not measured."""
     steps, seeds = [], []
     for bits in (4, 3):
-        hist = rows.corrections.isin([f"{bits}bit hist", f"W{bits}A{bits} ladder: {FIRST}"])
-        ours = results.has_config(rows, config_of(f"{bits}/{bits}")) & rows.corrections.eq("")
-        parts = {FIRST: rows[hist]}
-        for step in LADDER:
-            names = [f"W{bits}A{bits} {name}" for name in (f"ladder: {step}", ALSO.get(step))]
-            parts[step] = rows[rows.corrections.isin(names)]
-        parts[LAST] = rows[ours]
-        if not all(len(part) for part in parts.values()):
+        parts = findings.steps(rows, bits)
+        if not parts:
             continue
         means = pd.Series({step: part.top1.mean() for step, part in parts.items()})
         frame = pd.DataFrame({"step": means.index, "top1": means.values, "bits": bits})

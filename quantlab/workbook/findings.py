@@ -1,0 +1,319 @@
+"""What a notebook found, in words and numbers of published rows: written between the marks
+<!-- findings:opening --> and <!-- findings:closing --> of its first and last cell by
+`python -m quantlab publish`, so that it can be read without a run.
+"""
+
+import re
+import textwrap
+
+import pandas as pd
+
+from quantlab.system.files import root, write_text
+from quantlab.workbook import notebooks, results, tables
+from quantlab.workbook.methods import METHODS, config_of, name_of
+
+MEANS = "means over calibration seeds, paired 95 % intervals"
+COLUMNS = 104  # of a line of text in a cell
+SETTERS = ("histogram", "percentile", "minmax")
+FIRST_STEP = "the original's hist"
+LADDER = (  # of notebook 10, between the original's hist and ours
+    "BatchNorm kept as trained", "ranges from the float network", "the search works",
+    "unsigned after ReLU", "codes stored once", "image and stream 8 bits, zero-point",
+    "BatchNorm folded", "one scale a channel",
+)
+LAST_STEP = "best range of weights"
+ALSO = {"BatchNorm kept as trained": "hist, BatchNorm kept"}  # the same network, measured first
+CONVENTIONS = {  # words -> what changes of the config
+    "first and last layer 8 bits": {"first_last_bits": 8},
+    "residual stream float": {"residual_bits": None},
+    "residual stream as few bits": {"residual_bits": "act_bits"},
+    "image float": {"input_bits": None},
+    "image as few bits": {"input_bits": "act_bits"},
+    "first and last layer 8 bits, residual stream float":
+        {"first_last_bits": 8, "residual_bits": None},
+    "residual stream and image as few bits":
+        {"residual_bits": "act_bits", "input_bits": "act_bits"},
+}
+
+
+class Rows:
+    """Published rows of one network, a row a configuration, and what is asked of them. A question
+    without a row is answered by None.
+    """
+
+    def __init__(self, frame):
+        frame = results.current(frame)
+        self.model, self.dataset = frame.groupby(["model", "dataset"]).size().idxmax()
+        self.frame = frame[(frame.model == self.model) & (frame.dataset == self.dataset)]
+        self.summary = results.summarize(self.frame)
+
+    def __str__(self):
+        return f"{self.model}, {self.dataset}, {self.summary.n_test.max():,} test images"
+
+    def where(self, corrections="", **changes):
+        """The row of a method by hand; changes: to `config_of(width)`, by `width` and fields."""
+        width = changes.pop("width")
+        config = config_of(width, **changes)
+        found = self.summary[results.has_config(self.summary, config)
+                             & self.summary.corrections.eq(corrections)]
+        return found.iloc[-1] if len(found) else None
+
+    def setter(self, width, observer):
+        weights = "minmax" if observer == "minmax" else "lp"
+        return self.where(width=width, observer=observer, weight_observer=weights)
+
+    def method(self, width, method):
+        """The row of a method of notebook 07, learned for as many iterations as most are."""
+        learned = self.summary.corrections.str.extract(r", (\d+) iterations")[0].dropna()
+        names = ["" if method == "nearest" else method]
+        names += [f"{method}, {n} iterations" for n in learned.mode()]
+        found = (self.where(name, width=width) for name in names)
+        return next((row for row in found if row is not None), None)
+
+    def methods(self, width, names=METHODS):
+        """method -> row, of those measured at a width, the least loss first."""
+        rows = {name: self.method(width, name) for name in names}
+        rows = {name: row for name, row in rows.items() if row is not None}
+        return dict(sorted(rows.items(), key=lambda pair: pair[1]["drop"]))
+
+    def named(self, corrections):
+        """Mean accuracy, by exact name of what was done, over the seeds there are; or None."""
+        top1 = self.frame.top1[self.frame.corrections.isin(corrections)]
+        return top1.mean() if len(top1) else None
+
+
+def lost(row):
+    return f"{row['drop']:.2f} [{row.drop_low:.2f}, {row.drop_high:.2f}]"
+
+
+def steps(frame, bits):
+    """step -> rows of one network on the ladder of notebook 10, from the original's hist to ours;
+    empty where a step was not measured.
+    """
+    names = {FIRST_STEP: [f"{bits}bit hist"]}
+    for step in LADDER:
+        also = (f"ladder: {step}", ALSO.get(step))
+        names[step] = [f"W{bits}A{bits} {name}" for name in also]
+    found = {step: frame[frame.corrections.isin(name)] for step, name in names.items()}
+    ours = results.has_config(frame, config_of(f"{bits}/{bits}")) & frame.corrections.eq("")
+    found[LAST_STEP] = frame[ours]
+    return found if all(map(len, found.values())) else {}
+
+
+# ---- 03 -----------------------------------------------------------------------------------------
+
+
+def by_hand(rows):
+    eight, four = rows.setter("8/8", "histogram"), rows.setter("4/4", "histogram")
+    if eight is not None:
+        seen = "more than these images' noise"
+        if eight.drop_low <= 0:
+            seen = "which these images cannot tell from none"
+        yield f"At 8 bits the network by hand loses {lost(eight)} points, {seen}."
+    for bits in (4, 3):
+        found = {name: rows.setter(f"{bits}/{bits}", name) for name in SETTERS}
+        said = [f"{row['drop']:.2f} with {name}" for name, row in found.items() if row is not None]
+        if said:
+            yield f"At {bits} bits it loses {', '.join(said)}."
+    whole = rows.summary.bytes[rows.summary.method == "float"]
+    if four is not None and len(whole):
+        yield (f"Weights at 4 bits take {four.bytes / 1000:,.0f} kB with their scales and biases, "
+               f"in float {whole.iloc[0] / 1000:,.0f} kB.")
+
+
+def by_hand_table(rows):
+    lines = []
+    for bits in (8, 6, 4, 3):
+        found = {name: rows.setter(f"{bits}/{bits}", name) for name in SETTERS}
+        words = {name: "" if row is None else lost(row) for name, row in found.items()}
+        lines.append({"Bits of weights and activations": bits, **words})
+    return "Points lost against float, by range setter", pd.DataFrame(lines)
+
+
+# ---- 06 and 07 ----------------------------------------------------------------------------------
+
+LEARNED = ("nearest", "AdaRound", "BRECQ", "QDrop")
+
+
+def learned_rounding(rows):
+    outer = rows.methods("2/2/8", ("nearest", "QDrop"))
+    if len(outer) == 2:
+        top1 = [f"{outer[name].top1:.2f} %" for name in ("nearest", "QDrop")]
+        yield (f"At {name_of('2/2/8')} nearest rounding keeps {top1[0]} of float's "
+               f"{outer['QDrop'].fp32_top1:.2f} %, codes learned by QDrop {top1[1]}.")
+    for width in ("4/4", "3/3"):
+        found = rows.methods(width, LEARNED)
+        if len(found) > 1:
+            words = [f"{name} {row['drop']:.2f}" for name, row in found.items()]
+            yield f"Points lost at {name_of(width)}: {', '.join(words)}."
+
+
+def methods_by_width(rows):
+    found = {width: rows.methods(width) for width in ("4/4", "3/3", "2/2")}
+    found = {width: methods for width, methods in found.items() if "nearest" in methods}
+    if found:
+        words = [f"{m['nearest']['drop']:.2f} at {name_of(width)}" for width, m in found.items()]
+        yield f"Nearest rounding loses {', '.join(words)} (points)."
+        best = [(name_of(width), *next(iter(methods.items()))) for width, methods in found.items()]
+        words = [f"{lost(row)} at {width} ({name})" for width, name, row in best]
+        yield f"The method that loses least loses {', '.join(words)}."
+    unlearned = METHODS[1:5]
+    words = [(width, *next(iter(rows.methods(width, unlearned).items()), ()))
+             for width in ("4/4", "3/3")]
+    words = [f"{row['drop']:.2f} at {name_of(width)} ({name})"
+             for width, name, row in (w for w in words if len(w) == 3)]
+    if words:
+        yield f"Of those that learn nothing, the best lose {' and '.join(words)}."
+
+
+def _methods_table(rows, names, widths):
+    lines = []
+    for name in names:
+        found = {width: rows.method(width, name) for width in widths}
+        words = {name_of(w): "" if r is None else lost(r) for w, r in found.items()}
+        lines.append({"Method": name, **words})
+    return "Points lost against float", pd.DataFrame(lines)
+
+
+def learned_rounding_table(rows):
+    return _methods_table(rows, LEARNED, ("4/4", "3/3", "2/2", "2/2/8"))
+
+
+def methods_by_width_table(rows):
+    return _methods_table(rows, METHODS, ("8/8", "4/4", "3/3", "2/2", "2/2/8"))
+
+
+# ---- 08 -----------------------------------------------------------------------------------------
+
+
+def gain(rows, width, convention):
+    """Points of nearest rounding gained by a change of convention, the first seed; or None."""
+    bits = config_of(width).act_bits
+    changes = {name: bits if value == "act_bits" else value
+               for name, value in CONVENTIONS[convention].items()}
+    frame = rows.frame[rows.frame.seed.eq(0) & rows.frame.corrections.eq("")]
+    row, base = (frame[results.has_config(frame, config_of(width, **c))] for c in (changes, {}))
+    return row.top1.iloc[-1] - base.top1.iloc[-1] if len(row) and len(base) else None
+
+
+def mixed_precision(rows):
+    uniform = rows.where(width="3/8")
+    mixed = rows.summary[rows.summary.corrections.str.fullmatch(r"mixed precision, [\d.]+ kB")]
+    if uniform is not None and len(mixed):
+        mixed = mixed[mixed.bytes <= 1.001 * uniform.bytes].nsmallest(1, "drop")
+        for row in mixed.itertuples():
+            yield (f"A width for every layer loses {row.drop:.2f} points in {row.bytes / 1000:,.0f}"
+                   f" kB of weights, 3 bits everywhere {uniform['drop']:.2f} (activations 8 bits).")
+    gains = {name: [gain(rows, w, name) for w in ("4/4", "3/3")] for name in CONVENTIONS}
+    gains = {name: pair for name, pair in gains.items() if None not in pair}
+    if gains:
+        said = [f"{name} {pair[0]:+.2f} and {pair[1]:+.2f}" for name, pair in (
+            max(gains.items(), key=lambda item: item[1][1]),
+            min(gains.items(), key=lambda item: item[1][1]))]
+        yield f"Conventions alone move W4A4 and W3A3, in points: {', '.join(said)}."
+    method = "QDrop + fine-tuning, 500 iterations"
+    ours = rows.where(method, width="2/2")
+    theirs = rows.where(method, width="2/2/8", residual_bits=None)
+    if ours is not None and theirs is not None:
+        yield (f"The same W2A2 network, fine-tuned, loses {ours['drop']:.2f} points in our "
+               f"convention and {theirs['drop']:.2f} in that of most papers.")
+
+
+def mixed_precision_table(rows):
+    lines = []
+    for name in CONVENTIONS:
+        pair = {name_of(width): gain(rows, width, name) for width in ("4/4", "3/3")}
+        words = {width: "" if value is None else f"{value:+.2f}" for width, value in pair.items()}
+        lines.append({"Convention": name, **words})
+    return "Points gained against our convention, nearest rounding, one seed", pd.DataFrame(lines)
+
+
+# ---- 10 -----------------------------------------------------------------------------------------
+
+
+def original_experiment(rows):
+    summary, lines = rows.summary, tables.original()
+    hist, fake = (summary[summary.corrections.eq(f"4bit {name}")] for name in ("hist", "fake-hist"))
+    ours = rows.where(width="4/4")
+    if len(hist) and len(fake) and ours is not None:
+        theirs = lines.top1
+        yield (f"Repeated its way at 4 bits, hist keeps {hist.top1.iloc[0]:.2f} % and fake-hist "
+               f"{fake.top1.iloc[0]:.2f} % (the original, with ResNet-50: "
+               f"{theirs['4bit hist']:.2f} and {theirs['4bit fake-hist']:.2f} %); "
+               f"the right way keeps {ours.top1:.2f} % of {ours.fp32_top1:.2f} %.")
+    said = []
+    for bits in (4, 3):
+        means = {step: part.top1.mean() for step, part in steps(rows.frame, bits).items()}
+        changes = pd.Series(means, dtype=float).diff().dropna()
+        if len(changes):
+            up, down = changes.idxmax(), changes.idxmin()
+            said.append(f"at {bits} bits “{up}” gains most ({changes[up]:+.1f} points) and "
+                        f"“{down}” loses most ({changes[down]:+.1f})")
+    if said:
+        yield f"On the way from its hist to ours, {'; '.join(said)}."
+    whole = rows.frame[rows.frame.corrections.eq("4bit hist") & rows.frame.seed.eq(0)].top1
+    clipped, averaged = (rows.named([f"W4A4 {name}, BatchNorm moved"])
+                         for name in ("fake_hist_widest", "hist_averaged"))
+    if len(whole) and clipped is not None and averaged is not None:
+        yield (f"Leaving out the largest 0.01 % of every batch gives hist "
+               f"{clipped - whole.iloc[0]:+.1f} points, averaging over batches "
+               f"{averaged - whole.iloc[0]:+.1f}.")
+
+
+def original_experiment_table(rows):
+    shown = tables.original_table(rows.frame)
+    return "Top-1 in % (and points against float)", shown
+
+
+# ---- Writing ------------------------------------------------------------------------------------
+
+FINDINGS = {
+    "03_quantize_by_hand": (by_hand, by_hand_table),
+    "06_learned_rounding": (learned_rounding, learned_rounding_table),
+    "07_low_bit_methods": (methods_by_width, methods_by_width_table),
+    "08_mixed_precision": (mixed_precision, mixed_precision_table),
+    "10_original_experiment": (original_experiment, original_experiment_table),
+}
+
+
+def findings(frame):
+    """(notebook's name, "opening" or "closing") -> text, from published rows (`results.load`)."""
+    texts = {}
+    rows = Rows(frame) if len(frame) else None
+    for name, (sentences, make_table) in FINDINGS.items():
+        said = list(sentences(rows)) if rows else []
+        opening = f"**Found** ({rows}; {MEANS}). {' '.join(said)}" if said else ""
+        texts[name, "opening"] = "\n".join(textwrap.wrap(opening, COLUMNS))
+        about, table = make_table(rows) if said else ("", pd.DataFrame())
+        shown = f"**Published.** {about} ({rows}):\n\n{tables.markdown(table.astype(str))}"
+        texts[name, "closing"] = shown if len(table) else ""
+    return texts
+
+
+def with_findings(source, texts, name):
+    """A cell's source with what belongs between its marks."""
+    for place in ("opening", "closing"):
+        content = f"\n{texts[name, place]}\n".replace("\n\n\n", "\n\n")
+        marks = rf"(<!-- findings:{place} -->).*?(<!-- /findings -->)"
+        source = re.sub(marks, lambda m, c=content: m[1] + c + m[2], source, flags=re.DOTALL)
+    return source
+
+
+def update_notebooks():
+    """Write findings into the notebooks' marks; the names of the files that changed."""
+    import jupytext
+
+    texts, changed = findings(results.load(results.published_path())), []
+    for name in FINDINGS:
+        script = root() / "notebooks" / f"{name}.py"
+        if not script.is_file():
+            continue
+        notebook = jupytext.read(script)
+        for cell in notebook.cells:
+            cell.source = with_findings(cell.source, texts, name)
+        files = script, script.with_suffix(".ipynb")
+        for file, text in zip(files, notebooks.render(notebook, name)):
+            if file.read_text(encoding="utf-8") != text:
+                write_text(file, text)
+                changed.append(file.name)
+    return changed

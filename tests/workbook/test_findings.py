@@ -1,0 +1,65 @@
+"""What notebooks say they found is what the published rows say."""
+
+import re
+
+import jupytext
+import pandas as pd
+import pytest
+from conftest import CHECKOUT, read_text
+
+from quantlab.workbook import findings, results
+
+NAMES = list(findings.FINDINGS)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return findings.findings(results.load(CHECKOUT / "results" / "published.csv"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_opens_and_ends_with_what_publish_would_write(texts, name):
+    cells = jupytext.read(CHECKOUT / "notebooks" / f"{name}.py").cells
+    for cell, place in ((cells[0], "opening"), (cells[-1], "closing")):
+        assert cell.cell_type == "markdown"
+        assert cell.source.count(f"<!-- findings:{place} -->") == 1
+        written = findings.with_findings(cell.source, texts, name)
+        assert written == cell.source, "run: python -m quantlab publish"
+        assert texts[name, place]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_opening_is_three_sentences_with_numbers(texts, name):
+    opening = texts[name, "opening"].partition("). ")[2].replace("\n", " ")
+    sentences = re.split(r"(?<=\.) (?=[A-Z])", opening)
+    assert 3 <= len(sentences) <= 4
+    assert all(re.search(r"\d", sentence) for sentence in sentences)
+
+
+def test_numbers_are_the_means_of_the_published_file(texts):
+    """Computed here from the file itself, column by column."""
+    frame = pd.read_csv(CHECKOUT / "results" / "published.csv", keep_default_na=False)
+    three = frame[frame.model.eq("resnet20") & frame.method.eq("by hand")
+                  & frame.weight_bits.astype(str).str.fullmatch(r"3(\.0)?")
+                  & frame.observer.eq("minmax") & frame.weight_observer.eq("minmax")
+                  & frame.corrections.eq("")]
+    assert len(three) == 3
+    low, mean, high = (three[c].astype(float).mean() for c in ("drop_low", "drop", "drop_high"))
+    table = texts["03_quantize_by_hand", "closing"]
+    assert f"{mean:.2f} [{low:.2f}, {high:.2f}]" in table.splitlines()[-1]
+    assert f"{mean:.2f} with minmax" in texts["03_quantize_by_hand", "opening"].replace("\n", " ")
+    float_bytes = int(frame[frame.method.eq("float") & frame.model.eq("resnet20")].bytes.iloc[0])
+    assert f"{float_bytes / 1000:,.0f} kB" in texts["03_quantize_by_hand", "opening"]
+
+
+def test_new_rows_change_the_text_and_none_leave_it_empty(workbook):
+    frame = results.load(CHECKOUT / "results" / "published.csv")
+    worse = frame.assign(drop=frame["drop"] + 1, top1=frame.top1 - 1)
+    results.write(worse, results.published_path())
+    changed = findings.update_notebooks()
+    assert changed == [f"{name}{suffix}" for name in NAMES for suffix in (".py", ".ipynb")]
+    assert "13.70 with histogram" in read_text(workbook / "notebooks" / f"{NAMES[0]}.py")
+    assert findings.update_notebooks() == []
+    results.write(frame[:0], results.published_path())
+    findings.update_notebooks()
+    assert "with histogram, " not in read_text(workbook / "notebooks" / f"{NAMES[0]}.py")
