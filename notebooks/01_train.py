@@ -8,7 +8,6 @@
 
 # %% [markdown]
 # # 01 · A trained network to start from
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/01_train.ipynb)
 #
 # **Question.** What exactly is the float network that everything later is measured against?
 #
@@ -23,9 +22,13 @@ import sys
 
 # fetch the workbook
 if "google.colab" in sys.modules and not os.path.isdir("quantlab"):
-    address = "https://github.com/TimS-ml/Handwritten-Quantization"
-    fetch = f"test -d workbook || git clone --depth 1 {address} workbook"
-    subprocess.check_call(f"{fetch}; pip install -q -e workbook", shell=True)
+    address, branch = "", "main"
+    clone = ["git", "clone", "--depth", "1", "-b", branch, address, "workbook"]
+    if not os.path.isdir("workbook"):
+        subprocess.run(clone, capture_output=True)
+    if not os.path.isfile("workbook/quantlab/affine.py"):
+        sys.exit(f"{address!r} is not this workbook; python -m quantlab address URL")
+    subprocess.check_call("pip install -q -e workbook", shell=True)
     os.chdir("workbook")
     sys.path.insert(0, os.getcwd())
 

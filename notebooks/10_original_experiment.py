@@ -8,7 +8,6 @@
 
 # %% [markdown]
 # # 10 · The original experiment
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/10_original_experiment.ipynb)
 #
 # <!-- findings:opening -->
 # **Found** (resnet20, cifar10-jpeg, 10,000 test images; means over calibration seeds, paired 95 %
@@ -33,9 +32,13 @@ import sys
 
 # fetch the workbook
 if "google.colab" in sys.modules and not os.path.isdir("quantlab"):
-    address = "https://github.com/TimS-ml/Handwritten-Quantization"
-    fetch = f"test -d workbook || git clone --depth 1 {address} workbook"
-    subprocess.check_call(f"{fetch}; pip install -q -e workbook", shell=True)
+    address, branch = "", "main"
+    clone = ["git", "clone", "--depth", "1", "-b", branch, address, "workbook"]
+    if not os.path.isdir("workbook"):
+        subprocess.run(clone, capture_output=True)
+    if not os.path.isfile("workbook/quantlab/affine.py"):
+        sys.exit(f"{address!r} is not this workbook; python -m quantlab address URL")
+    subprocess.check_call("pip install -q -e workbook", shell=True)
     os.chdir("workbook")
     sys.path.insert(0, os.getcwd())
 
@@ -790,6 +793,8 @@ for row in beyond.itertuples():
         f"- Beyond the ladder, BatchNorm re-estimated at {row.bits} bits: "
         f"{row.change:+.2f} points [{row.low:+.2f}, {row.high:+.2f}]."
     )
+
+# %%
 minmax = grids.loc["minmax"] - grids.loc["minmax", "signed, twice"]
 print(
     f"- Behind the first ReLU, unsigned codes are worth "

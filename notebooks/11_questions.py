@@ -8,7 +8,6 @@
 
 # %% [markdown]
 # # 11 · Questions, answered by measuring
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/TimS-ml/Handwritten-Quantization/blob/main/notebooks/11_questions.ipynb)
 #
 # **Question.** The original README asks six questions and answers them in words. What are the answers in
 # numbers?
@@ -24,9 +23,13 @@ import sys
 
 # fetch the workbook
 if "google.colab" in sys.modules and not os.path.isdir("quantlab"):
-    address = "https://github.com/TimS-ml/Handwritten-Quantization"
-    fetch = f"test -d workbook || git clone --depth 1 {address} workbook"
-    subprocess.check_call(f"{fetch}; pip install -q -e workbook", shell=True)
+    address, branch = "", "main"
+    clone = ["git", "clone", "--depth", "1", "-b", branch, address, "workbook"]
+    if not os.path.isdir("workbook"):
+        subprocess.run(clone, capture_output=True)
+    if not os.path.isfile("workbook/quantlab/affine.py"):
+        sys.exit(f"{address!r} is not this workbook; python -m quantlab address URL")
+    subprocess.check_call("pip install -q -e workbook", shell=True)
     os.chdir("workbook")
     sys.path.insert(0, os.getcwd())
 
@@ -347,6 +350,8 @@ grids = {
     "clamped: ReLU": f"plus z_y = {z_y}; s_y = {step:.3g}",
     "de-quantized": "s_y · (code - z_y)",
 }
+
+# %%
 low, high = (step * (end - z_y) for end in ends(written))
 real = {"low": low, "high": high, "example": f"{decoded:.3f}"}
 steps.loc[len(steps)] = {"step": "de-quantized", "container": "float32", **real}

@@ -75,6 +75,7 @@ def parser():
                                                       "with a card, executing nothing in it"))
     _bench_options(add("bench", _bench, "measure speed: ratios, side by side, in one run"))
     _inspect_options(add("inspect", _inspect, "analyse a network of your own: one HTML file"))
+    _address_options(add("address", _address, "set the address of this repository, or show it"))
     add("sync", _sync, "bring .ipynb, .py, README and badges into step, without outputs")
     return top
 
@@ -147,6 +148,12 @@ def _bench_options(bench):
         help="rounds of which the median counts (default: %(default)s)")
     add("--compiled", action=argparse.BooleanOptionalAction,
         help="also with torch.compile (default: where a C++ compiler is)")
+
+
+def _address_options(address):
+    add = address.add_argument
+    add("url", nargs="?", help='such as https://github.com/NAME/REPOSITORY, or "" for none')
+    add("--branch", default="main", help="default: %(default)s")
 
 
 def _inspect_options(inspected):
@@ -321,6 +328,16 @@ def _inspect(options):
     settings = ("size", "mean", "std", "bits", "n", "weights", "unlabelled")
     given = {name: getattr(options, name) for name in settings}
     print(inspect(options.target, options.data, out, **given))
+
+
+def _address(options):
+    from quantlab.workbook.address import read_address, write_address
+
+    if options.url is not None:
+        write_address(options.url, options.branch)
+        _sync(options)
+    address, branch = read_address()
+    print(f"{address}, branch {branch}" if address else "no address is set")
 
 
 def _sync(options):

@@ -10,7 +10,6 @@ import platform
 import re
 import subprocess
 import tempfile
-import tomllib
 
 from quantlab.system.errors import UserError
 
@@ -30,12 +29,6 @@ def data_folder():
     """Where downloads and caches go: $QUANTLAB_DATA if a folder, else data/ of the workbook."""
     named = os.environ.get("QUANTLAB_DATA")
     return pathlib.Path(named) if named and pathlib.Path(named).is_dir() else root() / "data"
-
-
-def repository_url():
-    """Address for clone commands and badges, kept in pyproject.toml and nowhere else."""
-    with open(root() / "pyproject.toml", "rb") as file:
-        return tomllib.load(file)["project"]["urls"]["Repository"]
 
 
 @contextlib.contextmanager

@@ -7,10 +7,9 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import re
 
 from quantlab.system.errors import UserError, did_you_mean
-from quantlab.system.files import read_text, repository_url, root, write_text
+from quantlab.system.files import read_text, root, write_text
 
 KERNEL = {
     "kernelspec": {
@@ -192,6 +191,8 @@ def sync():
     Returns the names of the files that changed. UserError, when the others are in step, for pairs
     that are left as they are: a damaged file, or a pasted image, which a .py cannot hold.
     """
+    from quantlab.workbook.address import in_readme
+
     changed, refused = [], []
     for script in sorted((root() / "notebooks").glob("*.py")):
         try:
@@ -201,7 +202,7 @@ def sync():
     readme = root() / "README.md"
     if readme.exists():
         old = read_text(readme)
-        if (new := with_address(old)) != old:
+        if (new := in_readme(old)) != old:
             write_text(readme, new)
             changed.append(readme.name)
     if refused:
@@ -213,6 +214,8 @@ def _sync_pair(script, path):
     """Names of the files that were written of a .py and its .ipynb."""
     import jupytext
 
+    from quantlab.workbook.address import in_notebook
+
     texts = {file: read_text(file) for file in (script, path) if file.exists()}
     if path in texts:
         _check_attachments(path)
@@ -220,7 +223,7 @@ def _sync_pair(script, path):
     newer = path if is_newer else script
     notebook = jupytext.reads(texts[newer], newer.suffix[1:])
     for cell in notebook.cells:
-        cell.source = with_address(cell.source, path.stem)
+        cell.source = in_notebook(cell.source, path.stem)
     changed = []
     for file, text in zip((script, path), render(notebook, script.stem)):
         if texts.get(file) != text:
@@ -260,16 +263,3 @@ def render(notebook, stem):
     script = jupytext.writes(clean, fmt="py:percent")
     clean.metadata.pop("jupytext")
     return script, nbformat.writes(clean) + "\n"
-
-
-def with_address(text, stem=None):
-    """The text with the address from pyproject.toml in its badges and clone commands."""
-    url = repository_url()
-    slug = url.removeprefix("https://github.com/")
-    badge = r"(colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+(/blob/)"
-    text = re.sub(badge, rf"\g<1>{slug}\g<2>", text)
-    clone = r"(git clone (?:--?[\w-]+(?: \d+)? )*|address = \")https://[^\s\"]+"
-    text = re.sub(clone, rf"\g<1>{url}", text)
-    if stem is None:
-        return text
-    return re.sub(r"(/blob/main/notebooks/)\w+(\.ipynb)", rf"\g<1>{stem}\g<2>", text)

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 from conftest import CHECKOUT, read_text
 
-from quantlab.system.files import repository_url
 from quantlab.workbook import notebooks as files
 from quantlab.workbook import results, run
 
@@ -43,7 +42,6 @@ def test_source_is_in_step_and_clean(path):
 def test_the_first_cell_says_what_is_asked_and_what_it_costs(path):
     first = cells_of(path)[0].source
     assert first.startswith(f"# {path.stem[:2]} · ")
-    assert repository_url().split("github.com/")[1] in first
     assert "**Question.**" in first and "**Cost.**" in first
 
 
@@ -52,19 +50,6 @@ def test_every_notebook_with_data_has_the_common_parameters():
         if "data" in notebook.parameters:
             assert {"data", "model", "checkpoint", "seed"} <= set(notebook.parameters)
     assert {"weight_bits", "act_bits", "observer"} <= set(files.find("03").parameters)
-
-
-def test_badges_and_clone_addresses_come_from_one_place(workbook):
-    pyproject = workbook / "pyproject.toml"
-    old, fork = repository_url(), "https://github.com/somebody/fork"
-    pyproject.write_text(read_text(pyproject).replace(old, fork))
-    files.sync()
-    for path in NOTEBOOKS:
-        text = read_text(workbook / "notebooks" / path.name)
-        badge = "colab.research.google.com/github/somebody/fork/blob/main/notebooks/"
-        assert badge + path.name in text
-        assert fork in text and old.removeprefix("https://") not in text
-    assert files.sync() == []
 
 
 # ---- Running: all notebooks have run once, see `executed` ----------------------------------------
