@@ -74,7 +74,7 @@ def test_the_import_loads_no_torch_and_torchvision_is_repaired_when_it_is_import
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--help"], ["run", "--help"], ["train", "--help"], ["list"],
+    ["--help"], ["run", "--help"], ["figures", "--help"], ["train", "--help"], ["list"],
 ], ids=" ".join)
 def test_help_and_list_load_nothing_heavy(arguments):
     output, errors = python(COMMAND, *arguments)
@@ -120,6 +120,11 @@ def test_an_unknown_command_option_or_number_loads_nothing_heavy(arguments, mess
       "checkpoint/resnet20-digits.safetensors"], "is a resnet20, not a resnet50"),
     (["run", "03", "--data", "digits", "-p", "n_calibration", "5000"], "digits has 1,294 training"),
     (["run", "03", "--time-limit", "0"], "--time-limit 0: name at least 1"),
+    (["figures", "--widths", "3"], "width '3' is none of a figure; give 40 to 600 (in mm), as 89"),
+    (["figures", "99", "--formats", "tif"], "format 'tif' is unknown; use one of: pdf, svg, png"),
+    (["figures", "99"], "notebook '99' is unknown"),
+    (["tables", "headlin"], "table 'headlin' is unknown; did you mean headline?"),
+    (["tables", "--formats", "doc"], "format 'doc' is unknown; use one of: tex, csv"),
     (["train", "--data", "notebooks"], "notebooks is no image set"),
     (["data", "notebooks"], "notebooks is no image set"),
     (["bench", "collect", "--batch", "0"], "--batch 0: name at least 1"),

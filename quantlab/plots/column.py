@@ -17,7 +17,7 @@ from quantlab.system.paper import asked, check_paper
 
 SHRUNK = 0.7  # letters of 10 points become 7
 LEAST = 0.55  # inches: a panel narrower or lower shows nothing
-WIDTHS = (89, 120, 140, 160, 183, 210, 240, 270)  # mm, to name one that would do
+WIDTHS = (89, 120, 160, 183, 240)  # mm, to name one that would do
 NARROW = 0.75  # of the width that side by side they would have: below, panels are stacked
 
 

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import quantlab as ql
+from quantlab.__main__ import TABLES
 from quantlab.evaluate import Evaluation, evaluate, limited
 from quantlab.ptq import choose_weight_qparams
 from quantlab.system.errors import UserError
@@ -550,9 +551,11 @@ def test_tables_are_written_from_published_rows_and_one_without_rows_is_refused(
         tables.save_tables()
     results.published_path().parent.mkdir(exist_ok=True)
     shutil.copy(CHECKOUT / "results" / "published.csv", results.published_path())
-    paths = tables.save_tables(["original", "headline"])
-    assert [path.name for path in paths] == [
+    shutil.copy(CHECKOUT / "results" / "bench.csv", results.published_path().parent)
+    paths = tables.save_tables(["original", *TABLES])
+    assert [path.name for path in paths[:4]] == [
         "original.tex", "original.csv", "headline.tex", "headline.csv"]
+    assert len(paths) == 2 * len(TABLES) and all(path.stat().st_size for path in paths)
     frame = pd.read_csv(paths[1], dtype=str, keep_default_na=False)
     shown = tables.original_table(results.load(results.published_path()))
     assert frame.values.tolist() == shown.values.tolist() and len(frame) == 7
