@@ -5,30 +5,13 @@ No path, date or machine enters: two clones agree, and touching a file changes n
 
 import ast
 import functools
-import hashlib
-import json
 import os
 import pathlib
 import re
 
 from quantlab.images import datasets
 from quantlab.system.files import PACKAGE, read_text, root, sha256
-
-ROOMS = ("system", "images", "networks")  # that every number depends on, besides the core
-
-
-def digest(*parts):
-    """Sixteen hex digits of anything that JSON can write."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def code_hash(rooms=()):
-    """Hash of the core, of ROOMS and of `rooms`: every .py and .c in them, by its place there."""
-    files = [file for file in PACKAGE.glob("*.py") if file.name != "__main__.py"]
-    for room in {*ROOMS, *rooms}:
-        files += [*(PACKAGE / room).rglob("*.py"), *(PACKAGE / room).rglob("*.c")]
-    return digest({f.relative_to(PACKAGE).as_posix(): f.read_text("utf-8") for f in files})
+from quantlab.workbook.contents import code_hash, digest
 
 
 def run_key(notebook, parameters):

@@ -24,7 +24,7 @@ from quantlab.evaluate import paired_drop
 from quantlab.observers import observer_name
 from quantlab.system.errors import UserError, one_line
 from quantlab.system.files import atomic_path, check_regular, commit, root, write_text
-from quantlab.workbook.keys import code_hash, digest
+from quantlab.workbook.contents import code_hash, digest
 
 CONFIGURATION = [
     "dataset", "data_sha", "n_test", "model", "checkpoint_sha", "trained_on", "method",

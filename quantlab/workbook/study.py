@@ -28,7 +28,7 @@ from quantlab.system.errors import check_name
 from quantlab.system.files import root, save_tensors
 from quantlab.system.machine import device_name
 from quantlab.workbook import results
-from quantlab.workbook.keys import code_hash, digest
+from quantlab.workbook.contents import code_hash, digest
 
 PRESETS = ("auto", "smoke", "full")
 SMOKE_LIMIT = 1000  # test images of a smoke run
