@@ -48,9 +48,11 @@ def _check_state(run, place, tensors):
         if (tensors[name].shape, tensors[name].dtype) != (like.shape, like.dtype):
             raise ValueError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}")
     try:
-        torch.Generator().set_state(tensors["generator"])
+        kept = torch.Generator().set_state(tensors["generator"]).get_state()
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[0]) from None
+    if not torch.equal(kept, tensors["generator"]):
+        raise ValueError("generator is no state of a generator")
 
 
 def _read_state(path):

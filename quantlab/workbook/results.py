@@ -283,6 +283,8 @@ def typed(frame):
     for column in [*FLOATS, *INTEGERS]:
         try:
             numbers = pd.to_numeric(frame[column])
+            if column in INTEGERS and (numbers.abs() > 2**53).any():
+                raise ValueError("a whole number is larger than any that is counted")
             frame[column] = numbers.astype("Int64" if column in INTEGERS else "float64")
         except (ValueError, TypeError) as error:
             raise ValueError(f"{column}: {error}") from None
