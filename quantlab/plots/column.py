@@ -10,7 +10,7 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from quantlab.plots.style import styled
+from quantlab.plots.style import saving
 from quantlab.system.errors import UserError
 from quantlab.system.files import atomic_path, root, write_text
 from quantlab.system.paper import asked, check_paper
@@ -21,7 +21,7 @@ WIDTHS = (89, 120, 160, 183, 240)  # mm, to name one that would do
 NARROW = 0.75  # of the width that side by side they would have: below, panels are stacked
 
 
-@styled
+@saving
 def save_columns(figure, name, widths, formats):
     """Write results/figures/NAME_WIDTHmm.FORMAT for every width (mm) and format, and NAME.txt with
     the caption; UserError, in one line, where the figure cannot be as narrow.

@@ -5,9 +5,9 @@ import textwrap
 
 import matplotlib.pyplot as plt
 from matplotlib.category import StrCategoryFormatter
-from matplotlib.ticker import FixedFormatter
+from matplotlib.ticker import FixedFormatter, LogFormatter, ScalarFormatter
 
-from quantlab.plots.style import styled
+from quantlab.plots.style import saving, styled
 from quantlab.system.errors import UserError
 from quantlab.system.files import atomic_path, root
 
@@ -35,7 +35,7 @@ def facets(table, column, width, height, extra=0, **options):
     return figure, list(zip(axes, values, parts))
 
 
-@styled
+@saving
 def save(figure, name, data=None, model=None, widths=(), formats=("pdf",)):
     """Write pic/NAME_MODEL_DATA.png (200 dpi) and .svg and return the figure; names that begin with
     images_ and digits stay out of git.
@@ -65,6 +65,9 @@ def caption(figure, text):
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         if isinstance(axis.get_major_formatter(), (FixedFormatter, StrCategoryFormatter)):
             axis.get_ticklabels()  # those that are not made until they are drawn would parse $
+        elif isinstance(axis.get_major_formatter(), (LogFormatter, ScalarFormatter)):
+            for tick in [*axis.majorTicks, *axis.minorTicks]:
+                tick.label1.set_parse_math(True)  # numbers: 10² is a formula
     lines = textwrap.fill(text, int(figure.get_figwidth() * 15))
     figure.supxlabel(lines, fontsize=8, color="#555555", x=0.01, ha="left")
     return figure

@@ -18,6 +18,7 @@ STYLE = MappingProxyType({
 
 # Decorator of every function here that draws: the style while it runs, the reader's own afterwards.
 styled = plt.rc_context(STYLE)
+saving = plt.rc_context({**STYLE, "text.parse_math": True})  # ticks made then may be powers of ten
 
 
 # ---- Colours -------------------------------------------------------------------------------------

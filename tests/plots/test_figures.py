@@ -473,6 +473,14 @@ def test_a_saved_figure_is_the_same_file_twice(workbook):
     assert files[0] == files[1]
 
 
+def test_powers_of_ten_are_formulas_in_a_saved_figure_too(workbook):
+    for name in ("tradeoff", "clip_histogram"):
+        figure = plots.save(FIGURES[name](), name, widths=[183])
+        powers = [text for text in figure.findobj(mpl.text.Text) if "10^" in text.get_text()]
+        seen = [text for text in powers if text.get_visible()]
+        assert seen and all(text.get_parse_math() for text in seen)
+
+
 def test_an_empty_table_is_said_to_be_empty():
     empty = {
         plots.method_bars: methods_table(TOOLS), plots.accuracy_by_bits: bits_table(["mse"]),
