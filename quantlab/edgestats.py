@@ -143,7 +143,7 @@ def _buffer(x):
         return torch.empty_like(x)
     if not hasattr(_local, "buffer"):
         with torch.inference_mode(False):  # made in that mode, it could not be written outside it
-            _local.buffer = torch.empty(PIECE)
+            _local.buffer = torch.empty(PIECE, dtype=torch.float32)
     return _local.buffer
 
 

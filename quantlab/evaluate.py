@@ -29,37 +29,44 @@ class Evaluation:
 
 def limited(split, limit):
     """`limit` evenly spaced images of a Split, which is stored class by class; None: all."""
-    if limit is None or limit >= len(split):
+    from quantlab.system.contract import as_count
+
+    if limit is None or as_count(limit, "limit") >= len(split):
         return split
-    return split.subset(torch.linspace(0, len(split) - 1, limit).round().long())
+    steps = torch.linspace(0, len(split) - 1, as_count(limit, "limit"), dtype=torch.float32)
+    return split.subset(steps.round().long())
 
 
 def evaluate(model, split, *, batch_size=100, limit=None, on=None, verbose=False):
-    """Accuracy of `model`, a callable float32 [B, 3, H, W] -> logits [B, >= classes], on a Split.
+    """Accuracy of `model`, a callable float32 [B, 3, H, W] -> logits [B, >= classes], on a Split
+    or on batches of images and labels (a DataLoader), which have a size of their own.
 
-    limit: that many evenly spaced images only, for smoke runs. on: the device to compute on.
-    UserError where there are fewer outputs than classes, or a logit that is not finite.
+    limit: that many evenly spaced images of a Split only, for smoke runs. on: the device to compute
+    on. UserError where there are fewer outputs than classes, or a logit that is not finite.
     """
-    where = torch.device(on) if on else device()
-    split = limited(split, limit)
-    if not len(split):
-        raise UserError("there are no images to evaluate on")
+    from quantlab.system.contract import as_pairs, find_device
+
+    where = find_device(on) if on else device()
+    split = limited(split, limit) if hasattr(split, "subset") else split
+    pairs, total, classes = as_pairs(split, batch_size, limit)
     if isinstance(model, torch.nn.Module):
         model.eval().to(where)
     started = time.perf_counter()
     with torch.inference_mode(), exact_float():
-        batches = tqdm(split.batches(batch_size), "evaluate", -(-len(split) // batch_size),
-                       leave=False, disable=not verbose)
-        predictions = torch.cat([_predict(model, x.to(where), split) for x, _ in batches])
+        pairs = tqdm(pairs, "evaluate", total, leave=False, disable=not verbose)
+        found = [(_predict(model, x.to(where), y, classes), y) for x, y in pairs]
     seconds = time.perf_counter() - started
-    correct = predictions == split.labels
+    if not found:
+        raise UserError("there are no images to evaluate on")
+    predictions, labels = map(torch.cat, zip(*found))
+    correct = predictions == labels
     top1 = 100 * correct.double().mean().item()
     return Evaluation(top1, len(correct), predictions, correct, seconds, device_name(where))
 
 
-def _predict(model, images, split):
-    classes = split.num_classes or int(split.labels.max()) + 1
+def _predict(model, images, labels, classes):
     logits = model(images.contiguous(memory_format=torch.channels_last))
+    classes = classes or max(logits.shape[1], int(labels.max()) + 1)
     if logits.shape[1] < classes:
         raise UserError(
             f"the network has {logits.shape[1]} outputs but the data has {classes} classes; "

@@ -247,7 +247,7 @@ def weight_range(weight, bits, *, observer="lp", p=WEIGHT_NORM, per_channel=True
     if observer == "lp":
         factor, best = torch.ones_like(low), torch.full_like(low, math.inf)
         # 1.00, 0.95, … 0.05, then hundredths around the best
-        for steps in (torch.arange(20) * -0.05, torch.arange(-4, 5) * 0.01):
+        for steps in (torch.arange(20).float() * -0.05, torch.arange(-4, 5).float() * 0.01):
             centre = factor
             for step in steps.tolist():
                 fraction = (centre + step).clamp(0.01, 1)

@@ -29,7 +29,9 @@ def quantize(model, stats, config=QuantConfig()):
     """
     graph = folded(model)
     check_statistics(stats, graph)
-    return quantize_graph(graph, make_plan(graph), stats.edges, config)
+    qmodel = quantize_graph(graph, make_plan(graph), stats.edges, config)
+    qmodel.meta["image_shape"] = stats.image_shape
+    return qmodel
 
 
 @torch.no_grad()

@@ -20,12 +20,13 @@ import re
 import warnings
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.onnx.ops import symbolic
 
 from quantlab.observers import observer_name
 from quantlab.quantized import QuantizedNetwork, edge_name, find_node
-from quantlab.system.errors import UserError
+from quantlab.system.contract import as_count
+from quantlab.system.errors import UserError, first_line
 from quantlab.system.files import atomic_path
 
 OPSET = 18  # ONNX 1.13 of 2022: the oldest that torch.onnx.export writes
@@ -42,14 +43,20 @@ def import_onnx():
     return onnx
 
 
-def export_onnx(network, path, image_shape=(3, 32, 32), batch="dynamic"):
+def export_onnx(network, path, image_shape=None, batch="dynamic"):
     """Write a quantized network, or a folded float graph, as an ONNX file, atomically; return path.
 
-    image_shape: [C, H, W] of the float32 input; spatial sizes are fixed in the file. batch:
-    "dynamic" or a number of images. The codes of an edge are the value EDGE_codes. Raises UserError
-    for an operation that has no translation, naming it, and where a package is missing.
+    image_shape: [C, H, W] of the float32 input, fixed in the file; None: as calibrated, or 3x32x32
+    where that is not known. batch: "dynamic" or a number of images. The codes of an edge are the
+    value EDGE_codes. Raises UserError for what is no such network, for an operation that has no
+    translation, naming it, and where a package is missing.
     """
     onnx = import_onnx()
+    if not isinstance(network, fx.GraphModule):
+        raise UserError(f"export_onnx takes what quantize returned, or a folded float graph, not "
+                        f"{type(network).__name__}; quantize it first")
+    image_shape = image_shape or network.meta.get("image_shape", (3, 32, 32))
+    batch = batch if batch == "dynamic" else as_count(batch, "batch")
     program = _translate(_in_onnx_operators(network), image_shape, batch)
     model = program.model
     for node in model.graph:
@@ -73,7 +80,7 @@ def _translate(graph, image_shape, batch):
         raise UserError(
             "the network has several inputs; only networks that read one batch can be exported")
     dynamic = batch == "dynamic"
-    example = torch.zeros(2 if dynamic else batch, *image_shape)
+    example = torch.zeros(2 if dynamic else batch, *image_shape, dtype=torch.float32)
     shapes = ({0: "batch"},) if dynamic else None
     try:
         with warnings.catch_warnings(action="ignore"):  # of torch about its own pytrees
@@ -87,8 +94,8 @@ def _translate(graph, image_shape, batch):
         while error.__cause__ is not None:
             error = error.__cause__
         where = f"node {node[1]}" if node else "the network"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{where} has no ONNX export ({reason}); use another operation") from None
+        raise UserError(
+            f"{where} has no ONNX export ({first_line(error)}); use another operation") from None
     for node in program.exported_program.graph.nodes:
         if "avg_pool" in str(node.target) and len(node.args) > 6:  # torch would leave it out
             raise UserError(f"node {node.name}: divisor_override has no ONNX export; use another")

@@ -52,8 +52,8 @@ class Split:
 
     def normalize(self, images):
         """(x / 255 - mean) / std: uint8 [N, 3, H, W] -> float32 of the same shape."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
+        mean, std = (torch.tensor(v, device=images.device, dtype=torch.float32).view(1, 3, 1, 1)
+                     for v in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
     def batches(self, batch_size=256):
@@ -107,10 +107,13 @@ class Dataset:
 
     def calibration(self, n=1024, seed=0, batch_size=128):
         """Batches of `n` training images, not augmented, in the order of `seed`; for `collect`."""
-        there = len(self.train)
+        from quantlab.system.contract import as_count
+
+        there, n, batch_size = len(self.train), as_count(n, "n"), as_count(batch_size, "batch_size")
         if not 1 <= n <= there:
             raise UserError(f"n_calibration={n}: {self.name} has 1 to {there} training images")
-        order = torch.randperm(there, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(as_count(seed, "seed", 0))
+        order = torch.randperm(there, generator=generator)
         return Calibration(self.train.subset(order[:n]), batch_size)
 
     def __str__(self):

@@ -56,7 +56,8 @@ def _random_images(graph):
     kinds, generator = find_kinds(graph), torch.Generator().manual_seed(0)
     first = graph.get_submodule(next(n for n in kinds if kinds[n] == "compute").target)
     for size in SIZES if isinstance(first, nn.Conv2d) else ():
-        images = torch.randn(2, first.in_channels, size, size, generator=generator)
+        shape = 2, first.in_channels, size, size
+        images = torch.randn(shape, generator=generator, dtype=torch.float32)
         with contextlib.suppress(RuntimeError):
             graph(images)
             return images

@@ -84,7 +84,8 @@ class Masks:
             return None
         count = x.numel()
         if len(self.pool) < 2 * count:
-            drawn = torch.rand(2 * count + 2**20, generator=self.generator)
+            drawn = torch.rand(
+                2 * count + 2**20, generator=self.generator, dtype=torch.float32)
             self.pool = (drawn >= self.drop).float().to(x.device)
         start = int(torch.randint(len(self.pool) - count, (), generator=self.generator))
         flat = self.pool[start : start + count]

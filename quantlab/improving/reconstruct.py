@@ -27,6 +27,7 @@ from quantlab.improving.learned import LearnedRounding, LearnedStep, Masks, swap
 from quantlab.improving.reconstruct_state import State, load_unit, unit_tensors
 from quantlab.ptq import quantize
 from quantlab.quantized import find_node
+from quantlab.system.contract import check_function
 from quantlab.system.errors import UserError, did_you_mean
 from quantlab.system.machine import device, exact_float
 from quantlab.system.timing import take_turns
@@ -172,8 +173,10 @@ class _Task(Networks):
     def __init__(self, model, stats, images, config, learning):
         images = stack_images(images, learning.batch_size)
         self.qmodel, self.learning = quantize(model, stats, config).to(device()), learning
+        graph = folded(model)
+        check_function(model, graph, images)
         super().__init__(
-            folded(model), self.qmodel, images, learning.unit, learning.max_cache_bytes)
+            graph, self.qmodel, images, learning.unit, learning.max_cache_bytes)
 
     def load_target(self, i):
         """Advance the float network through unit i."""

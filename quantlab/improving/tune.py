@@ -24,6 +24,7 @@ from quantlab.graph import folded
 from quantlab.improving.activations import stack_images
 from quantlab.improving.learned import LearnedCodes, LearnedStep, swap, write_learned
 from quantlab.quantized import find_node
+from quantlab.system.contract import check_function
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float
 
@@ -64,6 +65,7 @@ def tune_end_to_end(model, qmodel, images, config=TuneConfig(), verbose=True):
     """
     images = stack_images(images, config.batch_size)
     tuner, heat = Tuner(model, qmodel, config), config.temperature
+    check_function(model, folded(model), images)
 
     def divergence(logits, targets):
         softened = (logits / heat).log_softmax(1)
@@ -87,7 +89,7 @@ def _soft_targets(graph, images, config):
         index = torch.randint(len(images), (config.batch_size,), generator=generator)
         mirrored = torch.zeros(len(index), dtype=torch.bool)
         if config.flip:
-            mirrored = torch.rand(len(index), generator=generator) < 0.5
+            mirrored = torch.rand(len(index), generator=generator, dtype=torch.float32) < 0.5
         batch = images[index]
         batch[mirrored] = batch[mirrored].flip(-1)
         yield batch, targets[mirrored.long(), index]
@@ -121,7 +123,7 @@ class Tuner:
         most; yields loss(logits, target) of each, float32 [] on the device.
         """
         for _, (images, target) in zip(range(self.config.iterations), batches, strict=False):
-            with exact_float():
+            with exact_float(), torch.inference_mode(False), torch.enable_grad():
                 images = images.to(device()).contiguous(memory_format=torch.channels_last)
                 value = loss(self.network(images), target.to(device()))
                 self.optimizer.zero_grad()

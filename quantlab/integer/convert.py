@@ -269,9 +269,24 @@ class Converter:
             raise self._no_form(node, "use two-dimensional pooling")
         a = self._arguments(node, kernel_size=None, stride=None, padding=0, ceil_mode=False,
                             count_include_pad=True, divisor_override=None)
+        if any(isinstance(k, fx.Node) for k in _pair(a["kernel_size"])):
+            self._check_whole(node, a)
+            return {"windows": tuple(pools.Windows(output=1) for _ in range(2))}
         windows = _windows(
             a, ceil_mode=a["ceil_mode"], count_include_pad=a["count_include_pad"])
         return {"windows": windows, "divisor": a["divisor_override"]}
+
+    def _check_whole(self, node, arguments):
+        """UserError unless a pool whose kernel is a size covers the image as it was calibrated."""
+        shape = self.qmodel.meta.get("image_shape")
+        whole = shape and arguments["padding"] == 0 and arguments["divisor_override"] is None
+        if whole:
+            run = fx.Interpreter(self.qmodel, garbage_collect_values=False)
+            run.run(torch.zeros(1, *shape, device=next(self.qmodel.parameters()).device))
+            kernel = _pair(fx.node.map_arg(arguments["kernel_size"], run.env.get))
+            whole = kernel == tuple(run.env[node.args[0]].shape[-2:])
+        if not whole:
+            raise self._no_form(node, "write its size as a number")
 
     def _adaptive(self, node):
         sizes = _pair(self._arguments(node, output_size=None)["output_size"])

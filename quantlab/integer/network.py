@@ -66,6 +66,10 @@ def _check_convertible(qmodel):
         others = f" (nor have {', '.join(floats[1:5])})" if floats[1:] else ""
         what = describe(qmodel, find_node(qmodel, floats[0]))
         raise UserError(f"{what} has no integer form here{others}; replace the operation")
+    for name, layer in qmodel.layers.items():
+        if not hasattr(layer, "weight_qparams"):
+            raise UserError(f"layer {name} has float weights (layer_weight_bits), which is "
+                            "simulation only; give it 2 to 8 bits")
     residual = [name for name, role in qmodel.plan.stores.items() if role == "residual"]
     if qmodel.config.residual_bits is None and residual:
         raise UserError(f"node {residual[0]} is stored as float (residual_bits=None), which is "

@@ -79,11 +79,11 @@ def load_model(name, checkpoint=None, num_classes=10):
     another architecture.
     """
     if checkpoint is None:
-        return build(name, num_classes).eval()
+        return build(name, num_classes).float().eval()
     from quantlab.networks.imported import check_values
 
     card = load_card(checkpoint, name)
-    model = build(name, card.num_outputs)
+    model = build(name, card.num_outputs).float()  # whatever torch's default dtype is
     try:
         state = safetensors.torch.load_file(checkpoint)
         state = {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}

@@ -27,6 +27,9 @@ from torch.utils._pytree import tree_leaves
 from quantlab.system.errors import UserError, first_line
 from quantlab.system.machine import device, exact_float
 
+RESERVED = {  # what a QuantizedNetwork has, and where its Quantizers are
+    "bias_codes", "bias_scale", "codes", "config", "layers", "of", "plan", "quantizer_nodes",
+    "quantizers", "reads", "write"}
 GATE_IMAGES = 4  # of the first batch: every module's result is kept for them
 FLOAT_NOISE = 1e-4  # of the largest value: 25 times what torchvision's deepest networks show
 
@@ -100,7 +103,19 @@ def trace_network(model):
             node.meta["call"] = node.target, calls[node.target]
             calls[node.target] += 1
     _untie(made)
+    _rename_reserved(made)
     return made
+
+
+def _rename_reserved(graph):
+    """Parts of the network called as something of a QuantizedNetwork get another path."""
+    for parts in (graph._modules, graph._parameters, graph._buffers):
+        for name in RESERVED & parts.keys():
+            parts[f"own_{name}"] = parts.pop(name)
+    for node in graph.graph.nodes:
+        if node.op in ("call_module", "get_attr") and node.target.split(".")[0] in RESERVED:
+            node.target = f"own_{node.target}"
+    graph.recompile()
 
 
 def _untraceable(model, error):
@@ -199,6 +214,52 @@ def as_images(batch):
     if batch.dim() < 2:
         raise UserError(f"{wanted}, not one of shape {list(batch.shape)}; pass images")
     return batch.detach().float()
+
+
+def as_pairs(split, batch_size, limit=None):
+    """(iterable of (images float32 [B, C, H, W], labels int64 [B]), how many, classes or None) of a
+    Split of load_data, or of batches of images and labels.
+    """
+    if not hasattr(split, "batches"):
+        return _pairs(split, limit), operator.length_hint(split), None
+    size = as_count(batch_size, "batch_size")
+    classes = split.num_classes or (int(split.labels.max()) + 1 if len(split) else 0)
+    return split.batches(size), -(-len(split) // size), classes
+
+
+def _pairs(batches, limit):
+    wanted = "evaluate takes a Split of load_data (data.test) or batches of images and labels"
+    if not hasattr(batches, "__iter__") or isinstance(batches, (torch.Tensor, np.ndarray, dict)):
+        raise UserError(f"{wanted}, not {type(batches).__name__}; pass a DataLoader")
+    if limit is not None:
+        raise UserError(f"limit={limit!r} chooses images of a Split; pass fewer batches")
+    for batch in batches:
+        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+        if not isinstance(labels, torch.Tensor) or labels.dim() != 1:
+            raise UserError(f"{wanted}, labels int64 [B]; pass a DataLoader that gives both")
+        yield as_images(batch), labels.long()
+
+
+# ---- Counts and devices --------------------------------------------------------------------------
+
+
+def as_count(n, name, least=1):
+    """`n` as an int; UserError unless it is an integer, numpy's too, of at least `least`."""
+    try:
+        found = operator.index(n)
+    except TypeError:
+        found = least - 1
+    if found < least:
+        raise UserError(f"{name}={n!r}: give an integer of at least {least}")
+    return found
+
+
+def find_device(name):
+    """The torch.device of that name; UserError where torch has none such."""
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r} is unknown; use cpu or cuda") from None
 
 
 # ---- The gate ------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 network never is another one than the model.
 """
 
+import functools
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import quantlab as ql
 from quantlab import calibration
+from quantlab.analysis.mixed import layer_errors
+from quantlab.analysis.sensitivity import edge_errors
 from quantlab.graph import folded
 
 X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -242,3 +247,155 @@ def test_a_value_that_is_not_finite_is_one_line():
     bad = X.clone()
     bad[0, 0, 0, 0] = torch.nan
     assert refusal(ql.collect, network(), [bad]).startswith("edge input_1: 1 of 3456 values")
+
+
+# ---- Every function takes the same ---------------------------------------------------------------
+
+
+@functools.cache
+def prepared():
+    model = network()
+    stats = ql.collect(model, [X])
+    return model, stats, ql.quantize(model, stats, ql.QuantConfig(4, 4))
+
+
+def every_function(batches):
+    model, stats, qmodel = prepared()
+    learning = ql.ReconstructConfig(iterations=2, batch_size=4)
+    tuning = ql.TuneConfig(iterations=2, batch_size=4)
+    return {
+        "collect": lambda: ql.collect(model, batches),
+        "correct_bias": lambda: ql.correct_bias(model, qmodel, batches),
+        "reestimate": lambda: ql.improving.reestimate_batchnorm(model, qmodel, batches),
+        "edge_errors": lambda: edge_errors(model, qmodel, batches),
+        "layer_errors": lambda: layer_errors(model, stats, batches, widths=(4,)),
+        "reconstruct": lambda: ql.reconstruct(
+            model, stats, batches, qmodel.config, learning, verbose=False),
+        "tune": lambda: ql.tune_end_to_end(model, qmodel, batches, tuning, verbose=False),
+    }
+
+
+@pytest.mark.parametrize("name", every_function(X))
+def test_every_function_takes_a_loader_and_refuses_what_is_no_batch(name):
+    every_function(DataLoader(TensorDataset(X, torch.zeros(8)), 4))[name]()
+    with torch.inference_mode():
+        every_function([X])[name]()
+    assert "not torch.uint8; scale it" in refusal(every_function([X.byte()])[name])
+
+
+def test_evaluate_takes_a_loader_of_images_and_labels():
+    model, labels = network(), torch.arange(8) % 4
+    loader = DataLoader(TensorDataset(X, labels), 3)
+    result = ql.evaluate(model, loader)
+    expected = model(X).argmax(1)
+    assert torch.equal(result.predictions, expected) and result.n == 8
+    assert result.top1 == pytest.approx(100 * (expected == labels).float().mean().item())
+    assert "pass fewer batches" in refusal(lambda: ql.evaluate(model, loader, limit=4))
+    for wrong in (X, [X], 7, [(X, None)]):
+        assert "a Split of load_data" in refusal(lambda wrong=wrong: ql.evaluate(model, wrong))
+    wide = DataLoader(TensorDataset(X, labels + 1), 8)
+    assert "4 outputs but the data has 5" in refusal(lambda: ql.evaluate(model, wide))
+    assert "device 'gpu'" in refusal(lambda: ql.evaluate(model, loader, on="gpu"))
+
+
+@pytest.mark.parametrize("options, name", [
+    (dict(n=100.0), "n=100.0"), (dict(n=None), "n=None"), (dict(n=8, seed=1.5), "seed=1.5"),
+    (dict(n=8, batch_size=0), "batch_size=0")])
+def test_counts_of_calibration_images(digits, options, name):
+    assert f"{name}: give an integer" in refusal(lambda: digits.calibration(**options))
+    assert len(list(digits.calibration(np.int64(8), batch_size=np.int32(4)))) == 2
+
+
+@pytest.mark.parametrize("options", [
+    dict(limit=-5), dict(limit=10.0), dict(batch_size=0), dict(batch_size=-1), dict(limit=0.5)])
+def test_counts_of_evaluate(resnet20, digits, options):
+    assert "give an integer of at least 1" in refusal(
+        lambda: ql.evaluate(resnet20, digits.test, **options))
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def pipeline(digits):
+    """Logits of the readme's example, after a little learning."""
+    model = ql.load_model("resnet20", ql.root() / "checkpoint" / "resnet20-digits.safetensors")
+    images = torch.cat(list(digits.calibration(32)))
+    stats, learning = ql.collect(model, [images]), ql.ReconstructConfig(
+        iterations=2, batch_size=8, unit="layer")
+    qmodel = ql.reconstruct(model, stats, images, ql.QuantConfig(3, 4), learning, verbose=False)
+    result = ql.evaluate(qmodel, digits.test, limit=50)
+    return images, qmodel(images).detach(), result.predictions, ql.to_integer(qmodel)(images)
+
+
+def test_the_default_dtype_changes_nothing(digits, float64):
+    found = pipeline(digits)
+    torch.set_default_dtype(torch.float32)
+    for value, expected in zip(found, pipeline(digits), strict=True):
+        assert value.dtype == expected.dtype and torch.equal(value, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["layers", "plan", "config", "quantizers", "codes", "reads", "write", "bias_scale"])
+def test_a_part_of_the_network_may_have_any_name(name):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            setattr(self, name, nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)))
+
+        def forward(self, x):
+            return self.get_submodule(name)(x).mean((2, 3))
+
+    model = Named().eval()
+    qmodel = ql.quantize(model, ql.collect(model, [X]))
+    assert list(qmodel.layers) == [f"{name}_0", f"{name}_2"] and qmodel.plan.floats == ()
+    assert torch.allclose(ql.to_integer(qmodel)(X), qmodel(X), atol=1e-6)
+    assert torch.allclose(qmodel(X), model(X), atol=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel, known", [
+    (lambda y: y.size()[3], True), (lambda y: y.shape[2:], True), (lambda y: y.size(2), True),
+    (lambda y: y.size(2) // 2, False)])
+def test_pools_over_the_size_of_the_image(kernel, known):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4 if known else 16, 5)
+
+        def forward(self, x):
+            y = F.relu(self.conv(x))
+            y = F.avg_pool2d(y, kernel(y))
+            return self.fc(y.view(y.size(0), -1))
+
+    model = Pooled().eval()
+    qmodel = ql.quantize(model, ql.collect(model, [X]))
+    if known:
+        assert torch.allclose(ql.to_integer(qmodel)(X), qmodel(X), atol=1e-5)
+    else:
+        assert "write its size as a number" in refusal(ql.to_integer, qmodel)
+
+
+def test_a_layer_left_float_is_simulation_only():
+    model = network()
+    config = ql.QuantConfig(layer_weight_bits={"_3": None})
+    qmodel = ql.quantize(model, ql.collect(model, [X]), config)
+    assert "layer _3 has float weights" in refusal(ql.to_integer, qmodel)
+    ql.tune_end_to_end(model, qmodel, X, ql.TuneConfig(iterations=2, batch_size=4), verbose=False)
+
+
+def test_export_takes_its_shape_from_the_calibration(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    x, fc = X[:, :1], nn.Linear(400, 3)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), fc).eval()
+    qmodel = ql.quantize(model, ql.collect(model, [x]))
+    file = onnx.load(ql.export_onnx(qmodel, tmp_path / "grey.onnx"))
+    shape = file.graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_value for d in shape[1:]] == [1, 12, 12]
+    assert "not Sequential; quantize it" in refusal(ql.export_onnx, model, tmp_path / "f.onnx")
+    for batch in (0, -1, None):
+        assert "batch=" in refusal(ql.export_onnx, qmodel, tmp_path / "f.onnx", None, batch)
