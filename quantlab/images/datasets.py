@@ -109,7 +109,7 @@ class Dataset:
         """Batches of `n` training images, not augmented, in the order of `seed`; for `collect`."""
         from quantlab.system.contract import as_count
 
-        there, n = len(self.train), as_count(n, "n", 0)
+        there, n = len(self.train), as_count(n, "n_calibration", 0)
         batch_size = as_count(batch_size, "batch_size")
         if not 1 <= n <= there:
             raise UserError(f"n_calibration={n}: {self.name} has 1 to {there} training images")

@@ -121,10 +121,16 @@ def reconstruct(model, stats, images, config=QuantConfig(), learning=Reconstruct
     (layer -> tensor like its weight), steps (quantizer -> float). Raises UserError for fewer images
     than a batch, statistics of another network, and a state file of other settings.
     """
-    task = _Task(model, stats, images, config, learning)
-    finished = State(state, task.images, config, learning, stats.graph_hash)
+    with exact_float(), torch.inference_mode(False), torch.enable_grad():
+        task = _Task(model, stats, images, config, learning)
+        finished = State(state, task.images, config, learning, stats.graph_hash)
+        return _learn_all(task, finished, verbose, callback)
+
+
+def _learn_all(task, finished, verbose, callback):
+    """The quantized network, learned unit by unit; those that are finished are restored."""
     rows = []
-    with exact_float(), tqdm(task.units, "reconstruct", unit=" units", disable=not verbose) as bar:
+    with tqdm(task.units, "reconstruct", unit=" units", disable=not verbose) as bar:
         for i, unit in enumerate(bar):
             task.load_target(i)
             if i < len(finished.rows):

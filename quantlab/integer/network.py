@@ -187,9 +187,9 @@ class IntegerRun(fx.Interpreter):
         super().__init__(network, garbage_collect_values=not keep)
         self.extra_traceback = False  # an error message stays one line
 
-    def run(self, *codes):
+    def run(self, *codes, **options):
         with turn():
-            return super().run(*codes)
+            return super().run(*codes, **options)
 
     def run_node(self, node):
         value = super().run_node(node)

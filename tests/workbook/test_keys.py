@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from conftest import CHECKOUT, make_image_folder, read_text
 
-from quantlab.workbook import keys, notebooks
+from quantlab.workbook import contents, keys, notebooks
 
 TRAINING = "import quantlab as ql\nfrom quantlab.workbook import results"
 EXECUTING = "import quantlab as ql\nimodel = ql.to_integer(qmodel)"
@@ -45,7 +45,8 @@ def make_clone(place):
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
     place = make_clone(tmp_path / "clone")
-    monkeypatch.setattr(keys, "PACKAGE", place / "quantlab")
+    for module in (keys, contents):
+        monkeypatch.setattr(module, "PACKAGE", place / "quantlab")
     monkeypatch.setenv("QUANTLAB_ROOT", str(place))
     return place
 
