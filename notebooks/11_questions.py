@@ -354,7 +354,8 @@ grids = {
 # %%
 low, high = (step * (end - z_y) for end in ends(written))
 real = {"low": low, "high": high, "example": f"{decoded:.3f}"}
-steps.loc[len(steps)] = {"step": "de-quantized", "container": "float32", **real}
+real = pd.DataFrame([{"step": "de-quantized", "container": "float32", **real}])
+steps = pd.concat([steps.astype(object), real], ignore_index=True)
 steps["grid"] = steps.step.map(grids).fillna("")
 
 # %%
