@@ -36,7 +36,7 @@ import pandas as pd
 import quantlab as ql
 from IPython.display import Image, Markdown
 from quantlab import plots
-from quantlab.workbook import allowed, results, tables
+from quantlab.workbook import allowed, figures, results, tables
 from quantlab.workbook.study import show
 
 # %% tags=["parameters"]
@@ -118,7 +118,7 @@ for model, dataset in networks:
 # networks have been measured on the same images:
 
 # %%
-show(*tables.networks_figures(counted).values())
+show(*figures.small_against_large(counted).values())
 
 # %% [markdown]
 # ## 3. Built-in int8

@@ -17,7 +17,7 @@ from quantlab.system.errors import UserError, check_name
 from quantlab.system.files import root
 from quantlab.system.paper import COLUMNS, ask_notebooks, check_paper
 from quantlab.workbook import allowed, notebooks
-from quantlab.workbook.request import check_data, requested
+from quantlab.workbook.request import TIME_LIMIT, check_data, requested
 
 TABLES = ("headline", "original", "speed", "all")
 BENCH_SECTIONS = ("collect", "fakequant", "int8", "integer", "reconstruct")
@@ -87,7 +87,7 @@ def _run_options(run):
         help="a parameter of the notebooks")
     add("--data", help=f"{', '.join(SOURCES)} or a path, for the notebooks that use data")
     add("--force", action="store_true", help="run again what is complete")
-    add("--time-limit", type=int, default=3 * 3600, metavar="SECONDS",
+    add("--time-limit", type=int, default=TIME_LIMIT, metavar="SECONDS",
         help="per notebook (default: %(default)s)")
 
 
@@ -220,7 +220,7 @@ def _figures(options):
     widths, formats = check_paper(options.widths, options.formats)
     if options.numbers:
         ask_notebooks(widths, formats)
-        options.parameters, options.force, options.time_limit = [], True, 3 * 3600
+        options.parameters, options.force, options.time_limit = [], True, TIME_LIMIT
         return _run(options)
 
     from quantlab.workbook.figures import save_figures

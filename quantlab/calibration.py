@@ -110,9 +110,9 @@ def watch(graph, names, callback, batches, verbose=False, desc="observe", first=
     callback(name, value) is called for the nodes in `names` as soon as their value exists,
     first(images) once, before anything runs.
     """
-    watcher = Watcher(graph.to(device()), names, callback)
     from quantlab.system.contract import as_batches
 
+    watcher = Watcher(graph.to(device()), names, callback)
     n_images, total = 0, operator.length_hint(batches, 0) or None
     bar = dict(desc=desc, unit=" batches", total=total, leave=False, disable=not verbose)
     with exact_float():

@@ -22,6 +22,13 @@ class Evaluation:
     seconds: float  # wall clock
     device: str  # in words
 
+    @classmethod
+    def of(cls, predictions, labels, seconds, device):
+        """From predictions and labels, int64 [n] each."""
+        correct = predictions == labels
+        top1 = 100 * correct.double().mean().item()
+        return cls(top1, len(correct), predictions, correct, seconds, device)
+
     @property
     def images_per_s(self):
         return self.n / self.seconds
@@ -59,9 +66,7 @@ def evaluate(model, split, *, batch_size=100, limit=None, on=None, verbose=False
     if not found:
         raise UserError("there are no images to evaluate on")
     predictions, labels = map(torch.cat, zip(*found))
-    correct = predictions == labels
-    top1 = 100 * correct.double().mean().item()
-    return Evaluation(top1, len(correct), predictions, correct, seconds, device_name(where))
+    return Evaluation.of(predictions, labels, seconds, device_name(where))
 
 
 def _predict(model, images, labels, classes):

@@ -17,11 +17,16 @@ import numpy as np
 import torch
 
 from quantlab.images import cifar10, imageset
-from quantlab.images.files import FETCH_COMMAND, find_data, fingerprint, is_cifar10
+from quantlab.images.files import (
+    FETCH_COMMAND,
+    HELDOUT_FRACTION,
+    find_data,
+    fingerprint,
+    is_cifar10,
+)
 from quantlab.system.errors import UserError, one_line
 from quantlab.system.files import data_folder
 
-HELDOUT_FRACTION = 0.1  # of every class
 LARGEST_SIDE = 8192  # pixels
 HELDOUT_SEED = 20210  # the same tenth for everyone
 

@@ -25,6 +25,7 @@ from quantlab.system.files import data_folder, root, write_text
 
 SOURCES = ("auto", "cifar10", "digits", "images")  # or a path
 CIFAR10_ARCHIVE, CIFAR10_FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
+HELDOUT_FRACTION = 0.1  # of every class
 FETCH_COMMAND = "python -m quantlab data cifar10"
 PARTS = ("train", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

@@ -104,8 +104,7 @@ class _Classes:
         self.path, self.seen, self.others = path, set(), {}
 
     def add(self, parts):
-        """(…, part, class, …, file) -> (part, class, file); None for what is no image of the set.
-        """
+        """(…, part, class, …, file) -> (part, class, file); None: no image of the set."""
         inside = _inside(parts)
         if inside is None:
             return None

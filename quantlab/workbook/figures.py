@@ -17,7 +17,9 @@ WIDTHS = ("8/8", "4/8", "4/4", "3/3", "2/4", "2/2", "2/2/8")
 
 def draw(frame):
     """(name, model, data set, figure) of every figure that published rows suffice for, of every
-    network: the largest first. frame: rows of `results.load`.
+    network, the largest first, then of all networks together (model "").
+
+    frame: rows of `results.load`.
     """
     frame = results.current(frame)
     networks = frame[["model", "dataset"]].drop_duplicates()
@@ -26,6 +28,8 @@ def draw(frame):
         for name, make in FIGURES.items():
             if (figure := make(rows)) is not None:
                 yield name, model, dataset, figure
+    for dataset, figure in small_against_large(frame).items():
+        yield "13_small_against_large", "", dataset, figure
 
 
 def _caption(rows, text):
@@ -115,6 +119,34 @@ def waterfall(rows):
     return ladder.waterfall(pd.concat(steps), pd.concat(seeds), _caption(rows, text))
 
 
+def networks_by_width(frame, dataset, widths=("8/8", "4/8", "4/4", "3/3")):
+    """Our plain rows of all networks on one data set, means over seeds: a frame of width (W4A8),
+    model, drop, drop_low, drop_high, seeds, n_test; widths in order, the largest network first.
+    """
+    summary = results.summarize(frame[frame.dataset == dataset])
+    summary = summary[summary.corrections.eq("")]
+    parts = [summary[results.has_config(summary, config_of(width))].assign(width=name_of(width))
+             for width in widths]
+    rows = pd.concat(parts).sort_values("model", ascending=False, kind="stable")
+    return rows[["width", "model", "drop", "drop_low", "drop_high", "seeds", "n_test"]]
+
+
+def small_against_large(frame):
+    """{data set: figure} of `networks_by_width`, where two networks or more have been measured.
+
+    frame: rows of `results.current`.
+    """
+    figures = {}
+    for dataset in frame.dataset.unique():
+        table = networks_by_width(frame, dataset)
+        if table.model.nunique() > 1:
+            seeds = f"{table.seeds.min()} to {table.seeds.max()} calibration seeds"
+            text = f"{dataset}, n = {table.n_test.max():,} test images; nearest rounding, means of "
+            text += f"{seeds}; lines: paired 95 % interval"
+            figures[dataset] = lowbit.networks_by_bits(table, text)
+    return figures
+
+
 FIGURES = {
     "03_accuracy_by_bits": accuracy_by_bits, "07_methods_by_width": methods_by_width,
     "10_seven_rows": original_rows, "10_ladder": waterfall, "11_heatmap": bits_heatmap,
@@ -134,11 +166,11 @@ def save_figures(widths, formats):
                         "python -m quantlab publish")
     for name, model, dataset, figure in draw(frame):
         plots.save(figure, name, dataset, model)
-        had = []
+        had, full = [], "_".join(filter(None, (name, model, dataset)))
         for width in widths:
             try:
-                save_columns(figure, f"{name}_{model}_{dataset}", [width], formats)
+                save_columns(figure, full, [width], formats)
                 had.append(f"{width} mm")
             except UserError as error:
                 yield f"left out: {error}"
-        yield f"{name}_{model}_{dataset}: pic, {', '.join(had)}".removesuffix(", ")
+        yield f"{full}: pic, {', '.join(had)}".removesuffix(", ")

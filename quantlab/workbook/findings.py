@@ -83,6 +83,7 @@ class Rows:
 
 
 def lost(row):
+    """A row's points lost with their interval, as text."""
     return f"{row['drop']:.2f} [{row.drop_low:.2f}, {row.drop_high:.2f}]"
 
 
@@ -104,6 +105,7 @@ def steps(frame, bits):
 
 
 def by_hand(rows):
+    """Sentences of 03."""
     eight, four = rows.setter("8/8", "histogram"), rows.setter("4/4", "histogram")
     if eight is not None:
         seen = "more than these images' noise"
@@ -122,6 +124,7 @@ def by_hand(rows):
 
 
 def by_hand_table(rows):
+    """(What it shows, the table) of 03."""
     lines = []
     for bits in (8, 6, 4, 3):
         found = {name: rows.setter(f"{bits}/{bits}", name) for name in SETTERS}
@@ -136,6 +139,7 @@ LEARNED = ("nearest", "AdaRound", "BRECQ", "QDrop")
 
 
 def learned_rounding(rows):
+    """Sentences of 06."""
     outer = rows.methods("2/2/8", ("nearest", "QDrop"))
     if len(outer) == 2:
         top1 = [f"{outer[name].top1:.2f} %" for name in ("nearest", "QDrop")]
@@ -149,6 +153,7 @@ def learned_rounding(rows):
 
 
 def methods_by_width(rows):
+    """Sentences of 07."""
     found = {width: rows.methods(width) for width in ("4/4", "3/3", "2/2")}
     found = {width: methods for width, methods in found.items() if "nearest" in methods}
     if found:
@@ -176,10 +181,12 @@ def _methods_table(rows, names, widths):
 
 
 def learned_rounding_table(rows):
+    """(What it shows, the table) of 06."""
     return _methods_table(rows, LEARNED, ("4/4", "3/3", "2/2", "2/2/8"))
 
 
 def methods_by_width_table(rows):
+    """(What it shows, the table) of 07."""
     return _methods_table(rows, METHODS, ("8/8", "4/4", "3/3", "2/2", "2/2/8"))
 
 
@@ -197,6 +204,7 @@ def gain(rows, width, convention):
 
 
 def mixed_precision(rows):
+    """Sentences of 08."""
     uniform = rows.where(width="3/8")
     mixed = rows.summary[rows.summary.corrections.str.fullmatch(r"mixed precision, [\d.]+ kB")]
     if uniform is not None and len(mixed):
@@ -220,6 +228,7 @@ def mixed_precision(rows):
 
 
 def mixed_precision_table(rows):
+    """(What it shows, the table) of 08."""
     lines = []
     for name in CONVENTIONS:
         pair = {name_of(width): gain(rows, width, name) for width in ("4/4", "3/3")}
@@ -232,6 +241,7 @@ def mixed_precision_table(rows):
 
 
 def original_experiment(rows):
+    """Sentences of 10."""
     summary, lines = rows.summary, tables.original()
     hist, fake = (summary[summary.corrections.eq(f"4bit {name}")] for name in ("hist", "fake-hist"))
     ours = rows.where(width="4/4")
@@ -261,8 +271,74 @@ def original_experiment(rows):
 
 
 def original_experiment_table(rows):
+    """(What it shows, the table) of 10."""
     shown = tables.original_table(rows.frame)
     return "Top-1 in % (and points against float)", shown
+
+
+# ---- README: the original's questions -----------------------------------------------------------
+
+UNDONE = "W4A4 ours minus this: "
+
+
+def answers(frame):
+    """The original's six questions, each with what was measured and where, of the network with most
+    published rows: a frame of strings. A question without rows is left out.
+    """
+    if not len(frame):
+        return pd.DataFrame()
+    rows = Rows(frame)
+    lines = [(question, answer, _link(place)) for question, answer, place in _answers(rows)]
+    return pd.DataFrame(lines, columns=["Its question", f"Measured on {rows}", "Where"])
+
+
+def _answers(rows):
+    """(question, answer, NOTEBOOK#ANCHOR) of each that has its rows."""
+    integer = rows.summary[rows.summary.method.eq(tables.INTEGERS)]
+    for row in integer.itertuples():
+        yield ("The dataflow of one convolution",
+               "8-bit codes, products of 16 bits, sums in int32, one fixed-point multiplier, 8-bit "
+               f"codes; the whole network in integers: {row.top1:.2f} %, float "
+               f"{row.fp32_top1:.2f} %",
+               "11_questions#2.-The-dataflow-of-one-convolution,-BatchNorm-and-ReLU")
+    ladder = steps(rows.frame, 4)
+    if ladder:
+        once, before = (ladder[step].top1.mean() for step in ("codes stored once",
+                                                              "unsigned after ReLU"))
+        yield ("How to raise accuracy: fusion and freeze",
+               f"storing codes once, behind conv-BatchNorm-ReLU: {once - before:+.2f} points at 4 "
+               "bits; multipliers computed in advance change no code",
+               "10_original_experiment#4.-The-ladder")
+    four, whole = rows.setter("4/4", "histogram"), rows.setter("4/4", "minmax")
+    tensor = rows.named([UNDONE + "one scale a channel"])
+    if four is not None and tensor is not None:
+        yield ("One layer's weights, and the trade-off", "one scale a channel instead of one a "
+               f"tensor: {four.top1 - tensor:+.2f} points at 4 bits",
+               "11_questions#4.-One-weight-tensor-to-8-bits")
+    if four is not None and whole is not None:
+        yield ("Input and output of a layer, and the error",
+               "range by least squared error instead of min-max: "
+               f"{four.top1 - whole.top1:+.2f} points at 4 bits",
+               "11_questions#5.-Input-and-output-of-one-layer,-and-which-error-is-minimised")
+    widths = {bits: rows.setter(f"{bits}/{bits}", "histogram") for bits in (8, 6, 4, 3)}
+    said = [f"{bits} bits {row.top1:.2f} %" for bits, row in widths.items() if row is not None]
+    if four is not None:
+        yield ("Six bits and lower", f"{', '.join(said)} to nearest, float {four.fp32_top1:.2f} %; "
+               "learned rounding holds further down",
+               "07_low_bit_methods#2.-Every-method-at-every-width")
+    twice = rows.named([UNDONE + "codes stored once, stream 8 bits"])
+    if four is not None and twice is not None:
+        yield ("Before and after the activation", "rounding in front of every layer and ReLU, "
+               f"stream included: {twice - four.top1:+.2f} points at 4 bits; the codes in front "
+               "decide, finer ones behind bring nothing back",
+               "11_questions#7.-Rounding-before-and-after-the-activation")
+
+
+def _link(place):
+    """NOTEBOOK#ANCHOR as a Markdown link that names the notebook's number and section."""
+    notebook, anchor = place.split("#")
+    section = anchor.split(".")[0]
+    return f"[{notebook[:2]}.{section}](notebooks/{notebook}.ipynb#{anchor})"
 
 
 # ---- Writing ------------------------------------------------------------------------------------

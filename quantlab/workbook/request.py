@@ -11,6 +11,7 @@ import os
 import pathlib
 
 from quantlab.images.files import (
+    HELDOUT_FRACTION,
     base_folder,
     find_data,
     image_files,
@@ -24,8 +25,8 @@ from quantlab.system.errors import UserError
 from quantlab.system.files import root
 from quantlab.workbook import allowed, notebooks
 
+TIME_LIMIT = 3 * 3600  # seconds a notebook
 ENOUGH = 64  # training images for every notebook: a batch of tuning, a smoke run's calibration
-HELDOUT_FRACTION = 0.1  # of every class, as in images.datasets
 TRAINING_IMAGES = {"digits": 1294, "cifar10": 45000}  # without those held out
 
 

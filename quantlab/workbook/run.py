@@ -14,9 +14,8 @@ from quantlab.system.errors import UserError
 from quantlab.system.files import atomic_path, data_folder, root, write_text
 from quantlab.workbook import notebooks, results
 from quantlab.workbook.keys import run_key
-from quantlab.workbook.request import requested
+from quantlab.workbook.request import TIME_LIMIT, requested
 
-TIME_LIMIT = 3 * 3600  # seconds a notebook
 # glibc gives every large tensor back to the system, and each new one is mapped anew, page by page;
 # with these it keeps what it has. In bytes; 2^25 is the largest threshold allowed.
 ALLOCATOR = {

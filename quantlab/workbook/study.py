@@ -111,18 +111,17 @@ class Study:
         sources = self.images.fingerprint, self.card.sha256, torch.__version__, device_name()
         key = digest(sources, len(self.test), settings)
         file = root() / "results" / "rows" / f"{key}.evaluation.safetensors"
-        if not file.is_file():
+        try:
+            with safetensors.safe_open(file, "pt") as stored:
+                predictions, about = stored.get_tensor("predictions"), stored.metadata()
+        except (OSError, safetensors.SafetensorError):  # not there, or damaged
             network = build()
             result = self.evaluate(network)
-            about = {"seconds": result.seconds, "bytes": weight_bytes(network)}
-            about = {name: str(number) for name, number in about.items()}
-            save_tensors(file, {"predictions": result.predictions}, about)
-        with safetensors.safe_open(file, "pt") as stored:
-            predictions, about = stored.get_tensor("predictions"), stored.metadata()
-        correct = predictions == self.test.labels
-        top1, seconds = 100 * correct.double().mean().item(), float(about["seconds"])
-        result = Evaluation(top1, len(correct), predictions, correct, seconds, device_name())
-        return result, int(about["bytes"])
+            about = {"seconds": str(result.seconds), "bytes": str(weight_bytes(network))}
+            predictions = result.predictions
+            save_tensors(file, {"predictions": predictions}, about)
+        seconds, size = float(about["seconds"]), int(about["bytes"])
+        return Evaluation.of(predictions, self.test.labels, seconds, device_name()), size
 
     # ---- Rows -----------------------------------------------------------------------------------
 

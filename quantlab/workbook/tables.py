@@ -8,8 +8,6 @@ import re
 
 import pandas as pd
 
-from quantlab import plots
-from quantlab.plots import lowbit
 from quantlab.system.errors import UserError
 from quantlab.system.files import PACKAGE, read_csv, read_text, root, write_text
 from quantlab.workbook import results
@@ -123,94 +121,6 @@ def _against_float(found):
     return f"{row.top1:.2f} ({-row['drop']:+.2f} [{low:+.2f}, {high:+.2f}])"
 
 
-# ---- The original's questions -------------------------------------------------------------------
-
-LADDER, UNDONE = "W4A4 ladder: ", "W4A4 ours minus this: "
-
-
-def answers(frame):
-    """Its six questions, each with what was measured and where, as a frame of strings: of the
-    network on which notebook 10 undid every repair; empty before that.
-    """
-    frame = results.current(frame)
-    undone = frame[frame.corrections.str.startswith(UNDONE)]
-    if not len(undone):
-        return pd.DataFrame()
-    model, dataset = undone.sort_values("model").iloc[0][["model", "dataset"]]
-    one = results.summarize(frame[(frame.model == model) & (frame.dataset == dataset)])
-    ours = one[results.is_default(one) & one.corrections.eq("")]
-    equal = ours[ours.weight_bits.eq(ours.act_bits)].groupby("weight_bits").top1.last()
-    plain = one[one.method.eq("by hand") & one.weight_bits.eq(4) & one.act_bits.eq(4)
-                & one.observer.eq("minmax") & one.corrections.eq("")].top1
-    step = one.groupby("corrections").top1.last()
-    whole = one.top1[one.method.eq(INTEGERS)].mean()
-    stored = step[LADDER + "codes stored once"] - step[LADDER + "unsigned after ReLU"]
-    channel = equal[4] - step[UNDONE + "one scale a channel"]
-    twice = equal[4] - step[UNDONE + "codes stored once, stream 8 bits"]
-    lines = [
-        ("The dataflow of one convolution",
-         "8-bit codes, products of 16 bits, sums in int32, one fixed-point multiplier, 8-bit codes;"
-         f" the whole network in integers: {whole:.2f} %, float {one.fp32_top1.iloc[0]:.2f} %",
-         "11_questions#2.-The-dataflow-of-one-convolution,-BatchNorm-and-ReLU"),
-        ("How to raise accuracy: fusion and freeze",
-         f"storing codes once, behind conv-BatchNorm-ReLU: {stored:+.2f} points at 4 bits; "
-         "multipliers computed in advance change no code",
-         "10_original_experiment#4.-The-ladder"),
-        ("One layer's weights, and the trade-off",
-         f"one scale a channel instead of one a tensor: {channel:+.2f} points at 4 bits",
-         "11_questions#4.-One-weight-tensor-to-8-bits"),
-        ("Input and output of a layer, and the error",
-         "range by least squared error instead of min-max: "
-         f"{equal[4] - plain.iloc[-1]:+.2f} points at 4 bits",
-         "11_questions#5.-Input-and-output-of-one-layer,-and-which-error-is-minimised"),
-        ("Six bits and lower",
-         ", ".join(f"{bits} bits {equal[bits]:.2f} %" for bits in (8, 6, 4, 3))
-         + f" to nearest, float {one.fp32_top1.iloc[0]:.2f} %; learned rounding holds further down",
-         "07_low_bit_methods#2.-Every-method-at-every-width"),
-        ("Before and after the activation",
-         f"rounding in front of every layer and ReLU, stream included: {-twice:+.2f} points at 4 "
-         "bits; the codes in front decide, finer ones behind bring nothing back",
-         "11_questions#7.-Rounding-before-and-after-the-activation"),
-    ]
-    linked = [(question, text, _link(place)) for question, text, place in lines]
-    title = f"Measured on {model}, {dataset}, n = {one.n_test.iloc[0]:,}"
-    return pd.DataFrame(linked, columns=["Its question", title, "Where"])
-
-
-def _link(place):
-    """NOTEBOOK#ANCHOR as a Markdown link that names the notebook's number and section."""
-    notebook, anchor = place.split("#")
-    section = anchor.split(".")[0]
-    return f"[{notebook[:2]}.{section}](notebooks/{notebook}.ipynb#{anchor})"
-
-
-def networks_by_width(frame, dataset, widths=((8, 8), (4, 8), (4, 4), (3, 3))):
-    """Our plain rows of all networks on one data set at some (weight_bits, act_bits), means over
-    seeds: a frame of width (W4A8), model, drop, drop_low, drop_high, seeds, n_test; widths in
-    order, the largest network first.
-    """
-    rows = results.summarize(results.current(frame[frame.dataset == dataset]))
-    rows = rows[results.is_default(rows) & rows.corrections.eq("")]
-    rows = pd.concat([rows[rows.weight_bits.eq(w) & rows.act_bits.eq(a)] for w, a in widths])
-    rows = rows.sort_values("model", ascending=False, kind="stable")
-    named = "W" + rows.weight_bits.astype(str) + "A" + rows.act_bits.astype(str)
-    columns = ["width", "model", "drop", "drop_low", "drop_high", "seeds", "n_test"]
-    return rows.assign(width=named)[columns]
-
-
-def networks_figures(frame):
-    """{data set: figure} of `networks_by_width`, where two networks or more have been measured."""
-    figures = {}
-    for dataset in frame.dataset.unique():
-        table = networks_by_width(frame, dataset)
-        if table.model.nunique() > 1:
-            seeds = f"{table.seeds.min()} to {table.seeds.max()} calibration seeds"
-            text = f"{dataset}, n = {table.n_test.max():,} test images; nearest rounding, means of "
-            text += f"{seeds}; lines: paired 95 % interval"
-            figures[dataset] = lowbit.networks_by_bits(table, text)
-    return figures
-
-
 # ---- Speed --------------------------------------------------------------------------------------
 
 
@@ -278,7 +188,7 @@ def save_tables(names=(), formats=("tex", "csv")):
     makers = {
         "headline": lambda: headline(published, brief=True),
         "original": lambda: original_table(published),
-        "speed": lambda: speed_table(pd.read_csv(bench)) if bench.is_file() else pd.DataFrame(),
+        "speed": lambda: speed_table(read_csv(bench)) if bench.is_file() else pd.DataFrame(),
         "all": lambda: headline(published),
     }
     frames = {name: makers[name]() for name in names or makers}
@@ -318,8 +228,6 @@ def publish(readme=None):
                         "run: make results DATA=PATH")
     results.write(results.newest(pd.concat([published, local])), results.published_path())
     update_readme(readme)
-    for dataset, figure in networks_figures(results.load(results.published_path())).items():
-        plots.save(figure, "13_small_against_large", dataset)
     return len(local)
 
 
@@ -337,6 +245,8 @@ def update_readme(readme=None):
 
 def readme_tables():
     """What is generated in the README, by the name of its mark: tables, and their processors."""
+    from quantlab.workbook.findings import answers  # here, as it reads what this module defines
+
     published, bench = results.load(results.published_path()), root() / "results" / "bench.csv"
     frames = {"headline": headline(published, brief=True), "answers": answers(published)}
     frames |= {f"original-{m}": original_table(published, m) for m in ("resnet50", "resnet20")}

@@ -63,3 +63,18 @@ def test_new_rows_change_the_text_and_none_leave_it_empty(workbook):
     results.write(frame[:0], results.published_path())
     findings.update_notebooks()
     assert "with histogram, " not in read_text(workbook / "notebooks" / f"{NAMES[0]}.py")
+
+
+def test_the_originals_questions_are_answered_from_the_rows_there_are():
+    frame = results.load(CHECKOUT / "results" / "published.csv")
+    table = findings.answers(frame)
+    assert len(table) == 6 and "resnet20, cifar10-jpeg, 10,000 test images" in table.columns[1]
+    told = dict(zip(table["Its question"], table.iloc[:, 1]))
+    raw = pd.read_csv(CHECKOUT / "results" / "published.csv", keep_default_na=False)
+    raw = raw[raw.model == "resnet20"]
+    once, before = (raw.top1[raw.corrections == f"W4A4 ladder: {step}"].mean()
+                    for step in ("codes stored once", "unsigned after ReLU"))
+    assert f"{once - before:+.2f} points" in told["How to raise accuracy: fusion and freeze"]
+    partly = findings.answers(frame[frame.weight_bits.isna() | frame.weight_bits.ne(4)])
+    assert 0 < len(partly) < 6, "what has no rows is left out"
+    assert not len(findings.answers(frame[:0]))

@@ -22,7 +22,7 @@ from quantlab.evaluate import Evaluation, evaluate, limited
 from quantlab.ptq import choose_weight_qparams
 from quantlab.system.errors import UserError
 from quantlab.system.timing import latency
-from quantlab.workbook import results, tables
+from quantlab.workbook import figures, results, tables
 
 
 def evaluation(correct, seconds=2.0):
@@ -482,25 +482,14 @@ def test_the_originals_table_has_every_network_beside_it_its_own_first(digits, w
     assert "| ---: | ---: |" in tables.markdown(table.reset_index())
 
 
-def test_the_originals_questions_are_answered_from_the_rows_of_one_network():
-    published = results.load(CHECKOUT / "results" / "published.csv")
-    table = tables.answers(published)
-    assert len(table) == 6 and "resnet20, cifar10-jpeg, n = 10,000" in table.columns[1]
-    one = results.summarize(results.current(published[published.model == "resnet20"]))
-    top1 = one.groupby("corrections").top1.first()
-    stored = top1["W4A4 ladder: codes stored once"] - top1["W4A4 ladder: unsigned after ReLU"]
-    assert f"{stored:+.2f} points" in table.iloc[1, 1]
-    assert not len(tables.answers(published[published.method != "ablation"]))
-
-
 def test_networks_are_compared_where_two_have_been_measured(workbook, digits):
-    frame = rows_of_two_networks(digits)
-    table = tables.networks_by_width(frame, "pets")
+    frame = results.current(rows_of_two_networks(digits))
+    table = figures.networks_by_width(frame, "pets")
     assert table.width.tolist() == ["W8A8", "W4A4", "W3A3"] * 2
     assert table.model.tolist() == ["resnet50"] * 3 + ["resnet20"] * 3
     assert table["drop"].tolist() == [1, 10, 20] * 2 and (table.drop_low < table.drop_high).all()
-    assert list(tables.networks_figures(frame)) == ["pets"]
-    assert not tables.networks_figures(frame[frame.model == "resnet20"])
+    assert list(figures.small_against_large(frame)) == ["pets"]
+    assert not figures.small_against_large(frame[frame.model == "resnet20"])
 
 
 # ---- Evaluating ---------------------------------------------------------------------------------

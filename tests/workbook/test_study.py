@@ -135,6 +135,9 @@ def test_a_run_that_is_started_again_evaluates_nothing_twice(workbook, digits, m
     monkeypatch.setenv("QUANTLAB_RUN", "another run")
     started().evaluated("float", functools.partial(build, started()))
     assert len(built) == 3
+    for kept in (workbook / "results" / "rows").iterdir():
+        kept.write_bytes(b"torn")
+    assert started().evaluated("float", lambda: started().network)[0].correct.equal(first.correct)
     baseline = started().baseline
     monkeypatch.setattr(study, "evaluate", lambda *a, **k: pytest.fail("evaluated again"))
     assert started().baseline.predictions.equal(baseline.predictions)
