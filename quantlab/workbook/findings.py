@@ -91,7 +91,8 @@ def steps(frame, bits):
     """step -> rows of one network on the ladder of notebook 10, from the original's hist to ours;
     empty where a step was not measured.
     """
-    names = {FIRST_STEP: [f"{bits}bit hist"]}
+    first = f"W{bits}A{bits} ladder: {FIRST_STEP}"  # where it is no row of the original's
+    names = {FIRST_STEP: [f"{bits}bit hist", first]}
     for step in LADDER:
         also = (f"ladder: {step}", ALSO.get(step))
         names[step] = [f"W{bits}A{bits} {name}" for name in also]

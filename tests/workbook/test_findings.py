@@ -78,3 +78,11 @@ def test_the_originals_questions_are_answered_from_the_rows_there_are():
     partly = findings.answers(frame[frame.weight_bits.isna() | frame.weight_bits.ne(4)])
     assert 0 < len(partly) < 6, "what has no rows is left out"
     assert not len(findings.answers(frame[:0]))
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_the_published_ladder_has_every_step_at_both_widths(bits):
+    frame = results.current(results.load(CHECKOUT / "results" / "published.csv"))
+    found = findings.steps(frame[frame.model == "resnet20"], bits)
+    assert list(found) == [findings.FIRST_STEP, *findings.LADDER, findings.LAST_STEP]
+    assert all(part.seed.nunique() == 3 for part in found.values()), "three seeds of each"
