@@ -7,6 +7,8 @@ import time
 import torch
 from tqdm.auto import tqdm
 
+from quantlab.inplace import written_in_place
+from quantlab.quantized import QuantizedNetwork
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, device_name, exact_float
 
@@ -58,6 +60,8 @@ def evaluate(model, split, *, batch_size=100, limit=None, on=None, verbose=False
     pairs, total, classes = as_pairs(split, batch_size, limit)
     if isinstance(model, torch.nn.Module):
         model.eval().to(where)
+    if isinstance(model, QuantizedNetwork):
+        model = written_in_place(model)
     started = time.perf_counter()
     with torch.inference_mode(), exact_float():
         pairs = tqdm(pairs, "evaluate", total, leave=False, disable=not verbose)

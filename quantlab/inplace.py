@@ -1,8 +1,10 @@
-"""In-place operations, written as what they compute; those on views are refused.
+"""In-place operations, written as what they compute; those on views are refused. And back.
 
     write_out_of_place(graph)       # a torch.fx.GraphModule, changed; part of graph.normalize
+    fast = written_in_place(graph)  # computes the same with less memory; part of evaluate
 """
 
+import copy
 import inspect
 import operator
 
@@ -10,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from quantlab.graph import CALL_KINDS, call_name, is_view, operation_name
+from quantlab.graph import CALL_KINDS, call_name, find_kinds, is_view, operation_name
+from quantlab.quantized import find_quantizer
 from quantlab.system.errors import UserError
 
 VIEWS = CALL_KINDS["rearrange"] - {"channel_shuffle", "pixel_shuffle", "clone"} | {
@@ -105,3 +108,52 @@ def _make_out_of_place(node, graph):
     if "inplace" in (names := _parameters(node.target)):
         node.args = node.args[: names.index("inplace")]
     node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+
+
+# ---- And back, where nobody can see it ----------------------------------------------------------
+
+
+def written_in_place(graph):
+    """A graph of the same modules that clamps, adds and rounds in memory that no other operation
+    reads, the same values; rounding clamps for a ReLU. The graph itself where a hook might look.
+    """
+    if any(m._forward_hooks or m._forward_pre_hooks for m in graph.modules()):
+        return graph
+    kinds, copies, fresh, relus = find_kinds(graph), {}, set(), set()  # fresh: memory of their own
+    new = fx.Graph()
+    new.output(new.graph_copy(graph.graph, copies))
+    fast = fx.GraphModule(graph, new)
+    for node in kinds:
+        quantizer = find_quantizer(graph, node)
+        if quantizer or kinds[node] in ("clamp", "add"):
+            own = [n for n in node.all_input_nodes if n in fresh and list(n.users) == [node]]
+            if own:
+                _write_in_place(copies[node], fast, quantizer, copies[own[0]])
+                relus |= {node} if operation_name(node, graph) == "relu" else set()
+            if quantizer and relus & set(own) and quantizer.qmin == quantizer.zero_point:
+                copies[node].args = copies[own[0]].args[:1]
+                new.erase_node(copies[own[0]])
+        if quantizer or kinds[node] in ("clamp", "add", "compute", "batchnorm"):
+            fresh.add(node)
+    fast.recompile()
+    return fast.eval()
+
+
+def _write_in_place(node, graph, quantizer, own):
+    if quantizer:
+        node.kwargs = {"in_place": True}
+    elif node.op == "call_module":
+        module = copy.copy(graph.get_submodule(node.target))
+        module.inplace = True
+        node.target = f"{node.target}_in_place".replace(".", "_")
+        graph.add_submodule(node.target, module)
+    elif call_name(node) in CALL_KINDS["clamp"]:
+        node.op, node.target = "call_function", getattr(F, call_name(node))
+        node.kwargs = {**node.kwargs, "inplace": True}
+    else:
+        other = next((n for n in node.args if n is not own), own)
+        node.op, node.target, node.args = "call_function", _add_to, (own, other)
+
+
+def _add_to(x, y):
+    return x.add_(y) if (x.shape, x.dtype) == (y.shape, y.dtype) else x + y

@@ -31,8 +31,8 @@ class Quantizer(nn.Module):
     def qparams(self):
         return QParams(self.scale, self.zero_point, self.qmin, self.qmax)
 
-    def forward(self, x):
-        return fake_quantize(x, self.qparams)
+    def forward(self, x, in_place=False):
+        return fake_quantize(x, self.qparams, x if in_place else None)
 
     def get_extra_state(self):
         return torch.tensor([self.qmin, self.qmax])
