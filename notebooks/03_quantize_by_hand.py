@@ -691,7 +691,7 @@ quantized = ql.quantize(network, stats, config)
 plan = quantized.plan
 roles = pd.Series(plan.stores).value_counts().to_dict()
 print(f"{len(plan.reads)} layers, {len(plan.stores)} stored values: {roles}")
-floats = ", ".join(plan.floats) or "nothing"
+floats = "; ".join(f"{node}: {why}" for node, why in plan.floats.items()) or "nothing"
 print("computed in float between two sets of codes:", floats)
 
 # %%

@@ -239,7 +239,7 @@ def original_places(graph):
     readers = [n for n in kinds if kinds[n] in ("compute", "clamp", "average")]
     reads = {node.name: node.args[0].name for node in readers}
     ours = make_plan(graph)
-    return Plan({}, reads, {}, first=ours.first, last=ours.last, floats=())
+    return Plan({}, reads, {}, first=ours.first, last=ours.last, floats={})
 
 
 # %%

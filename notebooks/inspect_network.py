@@ -124,11 +124,11 @@ show(pd.Series(facts).to_frame(""))
 
 # %%
 operations = {}
-for name in qmodel.plan.floats:
+for name, why in qmodel.plan.floats.items():
     operation = operation_name(find_node(qmodel, name), qmodel)
-    operations.setdefault(operation, []).append(name)
-rows = [(what, len(names), ", ".join(names)) for what, names in operations.items()]
-floats = pd.DataFrame(rows, columns=["operation", "times", "nodes"])
+    operations.setdefault((operation, why), []).append(name)
+rows = [(*what, len(names), ", ".join(names)) for what, names in operations.items()]
+floats = pd.DataFrame(rows, columns=["operation", "why", "times", "nodes"])
 show(floats if rows else "Nothing: every operation has an integer form.")
 
 # %% [markdown]
@@ -235,7 +235,7 @@ better = better if gain[edge] > 0.05 else "no other range gains anything"
 show(f"- Against histogram, {better}.")
 weakest = by_weight.loc[by_weight.sqnr.idxmin()]
 show(f"- The weights of {weakest.layer} keep least: {weakest.sqnr:.1f} dB.")
-show(f"- Computed in float: {', '.join(operations) or 'nothing'}.")
+show(f"- Computed in float: {', '.join(dict(operations)) or 'nothing'}.")
 
 # %% [markdown] tags=["intro"]
 # What to do about it: `QuantConfig(layer_weight_bits=…, layer_act_bits=…, observer=…)` takes these

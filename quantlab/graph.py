@@ -198,8 +198,8 @@ def _kind(node, graph, inputs):
         return "rearrange"
     if name == "getitem" and inputs[0] == "other" and isinstance(node.args[1], int):
         return "other"  # one of several results of an operation, itself a value
-    activations = all(isinstance(a, fx.Node) for a in node.args) and "constant" not in inputs
-    if found == "add" and (node.kwargs or not activations):
+    mixed = not all(isinstance(a, fx.Node) for a in node.args) or {"constant", "shape"} & {*inputs}
+    if found == "add" and (node.kwargs or mixed):
         return "other"  # only the sum of two activations is a residual add
     returns_indices = node.kwargs.get("return_indices", False)
     return "other" if returns_indices else found

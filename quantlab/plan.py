@@ -16,8 +16,8 @@ class Plan:
     stores: node -> "input", "residual" (operand or result of an add) or "activation"; stored as
     codes. reads: convolution or linear node -> the node whose value it reads, behind rearranging
     only. sources: value of `reads` -> the node of `stores` that holds its codes, where there is
-    one. first, last: the layers that no other layer precedes or follows. floats: nodes without an
-    integer form, an unfolded BatchNorm that reads a layer's unrounded result among them.
+    one. first, last: the layers that no other layer precedes or follows. floats: node without an
+    integer form -> the reason.
     """
 
     stores: dict
@@ -25,7 +25,7 @@ class Plan:
     sources: dict
     first: frozenset
     last: frozenset
-    floats: tuple
+    floats: dict
 
     @property
     def observed(self):
@@ -61,6 +61,8 @@ def make_plan(graph):
     max-pooling pass codes on; a layer that reads an add's codes may requantize them. UserError
     where there is no layer.
     """
+    from quantlab.system.forms import why_float  # here, as it is only needed with a network
+
     kinds = find_kinds(graph)
     compute = [n for n in kinds if kinds[n] == "compute"]
     if not compute:
@@ -82,7 +84,7 @@ def make_plan(graph):
             stores[node.name] = "residual" if residual else "activation"
     holders = {value.name: _holder(value, kinds).name for value in reads.values()}
     sources = {value: holder for value, holder in holders.items() if holder in stores}
-    floats = tuple(n.name for n in kinds if kinds[n] == "other" or _is_unfolded(n, kinds))
+    floats = {n.name: why for n in kinds if (why := why_float(n, kinds, graph))}
     return Plan(stores, {k: v.name for k, v in reads.items()}, sources, first, last, floats)
 
 

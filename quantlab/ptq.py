@@ -24,8 +24,8 @@ def quantize(model, stats, config=QuantConfig()):
 
     Weights are replaced by the values of their codes, biases by multiples of s_in * s_w, and a
     Quantizer stands behind every value that is stored. `qmodel.plan.floats` lists operations that
-    are computed in float between two sets of codes. UserError for the statistics of another
-    network.
+    are computed in float between two sets of codes, with the reason. UserError for the statistics
+    of another network.
     """
     graph = folded(model)
     check_statistics(stats, graph)

@@ -77,9 +77,15 @@ def _content(qmodel):
     config = dataclasses.asdict(qmodel.config)
     config["observer"] = observer_name(qmodel.config.observer)
     about = {
-        "version": VERSION, "config": config, "plan": dataclasses.asdict(qmodel.plan),
+        "version": VERSION, "config": config, "plan": _plan_fields(qmodel.plan),
         "layers": layers, "quantizers": _quantizers(qmodel), "graph": structure_hash(qmodel)}
     return tensors, json.loads(json.dumps(about, default=sorted))  # sets become lists, in one order
+
+
+def _plan_fields(plan):
+    """A plan as it stands in a file; why an operation has no integer form is known from the graph.
+    """
+    return dataclasses.asdict(plan) | {"floats": list(plan.floats)}
 
 
 def _pack_layer(qmodel, name, q):
@@ -169,7 +175,11 @@ def _build(graph, tensors, about, config):
     be saved as just these.
     """
     sets = {name: frozenset(about["plan"][name]) for name in ("first", "last")}
-    plan = Plan(**about["plan"] | sets | {"floats": tuple(about["plan"]["floats"])})
+    why = make_plan(graph).floats
+    if strange := [name for name in about["plan"]["floats"] if name not in why]:
+        raise ValueError(f"{strange[0]} is no operation without an integer form")
+    floats = {name: why[name] for name in about["plan"]["floats"]}
+    plan = Plan(**about["plan"] | sets | {"floats": floats})
     _insert_quantizers(graph, about["quantizers"])
     values = dict(tensors)
     try:
@@ -251,8 +261,8 @@ def _upgraded(path, about, graph):
     check(about.get("config"), dict, "config")
     config = dict(about["config"])
     if about["version"] == 1:
-        about = {"plan": json.loads(json.dumps(dataclasses.asdict(make_plan(graph)),
-                                               default=sorted)), **about, "version": VERSION}
+        plan = json.loads(json.dumps(_plan_fields(make_plan(graph)), default=sorted))
+        about = {"plan": plan, **about, "version": VERSION}
         config.pop("act_signed", None)  # it only chose the Quantizers, which the file holds
         for name, only in {"placement": "fused", "fold_batchnorm": None}.items():
             if config.pop(name, only) != only:

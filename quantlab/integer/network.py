@@ -61,11 +61,12 @@ def _check_convertible(qmodel):
     if not isinstance(qmodel, QuantizedNetwork):
         raise UserError(f"{type(qmodel).__name__} is not calibrated; give to_integer what "
                         "quantize(model, stats, config) returned")
-    floats = qmodel.plan.floats
-    if floats:
-        others = f" (nor have {', '.join(floats[1:5])})" if floats[1:] else ""
-        what = describe(qmodel, find_node(qmodel, floats[0]))
-        raise UserError(f"{what} has no integer form here{others}; replace the operation")
+    if floats := qmodel.plan.floats:
+        first, *others = floats
+        more = f" (nor have {', '.join(others[:4])}: see plan.floats)" if others else ""
+        what = describe(qmodel, find_node(qmodel, first))
+        raise UserError(f"{what} has no integer form here: {floats[first]}; replace the operation"
+                        f"{more}")
     for name, layer in qmodel.layers.items():
         if not hasattr(layer, "weight_qparams"):
             raise UserError(f"layer {name} has float weights (layer_weight_bits), which is "

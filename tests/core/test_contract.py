@@ -351,7 +351,7 @@ def test_a_part_of_the_network_may_have_any_name(name):
 
     model = Named().eval()
     qmodel = ql.quantize(model, ql.collect(model, [X]))
-    assert list(qmodel.layers) == [f"{name}_0", f"{name}_2"] and qmodel.plan.floats == ()
+    assert list(qmodel.layers) == [f"{name}_0", f"{name}_2"] and qmodel.plan.floats == {}
     assert torch.allclose(ql.to_integer(qmodel)(X), qmodel(X), atol=1e-6)
     assert torch.allclose(qmodel(X), model(X), atol=0.05)
 

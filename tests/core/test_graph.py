@@ -41,7 +41,7 @@ def test_an_addition_is_named_by_its_block(resnet20):
 
 def test_plan_of_the_tangle():
     plan = make_plan(folded(randomize_batchnorm(Tangle())))
-    assert plan.floats == ("hardswish",)
+    assert list(plan.floats) == ["hardswish"]
     assert plan.first == {"stem_0"} and plan.last == {"fc"}
     roles = plan.stores
     assert roles["x"] == "input" and "fc" not in roles, "the image is stored, the logits are not"
@@ -59,7 +59,7 @@ def test_plans_of_the_resnets(name, layers, adds):
     kinds = list(find_kinds(graph).values())
     counts = {kind: kinds.count(kind) for kind in ("compute", "add", "batchnorm")}
     assert counts == {"compute": layers, "add": adds, "batchnorm": 0}
-    assert plan.first == {"conv1"} and plan.last == {"fc"} and plan.floats == ()
+    assert plan.first == {"conv1"} and plan.last == {"fc"} and plan.floats == {}
     for node in graph.graph.nodes:
         if find_kinds(graph)[node] == "add":
             assert all(plan.stores[operand.name] == "residual" for operand in node.args)
@@ -182,7 +182,7 @@ def test_a_layer_of_the_callers_own_is_not_taken_for_torchs():
     model = nn.Sequential(Doubled(3, 4, 1), nn.Conv2d(4, 2, 1)).eval()
     graph = fx.GraphModule(model, Leaves().trace(model))
     plan = make_plan(folded(graph))
-    assert list(plan.reads) == ["_1"] and plan.floats == ("_0",)
+    assert list(plan.reads) == ["_1"] and list(plan.floats) == ["_0"]
 
 
 def test_deep_chains_are_planned_in_no_time():
@@ -254,4 +254,66 @@ def test_torchvision_networks_at_eight_bits(name):
     assert 10 * torch.log10(exact.square().sum() / (rounded - exact).square().sum()) > 15
     assert not [f for f in qmodel.plan.floats if "stochastic" in f]
     if name not in ("mobilenet_v3_small", "efficientnet_b0"):
-        assert qmodel.plan.floats == ()
+        assert qmodel.plan.floats == {}
+
+
+class Odd(nn.Module):
+    """A layer, an operation, and a layer behind it."""
+
+    def __init__(self, operation, first=None):
+        super().__init__()
+        self.first, self.last = first or nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2)
+        self.pool, self.operation = nn.MaxPool2d(2, return_indices=True), operation
+        self.batch = nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x):
+        return self.last(self.operation(self, self.first(x)).mean((2, 3)))
+
+
+WITHOUT_FORM = {  # an operation: what plan.floats says of it
+    "gelu": (lambda m, y: nn.functional.gelu(y), {"gelu": "only layers, adds"}),
+    "number": (lambda m, y: y + 1, {"add": "does not add two activations"}),
+    "alpha": (lambda m, y: torch.add(y, y, alpha=2), {"add": "does not add two activations"}),
+    "size": (lambda m, y: y + y.size(2), {"add": "does not add two activations"}),
+    "indices": (lambda m, y: m.pool(y)[0],
+                {"pool": "returns indices", "getitem": "of pool, which"}),
+    "pool": (lambda m, y: nn.functional.max_pool1d(y.flatten(2), 2).unsqueeze(3),
+             {"max_pool1d": "pools in two dimensions"}),
+    "average": (lambda m, y: nn.functional.avg_pool1d(y.flatten(2), 2).unsqueeze(3),
+                {"avg_pool1d": "pools in two dimensions"}),
+    "mean": (lambda m, y: torch.relu(y) - y.mean(),
+             {"mean": "name its dimensions", "sub": "only layers, adds"}),
+    "batch": (lambda m, y: m.batch(torch.relu(y)), {"batch": "depends on the batch"}),
+}
+
+
+LAYERS = {
+    "reflect": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "its padding is 'reflect'"),
+    "conv1d": (nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3), nn.Unflatten(2, (2, -1))),
+               "two dimensions"),
+    "batch": (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
+              "on the batch"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_FORM)
+def test_every_operation_without_an_integer_form_is_listed_with_its_reason(name):
+    operation, expected = WITHOUT_FORM[name]
+    found = make_plan(folded(Odd(operation).eval())).floats
+    assert found.keys() == expected.keys()
+    assert all(why in found[node] for node, why in expected.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_without_an_integer_form_are_listed_too_and_refused_with_the_reason(name):
+    first, why = LAYERS[name]
+    model = Odd(lambda m, y: nn.functional.gelu(y), first).eval()
+    stats = ql.collect(model, [torch.randn(4, 3, 8, 8)])
+    qmodel = ql.quantize(model, stats, ql.QuantConfig(observer="minmax", weight_observer="minmax"))
+    (node, reason), (other, _) = qmodel.plan.floats.items()
+    assert why in reason and other == "gelu"
+    with pytest.raises(ql.UserError, match=f"^node {node} ") as caught:
+        ql.to_integer(qmodel)
+    refused = f" has no integer form here: {reason}; replace the operation (nor have gelu: see"
+    assert refused in str(caught.value)
