@@ -46,16 +46,16 @@ def import_onnx():
 def export_onnx(network, path, image_shape=None, batch="dynamic"):
     """Write a quantized network, or a folded float graph, as an ONNX file, atomically; return path.
 
-    image_shape: [C, H, W] of the float32 input, fixed in the file; None: as calibrated, or 3x32x32
-    where that is not known. batch: "dynamic" or a number of images. The codes of an edge are the
-    value EDGE_codes. Raises UserError for what is no such network, for an operation that has no
+    image_shape: [C, H, W] of the float32 input, fixed in the file; None: as calibrated. batch:
+    "dynamic" or a number of images. The codes of an edge are the value EDGE_codes. Raises UserError
+    for what is no such network, where the images' shape is not known, for an operation that has no
     translation, naming it, and where a package is missing.
     """
     onnx = import_onnx()
     if not isinstance(network, fx.GraphModule):
         raise UserError(f"export_onnx takes what quantize returned, or a folded float graph, not "
                         f"{type(network).__name__}; quantize it first")
-    image_shape = image_shape or network.meta.get("image_shape", (3, 32, 32))
+    image_shape = _image_shape(network, image_shape)
     batch = batch if batch == "dynamic" else as_count(batch, "batch")
     program = _translate(_in_onnx_operators(network), image_shape, batch)
     model = program.model
@@ -72,6 +72,15 @@ def export_onnx(network, path, image_shape=None, batch="dynamic"):
         program.save(temporary)
         onnx.checker.check_model(temporary)
     return path
+
+
+def _image_shape(network, given):
+    if given is None and (given := network.meta.get("image_shape")) is None:
+        raise UserError("the network does not say which images it was calibrated on; "
+                        "pass image_shape=(C, H, W)")
+    if not isinstance(given, (tuple, list)) or not given:
+        raise UserError(f"image_shape={given!r}: give (C, H, W)")
+    return tuple(as_count(n, "image_shape") for n in given)
 
 
 def _translate(graph, image_shape, batch):

@@ -8,7 +8,8 @@
                LAYER.weight_zero_point  int32, only where one is not zero
                LAYER.bias          int32 codes at s_in * s_w, or float32 where it has none
                every other tensor of the network (unfolded BatchNorm, constants) as it is
-    metadata   "quantlab", JSON: version, sha256, graph, config, plan, layers, quantizers
+    metadata   "quantlab", JSON: version, sha256, graph, config, plan, layers, quantizers,
+               image_shape ([C, H, W] of the calibration images; null where they are not known)
 
 Reading executes nothing: the graph is rebuilt from the caller's own model, the file only fills it.
 """
@@ -42,7 +43,7 @@ from quantlab.system.errors import UserError, one_line
 from quantlab.system.files import check_regular, save_tensors
 from quantlab.system.schema import check
 
-VERSION = 2  # 1 had no plan: it was the one that make_plan decides
+VERSION = 3  # 1 had no plan: it was the one that make_plan decides; 2 had no image_shape
 
 # ---- Save ----------------------------------------------------------------------------------------
 
@@ -78,7 +79,8 @@ def _content(qmodel):
     config["observer"] = observer_name(qmodel.config.observer)
     about = {
         "version": VERSION, "config": config, "plan": _plan_fields(qmodel.plan),
-        "layers": layers, "quantizers": _quantizers(qmodel), "graph": structure_hash(qmodel)}
+        "layers": layers, "quantizers": _quantizers(qmodel), "graph": structure_hash(qmodel),
+        "image_shape": qmodel.meta.get("image_shape")}
     return tensors, json.loads(json.dumps(about, default=sorted))  # sets become lists, in one order
 
 
@@ -184,6 +186,8 @@ def _build(graph, tensors, about, config):
     values = dict(tensors)
     try:
         network = QuantizedNetwork.of(graph, plan, config)
+        if about["image_shape"] is not None:
+            network.meta["image_shape"] = tuple(about["image_shape"])
         config.check_layers(plan, list(network.layers))
         for name, saved in about["layers"].items():
             _unpack_layer(network, name, values, saved)
@@ -255,21 +259,23 @@ def _read(path):
 
 
 def _upgraded(path, about, graph):
-    """A description as version 2 has it; settings of version 1 that are gone are refused where they
+    """A description as version 3 has it; settings of version 1 that are gone are refused where they
     matter.
     """
     check(about.get("config"), dict, "config")
     config = dict(about["config"])
     if about["version"] == 1:
         plan = json.loads(json.dumps(_plan_fields(make_plan(graph)), default=sorted))
-        about = {"plan": plan, **about, "version": VERSION}
+        about = {"plan": plan, **about}
         config.pop("act_signed", None)  # it only chose the Quantizers, which the file holds
         for name, only in {"placement": "fused", "fold_batchnorm": None}.items():
             if config.pop(name, only) != only:
                 raise UserError(
                     f"{path} was saved with another {name} than {only!r}, which this quantlab "
                     "cannot read; quantize the network again")
-    return about | {"config": config}
+    if about["version"] < 3:
+        about = {"image_shape": None, **about}
+    return about | {"config": config, "version": VERSION}
 
 
 def _config(path, config):

@@ -10,12 +10,13 @@ import math
 import typing
 
 import torch
+from torch import nn
 
 from quantlab.affine import MAX_BITS, MIN_BITS, QParams
 from quantlab.config import QuantConfig
 from quantlab.export.bits import unpack
 from quantlab.quantized import PREFIX
-from quantlab.system.schema import Each, check
+from quantlab.system.schema import Between, Each, check
 
 SCALES = 2.0**-126, 2.0**119  # float32 that are neither rounded nor infinite once times a code
 
@@ -36,6 +37,7 @@ SCHEMA = {
     "layers": Each({"axis": (int, None), "shape": [int], **CODES}),
     "quantizers": [{"target": str, "name": str, "behind": str, "reads": str, "readers": [str],
                     "scale": float, "zero_point": int, **CODES}],
+    "image_shape": ([Between(1, 2**20, int)], None),
 }
 
 
@@ -51,6 +53,7 @@ def check_network(about, tensors, graph):
     nodes = {node.name: node for node in graph.graph.nodes}
     _check_plan(about["plan"], nodes)
     _check_quantizers(about["quantizers"], about["plan"], nodes)
+    _check_image_shape(about["image_shape"], graph)
     expected = {name: tensor for name, tensor in graph.state_dict().items()
                 if not name.startswith(PREFIX)}
     for name, saved in about["layers"].items():
@@ -76,6 +79,16 @@ def _check_plan(plan, nodes):
     strangers = [name for name in named if name not in nodes]
     if strangers or not {*plan["first"], *plan["last"]} <= plan["reads"].keys():
         raise ValueError(f"the plan names {strangers[:1] or 'other layers'}, not of the network")
+
+
+def _check_image_shape(shape, graph):
+    """A layer that reads the image has as many channels."""
+    readers = [user for node in graph.graph.nodes if node.op == "placeholder"
+               for user in node.users if user.op == "call_module"]
+    layers = [graph.get_submodule(node.target) for node in readers]
+    channels = {layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)}
+    if shape is not None and channels and (len(shape) != 3 or channels != {shape[0]}):
+        raise ValueError(f"image_shape is {shape}, and the network reads {channels} channels")
 
 
 def _check_quantizers(quantizers, plan, nodes):

@@ -127,8 +127,8 @@ def compare_codes(qmodel, path, images):
 # ---- ONNX Runtime's own quantization -------------------------------------------------------------
 
 
-def onnxruntime_float(model, image_shape=(3, 32, 32)):
-    """The folded float network in ONNX Runtime, as an OnnxModel."""
+def onnxruntime_float(model, image_shape):
+    """The folded float network in ONNX Runtime, as an OnnxModel; image_shape: (C, H, W)."""
     with tempfile.TemporaryDirectory() as folder:
         return OnnxModel(export_onnx(folded(model), f"{folder}/float.onnx", image_shape))
 

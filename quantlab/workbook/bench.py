@@ -111,7 +111,7 @@ def bench_integer(model, images, rounds, compiled):
     try:
         from quantlab.rivals.onnxruntime import onnxruntime_float, onnxruntime_int8
 
-        networks["ONNX Runtime float"] = onnxruntime_float(model)
+        networks["ONNX Runtime float"] = onnxruntime_float(model, images.shape[1:])
         networks["ONNX Runtime int8"] = onnxruntime_int8(model, [images], exact=False)
     except (ImportError, UserError) as error:
         print(f"ONNX Runtime: {error}")

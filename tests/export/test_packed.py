@@ -145,6 +145,24 @@ def test_a_file_of_version_1_loads(name, bits, logits):
     assert zero_point.any() == (name == "zero_points")
 
 
+def test_the_shape_of_the_images_comes_back_and_older_files_ask_for_it(saved, tmp_path):
+    shape = ql.load_quantized(saved, tiny()).meta["image_shape"]
+    assert shape == (3, 8, 8)
+    tensors, about = content(saved)
+    del about["image_shape"]
+    about["version"] = 2
+    about["sha256"] = packed._checksum(tensors, about)
+    safetensors.torch.save_file(tensors, saved, {"quantlab": json.dumps(about)})
+    old = ql.load_quantized(saved, tiny())
+    assert "image_shape" not in old.meta
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ql.UserError, match=r"pass image_shape=\(C, H, W\)$"):
+        ql.export_onnx(old, tmp_path / "old.onnx")
+    with pytest.raises(ql.UserError, match="image_shape='8x8': give"):
+        ql.export_onnx(old, tmp_path / "old.onnx", "8x8")
+    assert list(tmp_path.iterdir()) == [saved]
+
+
 @pytest.mark.parametrize("name, value", [("placement", "inputs"), ("fold_batchnorm", False)])
 def test_settings_of_version_1_that_are_gone_are_refused(name, value, tmp_path):
     tensors, about = content(FOLDER / "version1_signs.safetensors")
@@ -198,7 +216,7 @@ def test_every_damage_is_named(saved):
     with pytest.raises(ql.UserError, match="does not match its checksum"):
         ql.load_quantized(saved, tiny())
     edit(saved, lambda about: about.update(version=packed.VERSION + 1))
-    with pytest.raises(ql.UserError, match="has format version 3, this quantlab reads 1 to 2"):
+    with pytest.raises(ql.UserError, match="has format version 4, this quantlab reads 1 to 3"):
         ql.load_quantized(saved, tiny())
 
 
@@ -250,7 +268,12 @@ def test_a_file_loads_and_equals_or_is_refused_in_a_line(weight_symmetric, tmp_p
     lambda about, tensors: tensors["0.weight"].fill_(255),
     lambda about, tensors: tensors.update({"0.bias": torch.full((4,), 2**40)}),
     lambda about, tensors: about["config"].update(weight_norm=0),
-    lambda about, tensors: about["plan"]["stores"].update(_1="elsewhere")])
+    lambda about, tensors: about["plan"]["stores"].update(_1="elsewhere"),
+    lambda about, tensors: about["plan"].update(floats=["_0"]),
+    lambda about, tensors: about.pop("image_shape"),
+    lambda about, tensors: about.update(image_shape=[4, 8, 8]),
+    lambda about, tensors: about.update(image_shape=[3, 8, 0]),
+    lambda about, tensors: about.update(image_shape="3x8x8")])
 def test_nonsense_is_refused(saved, change):
     tensors, about = content(saved)
     change(about, tensors)
