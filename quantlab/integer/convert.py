@@ -11,6 +11,7 @@ from quantlab.graph import PASSES_CODES, call_name, find_kinds, operation_name
 from quantlab.integer import operations as ops
 from quantlab.integer import pooling as pools
 from quantlab.quantized import edge_name, find_quantizer
+from quantlab.system.contract import RESERVED
 from quantlab.system.errors import UserError
 
 CLAMPS = {"relu": (0.0, float("inf")), "relu6": (0.0, 6.0)}
@@ -169,7 +170,7 @@ class Converter:
 
     def _call(self, name, module, sources, bits):
         target = name.replace(".", "_")
-        while hasattr(self.root, target):
+        while hasattr(self.root, target) or target in RESERVED:
             target += "_"
         self.root.add_module(target, module)
         new = self.graph.create_node("call_module", target, tuple(sources), name=target)

@@ -27,9 +27,10 @@ from torch.utils._pytree import tree_leaves
 from quantlab.system.errors import UserError, first_line
 from quantlab.system.machine import device, exact_float
 
-RESERVED = {  # what a QuantizedNetwork has, and where its Quantizers are
+RESERVED = {  # what a QuantizedNetwork has, where its Quantizers are, what every GraphModule has
     "bias_codes", "bias_scale", "codes", "config", "layers", "of", "plan", "quantizer_nodes",
-    "quantizers", "reads", "write"}
+    "quantizers", "reads", "write", *(
+        {*dir(fx.GraphModule({}, fx.Graph()))} - {*dir(nn.Module())})}
 GATE_IMAGES = 4  # of the first batch: every module's result is kept for them
 FLOAT_NOISE = 1e-4  # of the largest value: 25 times what torchvision's deepest networks show
 
@@ -91,31 +92,41 @@ def trace_network(model):
     """
     made = copy_network(model)
     _freeze(made)
-    if not isinstance(made, fx.GraphModule):
+    if isinstance(made, fx.GraphModule):
+        graph = made.graph
+    else:
         _take_one_input(made)
         try:
-            made = fx.GraphModule(made, _Tracer().trace(made), type(made).__name__)
+            graph = _Tracer().trace(made)
         except Exception as error:  # whatever the model's own forward raises on a symbolic value
             raise _untraceable(model, error) from None
     calls = collections.Counter()
-    for node in made.graph.nodes:
+    for node in graph.nodes:
         if node.op == "call_module":
             node.meta["call"] = node.target, calls[node.target]
             calls[node.target] += 1
+    _rename_reserved(made, graph)
+    if not isinstance(made, fx.GraphModule):
+        made = fx.GraphModule(made, graph, type(made).__name__)
     _untie(made)
-    _rename_reserved(made)
+    made.recompile()
     return made
 
 
-def _rename_reserved(graph):
+def _rename_reserved(model, graph):
     """Parts of the network called as something of a QuantizedNetwork get another path."""
-    for parts in (graph._modules, graph._parameters, graph._buffers):
+    renamed = {}
+    for parts in (model._modules, model._parameters, model._buffers, vars(model)):
         for name in RESERVED & parts.keys():
-            parts[f"own_{name}"] = parts.pop(name)
-    for node in graph.graph.nodes:
-        if node.op in ("call_module", "get_attr") and node.target.split(".")[0] in RESERVED:
-            node.target = f"own_{node.target}"
-    graph.recompile()
+            if isinstance(parts[name], (nn.Module, torch.Tensor)):
+                renamed[name] = f"own_{name}"
+                while hasattr(model, renamed[name]):
+                    renamed[name] += "_"
+                parts[renamed[name]] = parts.pop(name)
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            first, *rest = node.target.split(".")
+            node.target = ".".join([renamed.get(first, first), *rest])
 
 
 def _untraceable(model, error):

@@ -19,6 +19,7 @@ from quantlab.analysis.sensitivity import edge_errors
 from quantlab.graph import folded
 
 X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+MINMAX = ql.QuantConfig(observer="minmax", weight_observer="minmax")  # quick to choose
 
 
 def network():
@@ -339,7 +340,8 @@ def test_the_default_dtype_changes_nothing(digits, float64):
 
 
 @pytest.mark.parametrize(
-    "name", ["layers", "plan", "config", "quantizers", "codes", "reads", "write", "bias_scale"])
+    "name", ["layers", "plan", "config", "quantizers", "codes", "reads", "write", "bias_scale",
+             "graph", "code", "meta", "recompile", "shape_env", "_graph"])
 def test_a_part_of_the_network_may_have_any_name(name):
     class Named(nn.Module):
         def __init__(self):
@@ -350,10 +352,41 @@ def test_a_part_of_the_network_may_have_any_name(name):
             return self.get_submodule(name)(x).mean((2, 3))
 
     model = Named().eval()
-    qmodel = ql.quantize(model, ql.collect(model, [X]))
+    qmodel = ql.quantize(model, ql.collect(model, [X]), MINMAX)
     assert list(qmodel.layers) == [f"{name}_0", f"{name}_2"] and qmodel.plan.floats == {}
     assert torch.allclose(ql.to_integer(qmodel)(X), qmodel(X), atol=1e-6)
     assert torch.allclose(qmodel(X), model(X), atol=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["graph", "meta"])
+def test_a_layer_a_weight_and_a_tensor_may_have_any_name(name, tmp_path):
+    class Named(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            value = torch.rand(4, 1, 1)
+            setattr(self, name, {"layer": nn.Conv2d(3, 4, 3), "tensor": value,
+                                 "parameter": nn.Parameter(value)}[kind])
+            self.own_code = self.first = nn.Conv2d(3, 4, 3)
+            self.kind = kind
+
+        def forward(self, x):
+            if self.kind == "layer":
+                return F.relu(getattr(self, name)(x) + self.own_code(x)).mean((2, 3))
+            return self.first(x) * getattr(self, name)
+
+    for kind in ("layer", "tensor", "parameter"):
+        model = Named(kind).eval()
+        assert torch.allclose(folded(model)(X), model(X), atol=1e-5)
+        qmodel = ql.quantize(model, ql.collect(model, [X]), MINMAX)
+        assert torch.allclose(qmodel(X), model(X), atol=0.1)
+        assert list(qmodel.layers)[0] == (name if kind == "layer" else "own_code")
+        ql.save_quantized(qmodel, tmp_path / "named.safetensors")
+        again = ql.load_quantized(tmp_path / "named.safetensors", Named(kind))
+        assert torch.equal(again(X), qmodel(X))
+        if kind == "layer":
+            assert torch.allclose(ql.to_integer(again)(X), qmodel(X), atol=1e-6)
+            ql.correct_bias(model, qmodel, X)
 
 
 @torch.no_grad()

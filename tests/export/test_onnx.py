@@ -143,7 +143,8 @@ def test_pools_of_any_window(file):
 def exported(resnet20, stats, tmp_path_factory):
     """(ResNet-20 at W8A8, its file)."""
     qmodel = quantized(resnet20, stats, "8/8")
-    return qmodel, ql.export_onnx(qmodel, tmp_path_factory.mktemp("onnx") / "resnet20.onnx")
+    file = tmp_path_factory.mktemp("onnx") / "resnet20.onnx"
+    return qmodel, ql.export_onnx(qmodel, file, (3, 32, 32))
 
 
 def assert_same_codes(qmodel, file, x, ties=1e-5, except_for="no edge"):
@@ -284,7 +285,7 @@ def test_torchvision_networks(name, file):
 ], ids=["no translation", "divisor, module", "divisor, function", "wrong shapes"])
 def test_what_has_no_export_is_named_and_nothing_is_written(function, message, file, tmp_path):
     with pytest.raises(ql.UserError, match=message) as error:
-        ql.export_onnx(folded(nn.Sequential(Call(function), nn.Flatten())), file)
+        ql.export_onnx(folded(nn.Sequential(Call(function), nn.Flatten())), file, (3, 32, 32))
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
