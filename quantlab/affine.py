@@ -12,7 +12,7 @@ import dataclasses
 
 import torch
 
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, checked
 
 MIN_BITS, MAX_BITS = 2, 8
 MIN_SCALE = 2.0**-60  # so that s_in * s_w, the scale of a bias, is still a normal float32
@@ -31,6 +31,13 @@ class QParams:
     qmin: int
     qmax: int
     axis: int | None = None
+
+    def __post_init__(self):
+        tensors = {isinstance(v, torch.Tensor) for v in (self.scale, self.zero_point)}
+        whole = {type(n) for n in (self.qmin, self.qmax, 0 if self.axis is None else self.axis)}
+        if tensors != {True} or whole != {int} or self.qmin >= self.qmax:
+            raise UserError("QParams has tensors scale and zero_point, integers qmin < qmax and an "
+                            "integer axis or None; choose_qparams makes one")
 
     @property
     def bits(self):
@@ -64,6 +71,7 @@ def code_range(bits, symmetric, signed):
     return 0, 2**bits - 1
 
 
+@checked
 def choose_qparams(low, high, bits, *, symmetric=False, signed=True, axis=None):
     """QParams that cover [low, high], widened to include zero.
 
@@ -92,18 +100,21 @@ def choose_qparams(low, high, bits, *, symmetric=False, signed=True, axis=None):
     return QParams(scale.float(), zero_point.int(), qmin, qmax, axis)
 
 
+@checked
 def quantize_tensor(x, q):
     """float32 tensor -> int32 codes of the same shape."""
     scale, zero_point = q.broadcast(x.dim())
     return (torch.round(x * (1.0 / scale)) + zero_point).clamp(q.qmin, q.qmax).int()
 
 
+@checked
 def dequantize(codes, q):
     """int32 codes -> float32 tensor of the same shape: scale * (code - zero_point)."""
     scale, zero_point = q.broadcast(codes.dim())
     return scale * (codes - zero_point)
 
 
+@checked
 def fake_quantize(x, q, out=None):
     """dequantize(quantize_tensor(x)) in four passes over memory; float32, same shape, a new tensor.
 

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import hashlib
 import operator
 
 import torch
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import folded
 from quantlab.plan import make_plan
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, checked
 from quantlab.system.machine import device, exact_float
 
 
@@ -22,13 +21,17 @@ from quantlab.system.machine import device, exact_float
 class CalibrationStats:
     """What one pass saw of one graph: node name -> EdgeStats; `+` joins two passes.
 
-    image_shape: (C, H, W) of the first batch.
+    images: the first few, float32 [B, C, H, W].
     """
 
     edges: dict
     graph_hash: str
     n_images: int
-    image_shape: tuple
+    images: torch.Tensor
+
+    @property
+    def image_shape(self):
+        return tuple(self.images.shape[1:])
 
     def __add__(self, other):
         if self.graph_hash != other.graph_hash:
@@ -40,24 +43,7 @@ class CalibrationStats:
         return dataclasses.replace(self, edges=edges, n_images=self.n_images + other.n_images)
 
 
-def graph_hash(graph):
-    """sha256 of a graph's operations and of every tensor in it."""
-    digest = hashlib.sha256(f"{graph.graph}".encode())
-    for name, tensor in sorted(graph.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
-def check_statistics(stats, graph):
-    """UserError unless the statistics were collected on this folded float graph."""
-    if stats.graph_hash != graph_hash(graph):
-        raise UserError(
-            "these statistics were collected on another network; "
-            "run collect(model, batches) on this one"
-        )
-
-
+@checked
 def collect(model, batches, verbose=False):
     """Run the folded float network over `batches` (float [B, C, H, W] each), count every value.
 
@@ -66,18 +52,18 @@ def collect(model, batches, verbose=False):
     that does not compute what `model` does, for an empty calibration set, and for values that are
     not finite, naming the edge.
     """
-    from quantlab.system.contract import check_function
+    from quantlab.system.contract import GATE_IMAGES, check_function, graph_hash
 
-    graph, shapes = folded(model), []
+    graph, seen = folded(model), []
     digest = graph_hash(graph)
 
     def check(images):
-        shapes.append(tuple(images.shape[1:]))
+        seen.append(images[:GATE_IMAGES].cpu().clone())
         check_function(model, graph, images)
 
     names = make_plan(graph).observed
     edges, n_images = collect_edges(graph, names, batches, verbose, check)
-    return CalibrationStats(edges, digest, n_images, shapes[0])
+    return CalibrationStats(edges, digest, n_images, seen[0])
 
 
 def collect_edges(graph, names, batches, verbose=False, first=None):

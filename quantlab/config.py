@@ -38,13 +38,12 @@ class QuantConfig:
     layer_act_bits: dict | None = None
 
     def __post_init__(self):
-        for name in ("weight_bits", "act_bits", "first_last_bits", "residual_bits", "input_bits"):
-            if getattr(self, name) is not None or name in ("weight_bits", "act_bits"):
-                check_bits(getattr(self, name), name)
-        for name in ("layer_weight_bits", "layer_act_bits"):
-            for layer, bits in (getattr(self, name) or {}).items():
-                if bits is not None:
-                    check_bits(bits, f"{name}[{layer!r}]")
+        if any(getattr(self, f.name) is not f.default for f in dataclasses.fields(self)):
+            from quantlab.system.arguments import check_settings  # here, as defaults need none
+
+            check_settings(self, check_bits)
+        if not self.weight_norm:
+            raise UserError("weight_norm=0: give a positive number")
         observers.find_observer(self.observer)
         observers.check_weight_observer(self.weight_observer)
 

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from quantlab.inplace import written_in_place
 from quantlab.quantized import QuantizedNetwork
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, checked
 from quantlab.system.machine import device, device_name, exact_float
 
 
@@ -36,16 +36,16 @@ class Evaluation:
         return self.n / self.seconds
 
 
+@checked
 def limited(split, limit):
     """`limit` evenly spaced images of a Split, which is stored class by class; None: all."""
-    from quantlab.system.contract import as_count
-
-    if limit is None or as_count(limit, "limit") >= len(split):
+    if limit is None or limit >= len(split):
         return split
-    steps = torch.linspace(0, len(split) - 1, as_count(limit, "limit"), dtype=torch.float32)
+    steps = torch.linspace(0, len(split) - 1, limit, dtype=torch.float32)
     return split.subset(steps.round().long())
 
 
+@checked
 def evaluate(model, split, *, batch_size=100, limit=None, on=None, verbose=False):
     """Accuracy of `model`, a callable float32 [B, 3, H, W] -> logits [B, >= classes], on a Split
     or on batches of images and labels (a DataLoader), which have a size of their own.
@@ -53,9 +53,9 @@ def evaluate(model, split, *, batch_size=100, limit=None, on=None, verbose=False
     limit: that many evenly spaced images of a Split only, for smoke runs. on: the device to compute
     on. UserError where there are fewer outputs than classes, or a logit that is not finite.
     """
-    from quantlab.system.contract import as_pairs, find_device
+    from quantlab.system.contract import as_pairs
 
-    where = find_device(on) if on else device()
+    where = device() if on is None else torch.device(on)
     split = limited(split, limit) if hasattr(split, "subset") else split
     pairs, total, classes = as_pairs(split, batch_size, limit)
     if isinstance(model, torch.nn.Module):
@@ -87,6 +87,7 @@ def _predict(model, images, labels, classes):
     return logits[:, :classes].argmax(1).cpu()
 
 
+@checked
 def paired_drop(correct_a, correct_b):
     """(drop, low, high): accuracy of a less that of b on the same images, points, 95 % interval.
 

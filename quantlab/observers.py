@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.special import xlogy
 
 from quantlab.affine import choose_qparams, fake_quantize
-from quantlab.system.errors import UserError, did_you_mean
+from quantlab.system.errors import UserError, check_name
 
 # ---- From order statistics -----------------------------------------------------------------------
 
@@ -207,11 +207,7 @@ def find_observer(observer):
     """The range setter of that name, or the callable itself; UserError with the names there are."""
     if callable(observer):
         return observer
-    if observer not in OBSERVERS:
-        hint = did_you_mean(observer, OBSERVERS)
-        raise UserError(
-            f"observer {observer!r} is unknown{hint}; use one of {', '.join(OBSERVERS)}, "
-            "or a function (stats, bits, symmetric)")
+    check_name("observer", observer, [*OBSERVERS, "or a function (stats, bits, symmetric)"])
     return OBSERVERS[observer]
 
 

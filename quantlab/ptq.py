@@ -11,13 +11,14 @@ import torch
 
 from quantlab import observers
 from quantlab.affine import MIN_SCALE, choose_qparams, fake_quantize
-from quantlab.calibration import check_statistics
 from quantlab.config import QuantConfig
 from quantlab.graph import find_kinds, folded
 from quantlab.plan import make_plan
 from quantlab.quantized import QuantizedNetwork, add_quantizer, find_node, round_bias
+from quantlab.system.errors import checked
 
 
+@checked
 def quantize(model, stats, config=QuantConfig()):
     """A copy of `model` that rounds where `config` says: a QuantizedNetwork on float32 [B, C, H,
     W].
@@ -27,8 +28,10 @@ def quantize(model, stats, config=QuantConfig()):
     are computed in float between two sets of codes, with the reason. UserError for the statistics
     of another network.
     """
+    from quantlab.system.contract import check_statistics
+
     graph = folded(model)
-    check_statistics(stats, graph)
+    check_statistics(stats, model, graph)
     qmodel = quantize_graph(graph, make_plan(graph), stats.edges, config)
     qmodel.meta["image_shape"] = stats.image_shape
     return qmodel

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from quantlab.affine import QParams, dequantize, fake_quantize, quantize_tensor
 from quantlab.graph import PASSES_CODES, find_kinds
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, checked
 
 BIAS_CODES = 2.0**30  # of them, so that an int32 accumulator has room for the products
 PREFIX = "quantizers."  # of the module paths of Quantizers: quantizers.EDGE
@@ -202,6 +202,7 @@ class QuantizedNetwork(fx.GraphModule):
         module.weight_qparams = q
 
 
+@checked
 def weight_bytes(network):
     """Bytes of a network as stored: packed codes, float32 scales, int32 biases, float32 for the
     rest.

@@ -19,14 +19,13 @@ from torch.fx.passes.shape_prop import ShapeProp
 from tqdm.auto import tqdm
 
 from quantlab.affine import check_bits, fake_quantize
-from quantlab.calibration import check_statistics
 from quantlab.config import QuantConfig
 from quantlab.evaluate import evaluate, paired_drop
 from quantlab.graph import folded
 from quantlab.plan import make_plan
 from quantlab.ptq import choose_edge_qparams, choose_weight_qparams, layers, quantize
 from quantlab.quantized import find_node
-from quantlab.system.contract import as_batches, as_images, check_function
+from quantlab.system.contract import as_batches, as_images, check_function, check_statistics
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float
 
@@ -51,7 +50,7 @@ def layer_errors(model, stats, batches, widths=WIDTHS, config=QuantConfig(), ver
     for bits in widths:
         check_bits(bits, "widths")
     graph = folded(model)
-    check_statistics(stats, graph)
+    check_statistics(stats, model, graph)
     graph.to(device())
     cases, check = _cases(graph, stats, widths, config), partial(check_function, model, graph)
     totals, seen = np.zeros(len(cases)), 0

@@ -25,8 +25,8 @@ from torch.onnx.ops import symbolic
 
 from quantlab.observers import observer_name
 from quantlab.quantized import QuantizedNetwork, edge_name, find_node
-from quantlab.system.contract import as_count
-from quantlab.system.errors import UserError, first_line
+from quantlab.system.arguments import as_count
+from quantlab.system.errors import UserError, checked, first_line
 from quantlab.system.files import atomic_path
 
 OPSET = 18  # ONNX 1.13 of 2022: the oldest that torch.onnx.export writes
@@ -43,6 +43,7 @@ def import_onnx():
     return onnx
 
 
+@checked
 def export_onnx(network, path, image_shape=None, batch="dynamic"):
     """Write a quantized network, or a folded float graph, as an ONNX file, atomically; return path.
 

@@ -39,7 +39,7 @@ from quantlab.quantized import (
     find_quantizer,
     weight_bytes,
 )
-from quantlab.system.errors import UserError, one_line
+from quantlab.system.errors import UserError, checked, one_line
 from quantlab.system.files import check_regular, save_tensors
 from quantlab.system.schema import check
 
@@ -48,6 +48,7 @@ VERSION = 3  # 1 had no plan: it was the one that make_plan decides; 2 had no im
 # ---- Save ----------------------------------------------------------------------------------------
 
 
+@checked
 def save_quantized(qmodel, path):
     """Write a QuantizedNetwork as one packed safetensors file, atomically; return its bytes.
 
@@ -141,6 +142,7 @@ def _checksum(tensors, about):
 # ---- Load ----------------------------------------------------------------------------------------
 
 
+@checked
 @torch.no_grad()
 def load_quantized(path, model):
     """The QuantizedNetwork of a packed file, bit for bit the one that was saved.

@@ -109,10 +109,13 @@ def _check_quantizers(quantizers, plan, nodes):
 
 
 def check_qparams(saved, where):
-    """QParams with the codes of `saved`, without scale and zero-point; ValueError for no codes."""
-    q = QParams(None, None, saved["qmin"], saved["qmax"], saved.get("axis"))
-    if not (-128 <= q.qmin <= 0 < q.qmax <= 255 and MIN_BITS <= q.bits <= MAX_BITS):
-        raise ValueError(f"{where} has codes from {q.qmin} to {q.qmax}")
+    """QParams with the codes of `saved`, of scale 1; ValueError for no codes."""
+    qmin, qmax = saved["qmin"], saved["qmax"]
+    if not -128 <= qmin <= 0 < qmax <= 255:
+        raise ValueError(f"{where} has codes from {qmin} to {qmax}")
+    q = QParams(torch.ones(()), torch.zeros(()), qmin, qmax, saved.get("axis"))
+    if not MIN_BITS <= q.bits <= MAX_BITS:
+        raise ValueError(f"{where} has codes from {qmin} to {qmax}")
     return q
 
 

@@ -7,7 +7,6 @@ import os
 import pathlib
 import tempfile
 
-from quantlab.images import imageset
 from quantlab.images.files import CIFAR10_ARCHIVE, CIFAR10_FOLDER, FETCH_COMMAND, find_cifar10
 from quantlab.system.errors import UserError
 from quantlab.system.files import data_folder
@@ -65,6 +64,8 @@ def make_jpeg_copy(out=None, quality=75):
     An approach to `cifar10-jpeg`, so named only where its fingerprint is that set's. Files are
     numbered within their class in the official order.
     """
+    from quantlab.images.imageset import write_jpegs  # here, as reading them needs none of it
+
     out = pathlib.Path(out or data_folder() / "cifar10-jpeg-copy")
     if out.exists():
         raise UserError(f"{out} already exists; remove it first or name another folder with --out")
@@ -72,7 +73,7 @@ def make_jpeg_copy(out=None, quality=75):
     with _temporary_folder(out.parent, ".jpeg-") as temporary:
         copy = temporary / "copy"
         for name, part in (("train", train), ("test", test)):
-            imageset.write_jpegs(copy / name, part.data, part.targets, CIFAR10_CLASSES, quality)
+            write_jpegs(copy / name, part.data, part.targets, CIFAR10_CLASSES, quality)
         os.replace(copy, out)
     return out
 

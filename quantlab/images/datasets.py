@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 import torch
 
-from quantlab.images import cifar10, imageset
+from quantlab.images import cifar10
 from quantlab.images.files import (
     FETCH_COMMAND,
     HELDOUT_FRACTION,
@@ -24,7 +24,7 @@ from quantlab.images.files import (
     fingerprint,
     is_cifar10,
 )
-from quantlab.system.errors import UserError, one_line
+from quantlab.system.errors import UserError, checked, one_line
 from quantlab.system.files import data_folder
 
 LARGEST_SIDE = 8192  # pixels
@@ -112,7 +112,7 @@ class Dataset:
 
     def calibration(self, n=1024, seed=0, batch_size=128):
         """Batches of `n` training images, not augmented, in the order of `seed`; for `collect`."""
-        from quantlab.system.contract import as_count
+        from quantlab.system.arguments import as_count
 
         there, n = len(self.train), as_count(n, "n_calibration", 0)
         batch_size = as_count(batch_size, "batch_size")
@@ -129,6 +129,7 @@ class Dataset:
         return f"{self.name}{note}: {fit} train, {heldout} held out, {test} test images, {content}"
 
 
+@checked
 def load_data(source="auto", *, size=None, verbose=True):
     """Load a data set by name or path and say in one line which one it is.
 
@@ -140,6 +141,8 @@ def load_data(source="auto", *, size=None, verbose=True):
     Raises UserError for an unknown name, a folder without classes, unreadable images, a damaged
     archive or a missing network.
     """
+    if size is not None:
+        _side(size)  # whether or not the images need it
     place = find_data(source)
     if place == "digits":
         data = load_digits()
@@ -246,6 +249,8 @@ def load_images(path, size=None):
     """A folder or archive of train/CLASS/* and test/CLASS/*; its name is $DATA_NAME, else that of a
     known fingerprint, else the file's.
     """
+    from quantlab.images import imageset  # here, as digits and CIFAR-10 need no reader of files
+
     path = pathlib.Path(path)
     path = path if path.name not in ("", "..") else path.resolve()
     images = imageset.load(path, data_folder() / "cache", size)

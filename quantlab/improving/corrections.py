@@ -19,12 +19,13 @@ from quantlab.improving.equalization import grouped_weight, in_channels
 from quantlab.quantized import find_node
 from quantlab.ranks import find_ranks, flattened_dims
 from quantlab.system.contract import as_batches, check_function
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, checked
 from quantlab.system.machine import device, exact_float
 
 # ---- Biases --------------------------------------------------------------------------------------
 
 
+@checked
 def correct_bias(model, qmodel, batches):
     """Empirical bias correction: the mean output error of each channel leaves the bias.
 
@@ -55,6 +56,7 @@ def _shift_bias(qmodel, name, error):
         layer.bias.copy_(bias)
 
 
+@checked
 @torch.no_grad()
 def correct_bias_analytic(model, qmodel):
     """Bias correction without data: b_o <- b_o - sum_ck (w_hat - w)_ock E[x_c], with E[x] from
@@ -189,6 +191,7 @@ class _Gaussian:
 # ---- BatchNorm -----------------------------------------------------------------------------------
 
 
+@checked
 def reestimate_batchnorm(model, qmodel, batches):
     """Give every formerly BatchNormed layer the scale and shift that BatchNorm would have with
     statistics of the quantized network.

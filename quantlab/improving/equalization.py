@@ -12,10 +12,12 @@ from torch import nn
 from quantlab.graph import find_kinds, folded, operation_name, readers_of
 from quantlab.ranks import flattened_dims
 from quantlab.system.contract import as_images, check_function
+from quantlab.system.errors import checked
 
 SIZES = (32, 28, 64, 224, 16, 8, 96, 128, 299)  # of images, in pixels
 
 
+@checked
 @torch.no_grad()
 def equalize(model, rounds=20, images=None):
     """The folded float graph with equal weight ranges on both sides of every channel.

@@ -27,8 +27,9 @@ from quantlab.improving.learned import LearnedRounding, LearnedStep, Masks, swap
 from quantlab.improving.reconstruct_state import State, load_unit, unit_tensors
 from quantlab.ptq import quantize
 from quantlab.quantized import find_node
+from quantlab.system.arguments import check_settings, number
 from quantlab.system.contract import check_function
-from quantlab.system.errors import UserError, did_you_mean
+from quantlab.system.errors import UserError, checked, did_you_mean
 from quantlab.system.machine import device, exact_float
 from quantlab.system.timing import take_turns
 
@@ -73,10 +74,15 @@ class ReconstructConfig:
     max_cache_bytes: int = 2**31
 
     def __post_init__(self):
+        check_settings(self)
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(
                     f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
+        if len(self.beta) != 2:
+            raise UserError(f"beta={self.beta!r}: give the first and the last exponent")
+        for value in self.beta:
+            number(value, "beta")
         if not 0 <= self.drop < 1 or not 0 <= self.warmup < 1:
             raise UserError(
                 f"drop={self.drop} and warmup={self.warmup} are fractions: at least 0 and below 1")
@@ -109,6 +115,7 @@ PRESETS = {
 # ---- The loop ------------------------------------------------------------------------------------
 
 
+@checked
 def reconstruct(model, stats, images, config=QuantConfig(), learning=ReconstructConfig(),
                 state=None, verbose=True, callback=None):
     """The network of `quantize`, its rounding (activation steps, biases) learned unit by unit.

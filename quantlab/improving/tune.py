@@ -24,8 +24,9 @@ from quantlab.graph import folded
 from quantlab.improving.activations import stack_images
 from quantlab.improving.learned import LearnedCodes, LearnedStep, swap, write_learned
 from quantlab.quantized import find_node
+from quantlab.system.arguments import check_settings
 from quantlab.system.contract import check_function
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, checked
 from quantlab.system.machine import device, exact_float
 
 BATCH = 256  # images at once for the targets
@@ -51,11 +52,13 @@ class TuneConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_settings(self)
         for name in ("iterations", "lr", "lr_weights", "batch_size", "temperature"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)}: give a positive number")
 
 
+@checked
 def tune_end_to_end(model, qmodel, images, config=TuneConfig(), verbose=True):
     """A copy of qmodel with activation steps, weight scales, biases (and codes) learned together.
 

@@ -20,7 +20,7 @@ from quantlab.integer import pooling as pools
 from quantlab.integer.convert import Converter, describe
 from quantlab.integer.fixedpoint import check_rounding
 from quantlab.quantized import QuantizedNetwork, find_node
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, checked
 from quantlab.system.turns import turn
 
 INTEGERS = (torch.int8, torch.int32, torch.int64)
@@ -29,6 +29,7 @@ REFERENCE = {c.kind: c for c in (ops.Conv, ops.Linear, ops.Affine, ops.Requantiz
                                  pools.Average, pools.MaxPool)}
 
 
+@checked
 def to_integer(qmodel, rounding="single", executor="reference", compile=None):
     """An IntegerModel that computes what `qmodel` simulates.
 

@@ -6,7 +6,7 @@
 import dataclasses
 import pathlib
 
-from quantlab.system.errors import UserError, one_line
+from quantlab.system.errors import UserError, checked, one_line
 from quantlab.system.files import sha256
 
 TRAIN_COMMAND = "python -m quantlab train"
@@ -40,6 +40,7 @@ def card_path(checkpoint):
     return pathlib.Path(checkpoint).with_suffix(".json")
 
 
+@checked
 def load_card(checkpoint, architecture=None):
     """The card of a checkpoint, its checksum verified.
 

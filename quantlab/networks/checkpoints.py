@@ -17,7 +17,7 @@ from torch import nn
 from quantlab.evaluate import evaluate
 from quantlab.networks.architectures import build
 from quantlab.networks.cards import TRAIN_COMMAND, Card, card_path, load_card
-from quantlab.system.errors import UserError, one_line
+from quantlab.system.errors import UserError, checked, one_line
 from quantlab.system.files import root, save_tensors, sha256, write_text
 from quantlab.system.machine import device_name
 
@@ -71,6 +71,7 @@ def _head(model):
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
+@checked
 def load_model(name, checkpoint=None, num_classes=10):
     """Build a network in eval mode and load its weights.
 
@@ -95,6 +96,7 @@ def load_model(name, checkpoint=None, num_classes=10):
     return model.eval()
 
 
+@checked
 def find_checkpoint(model, data):
     """Path of the checkpoint trained on this Dataset's name, else of that for cifar10-jpeg where
     the classes are the same; else None.
@@ -108,6 +110,7 @@ def find_checkpoint(model, data):
     return None
 
 
+@checked
 def load_trained(name, data, checkpoint="auto"):
     """(model, card) of a checkpoint, by path or "auto" (find_checkpoint); says in one line which.
 

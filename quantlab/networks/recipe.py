@@ -5,7 +5,8 @@
 
 import dataclasses
 
-from quantlab.system.errors import UserError
+from quantlab.system.arguments import as_count, check_settings, instance
+from quantlab.system.errors import UserError, check_name
 
 NETWORKS = ("resnet20", "resnet50")  # architectures.ARCHITECTURES builds them
 
@@ -44,11 +45,15 @@ class TrainConfig:
             "label_smoothing": (0, 0.99), "crop": (0, 64), "cutout": (0, 512),
             "averaging": (0, 0.999999), "heldout_images": (0, 10**7), "seed": (0, 2**31),
         }
+        check_settings(self)
+        check_name("model", self.model, NETWORKS)
         for name, (low, high) in allowed.items():
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(f"{name}={value}: allowed are values from {low} to {high}")
-        for epochs, size in self.phases:
+        for phase in self.phases:
+            instance("tuple", "list", advice=" (epochs, side)")(phase, "phase")
+            epochs, size = (as_count(n, "phase") for n in phase) if len(phase) == 2 else (0, 0)
             if not (1 <= epochs <= 10**5 and 1 <= size <= 2048):
                 raise UserError(f"phase {epochs}@{size}: allowed are 1 to 100000 epochs at 1 to "
                                 "2048 pixels")

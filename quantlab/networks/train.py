@@ -21,7 +21,7 @@ from quantlab.evaluate import evaluate, limited
 from quantlab.networks import architectures, checkpoints
 from quantlab.networks.augment import augment, resized
 from quantlab.networks.recipe import RECIPES, TrainConfig
-from quantlab.system.errors import UserError, check_name
+from quantlab.system.errors import UserError, check_name, checked
 from quantlab.system.files import save_tensors
 from quantlab.system.machine import device, has_bf16, seed_everything
 
@@ -61,6 +61,7 @@ def state_path(out):
 # ---- The run: its clock, its files and its line on the screen ------------------------------------
 
 
+@checked
 def train(config, data, out, *, start_from=None, restart=False, save_every=60, verbose=True):
     """Train on data.train, follow data.heldout, test once on data.test; return (model, card).
 

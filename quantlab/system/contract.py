@@ -15,6 +15,7 @@ default dtype and gradient mode are the caller's and change nothing.
 
 import collections
 import copy
+import hashlib
 import inspect
 import operator
 import traceback
@@ -24,6 +25,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from quantlab.system.arguments import as_count
 from quantlab.system.errors import UserError, first_line
 from quantlab.system.machine import device, exact_float
 
@@ -251,18 +253,7 @@ def _pairs(batches, limit):
         yield as_images(batch), labels.long()
 
 
-# ---- Counts and devices --------------------------------------------------------------------------
-
-
-def as_count(n, name, least=1):
-    """`n` as an int; UserError unless it is an integer, numpy's too, of at least `least`."""
-    try:
-        found = operator.index(n)
-    except TypeError:
-        found = least - 1
-    if found < least:
-        raise UserError(f"{name}={n!r}: give an integer of at least {least}")
-    return found
+# ---- Devices --------------------------------------------------------------------------
 
 
 def find_device(name):
@@ -305,6 +296,28 @@ def check_function(model, graph, images):
                 f"{name} of the traced network is not what the model computes: {_reason(model)} "
                 "that torch.fx cannot see changes it; write it as a module or an expression in "
                 "forward")
+
+
+def graph_hash(graph):
+    """sha256 of a graph's operations, of the settings of its modules and of every tensor in it."""
+    digest = hashlib.sha256(f"{graph.graph}{graph}".encode())
+    for name, tensor in sorted(graph.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def check_statistics(stats, model, graph):
+    """UserError unless the statistics were collected on this folded float graph of `model`, with
+    what a hook or a forward of one's own changes in it now.
+    """
+    if stats.graph_hash != graph_hash(graph):
+        raise UserError(
+            "these statistics were collected on another network; "
+            "run collect(model, batches) on this one")
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
+           for m in model.modules()):
+        check_function(model, copy.deepcopy(graph), stats.images)
 
 
 def _run(model, images, wanted):

@@ -1,6 +1,7 @@
 """The one kind of error that a user can mend, and "did you mean"."""
 
 import difflib
+import functools
 
 
 class UserError(Exception):
@@ -15,6 +16,19 @@ class UserError(Exception):
 
     def __str__(self):
         return self.line  # torch.fx writes paragraphs of its own into args
+
+
+def checked(function):
+    """The function, its arguments checked by their names before it runs (system/arguments.py)."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        from quantlab.system.arguments import check_call  # here, as `import quantlab` has no torch
+
+        check_call(function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def first_line(error):

@@ -92,6 +92,48 @@ def test_a_change_in_place_that_torch_fx_does_not_record_is_refused():
     assert refusal(ql.collect, Alias(), [X]).startswith("node b of the traced network is not")
 
 
+# ---- Between collect and quantize ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+def test_a_hook_that_is_added_after_collect_counts_or_is_refused(kind):
+    model = network()
+    stats = ql.collect(model, [X])
+    change = {"forward_hook": lambda module, inputs, output: output * 3,
+              "forward_pre_hook": lambda module, inputs: (inputs[0] * 3,)}[kind]
+    handle = getattr(model[3], f"register_{kind}")(change)
+    assert "hook (there is one on module 3)" in refusal(ql.quantize, model, stats, MINMAX)
+    handle.remove()
+    assert ql.quantize(model, stats, MINMAX).meta["image_shape"] == (3, 12, 12)
+
+
+def replaced_forward(model):
+    model.forward = lambda x, forward=model.forward: forward(x) * 2
+
+
+CHANGES = {
+    "a weight": lambda model: model[3].weight.data.mul_(2),
+    "a state": lambda model: model.load_state_dict(network().state_dict()),
+    "a running mean": lambda model: model.train()(X),
+    "a setting": lambda model: setattr(model[3], "stride", (2, 2)),
+    "a module": lambda model: model.__setitem__(2, nn.ReLU6()),
+    "a forward": replaced_forward,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_network_that_changed_after_collect_is_refused(change):
+    model = network()
+    stats = ql.collect(model, [X])
+    model.train()
+    assert torch.equal(ql.quantize(model, stats, MINMAX)(X),
+                       ql.quantize(model.eval(), stats, MINMAX)(X)), "the mode changes nothing"
+    CHANGES[change](model)
+    message = refusal(ql.quantize, model, stats, MINMAX)
+    assert "collected on another network" in message or "not what the model computes" in message
+
+
 # ---- Weights that are not a layer's own ----------------------------------------------------------
 
 
