@@ -33,7 +33,7 @@ def quantize(model, stats, config=QuantConfig()):
     graph = folded(model)
     check_statistics(stats, model, graph)
     qmodel = quantize_graph(graph, make_plan(graph), stats.edges, config)
-    qmodel.meta["image_shape"] = stats.image_shape
+    qmodel.meta |= {"image_shape": stats.image_shape, "graph_hash": stats.graph_hash}
     return qmodel
 
 

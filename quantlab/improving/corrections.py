@@ -15,12 +15,14 @@ from torch import nn
 
 from quantlab.graph import find_kinds, folded, operation_name
 from quantlab.improving.activations import Networks
-from quantlab.improving.equalization import grouped_weight, in_channels
+from quantlab.improving.equalization import grouped_weight, in_channels, random_images
 from quantlab.quantized import find_node
 from quantlab.ranks import find_ranks, flattened_dims
-from quantlab.system.contract import as_batches, check_function
+from quantlab.system.contract import as_batches, check_function, check_origin
 from quantlab.system.errors import UserError, checked
 from quantlab.system.machine import device, exact_float
+
+NO_BIAS = "it has no bias"
 
 # ---- Biases --------------------------------------------------------------------------------------
 
@@ -31,9 +33,12 @@ def correct_bias(model, qmodel, batches):
 
     b_o <- b_o - (E[y_q] - E[y])_o, y a layer's output before its clamp, E over the images and
     places of `batches` (float32 [B, C, H, W]); layer after layer in order of execution, each on
-    inputs from the network corrected so far.
+    inputs from the network corrected so far. `corrected.meta["uncorrected"]`: layer -> why it is as
+    it was.
     """
     networks, corrected = _side_by_side(model, qmodel, batches)
+    left = {name: NO_BIAS for name, layer in corrected.layers.items() if layer.bias is None}
+    corrected.meta["uncorrected"] = left
     for i, unit in enumerate(networks.units):
         name = unit.layers[0]
         if corrected.layers[name].bias is not None:
@@ -66,11 +71,18 @@ def correct_bias_analytic(model, qmodel):
     means and variances; a layer without BatchNorm maps them with its weights, as if its inputs were
     independent. Padding is ignored. The network's input is taken to have mean 0 and variance 1. A
     layer whose input passes an operation without such a rule is left alone:
-    `corrected.meta["uncorrected"]` names it.
+    `corrected.meta["uncorrected"]`, layer -> why. UserError for the quantized network of another,
+    and where the folded network is not the model (on random images of the calibrated shape).
     """
     graph, corrected = folded(model), copy.deepcopy(qmodel)
-    layers, means = corrected.layers, _Gaussian(graph).layer_inputs()
-    left = [name for name in means if means[name] is None or layers[name].bias is None]
+    check_origin(qmodel, graph)
+    images = random_images(graph, qmodel.meta.get("image_shape"))
+    if images is not None:
+        check_function(model, copy.deepcopy(graph), images)
+    gaussian, layers = _Gaussian(graph), corrected.layers
+    means = gaussian.layer_inputs()
+    left = {name: gaussian.why(name) for name in means if means[name] is None}
+    left |= {name: NO_BIAS for name in means if layers[name].bias is None}
     corrected.meta["uncorrected"] = left
     for name in [n for n in means if n not in left]:
         exact = grouped_weight(graph.get_submodule(find_node(graph, name).target))
@@ -120,6 +132,16 @@ class _Gaussian:
             moments = self._input(node)
             found[node.name] = None if moments is None else moments[0]
         return found
+
+    def why(self, layer):
+        """The reason for which the mean of a layer's input is not known."""
+        node = find_node(self.graph, layer).args[0]
+        if self.moments[node] is not None:
+            return f"it does not read the channels of {node.name}, one by one"
+        while unknown := [n for n in node.all_input_nodes if self.moments[n] is None
+                          and self.kinds[n] not in ("input", "constant", "shape")]:
+            node = unknown[0]
+        return f"there is no rule for the mean behind {node.name}"
 
     def _input(self, node):
         layer, before = self.graph.get_submodule(node.target), node.args[0]
@@ -200,8 +222,9 @@ def reestimate_batchnorm(model, qmodel, batches):
     H, W]), and BatchNorm's gamma, beta and eps:
         y <- a (y - m) + beta,   a = gamma / sqrt(v + eps') with eps' in units of the folded output
     which changes the weight's scale to a s_w and the bias; codes stay. Layer after layer, each
-    behind those already done. A step of its own, never hidden in calibration. Raises UserError for
-    a network without folded BatchNorm.
+    behind those already done. A step of its own, never hidden in calibration.
+    `corrected.meta["uncorrected"]`: layer -> why it is as it was. Raises UserError for a network
+    without folded BatchNorm.
     """
     networks, corrected = _side_by_side(model, qmodel, batches)
     graph = networks.graphs["float"]
@@ -213,6 +236,9 @@ def reestimate_batchnorm(model, qmodel, batches):
         raise UserError(
             "no layer of this network had a BatchNorm folded into it: there are no statistics to "
             "re-estimate")
+    why = "no BatchNorm was folded into it"
+    left = {name: why for name, bn in batchnorms.items() if bn is None}
+    corrected.meta["uncorrected"] = left
     for i, (name, bn) in enumerate(batchnorms.items()):
         if bn is not None:
             _rescale(corrected, name, bn, *_moments(networks, "quantized", i))
@@ -247,6 +273,7 @@ def _side_by_side(model, qmodel, batches):
     graph, batches = folded(model), list(as_batches(batches))
     if not sum(len(b) for b in batches):
         raise UserError("there are no images to measure the correction on: give at least one batch")
+    check_origin(qmodel, graph)
     images, corrected = torch.cat(batches), copy.deepcopy(qmodel).to(device())
     check_function(model, graph, images)
     return Networks(graph, corrected, images, "layer"), corrected

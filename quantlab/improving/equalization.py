@@ -45,7 +45,7 @@ def equalize(model, rounds=20, images=None):
             change = max(change, scale.log().abs().max().item())
         if change < 1e-3:
             break
-    images = _random_images(graph) if images is None else as_images(images)
+    images = random_images(graph) if images is None else as_images(images)
     if images is not None:
         for node in graph.graph.nodes:  # only the output stays
             node.meta.pop("call", None)
@@ -53,15 +53,17 @@ def equalize(model, rounds=20, images=None):
     return graph.cpu()
 
 
-def _random_images(graph):
-    """float32 [2, C, H, W] that the graph can read; None where none of the usual sizes can be."""
+def random_images(graph, shape=None):
+    """float32 [2, C, H, W] that the graph can read, of that shape (C, H, W) if it is given; None
+    where none of the usual sizes can be.
+    """
     kinds, generator = find_kinds(graph), torch.Generator().manual_seed(0)
     first = graph.get_submodule(next(n for n in kinds if kinds[n] == "compute").target)
-    for size in SIZES if isinstance(first, nn.Conv2d) else ():
-        shape = 2, first.in_channels, size, size
-        images = torch.randn(shape, generator=generator, dtype=torch.float32)
+    usual = [(first.in_channels, n, n) for n in SIZES] if isinstance(first, nn.Conv2d) else []
+    for one in [shape] if shape else usual:
+        images = torch.randn(2, *one, generator=generator, dtype=torch.float32)
         with contextlib.suppress(RuntimeError):
-            graph(images)
+            graph(images.to(next(graph.parameters()).device))
             return images
     return None
 

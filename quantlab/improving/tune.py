@@ -25,7 +25,7 @@ from quantlab.improving.activations import stack_images
 from quantlab.improving.learned import LearnedCodes, LearnedStep, swap, write_learned
 from quantlab.quantized import find_node
 from quantlab.system.arguments import check_settings
-from quantlab.system.contract import check_function
+from quantlab.system.contract import check_function, check_origin
 from quantlab.system.errors import UserError, checked
 from quantlab.system.machine import device, exact_float
 
@@ -105,7 +105,9 @@ class Tuner:
 
     def __init__(self, model, qmodel, config=TuneConfig()):
         self.qmodel, self.config = qmodel, config
-        self.graph = folded(model).to(device()).requires_grad_(False)
+        self.graph = folded(model)
+        check_origin(qmodel, self.graph)
+        self.graph = self.graph.to(device()).requires_grad_(False)
         self.network = copy.deepcopy(qmodel).to(device())
         self.learned = swap(self.network, LearnedStep, self._make_layer)
         modules = [module for stand_ins in self.learned for module in stand_ins.values()]

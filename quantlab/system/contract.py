@@ -320,6 +320,13 @@ def check_statistics(stats, model, graph):
         check_function(model, copy.deepcopy(graph), stats.images)
 
 
+def check_origin(qmodel, graph):
+    """UserError where a QuantizedNetwork is known to be of another float graph than this one."""
+    if qmodel.meta.get("graph_hash") not in (None, graph_hash(graph)):
+        raise UserError("the quantized network was made from another network, or this one has "
+                        "changed since; pass the network that quantize was given")
+
+
 def _run(model, images, wanted):
     """({(path of a module, number of the call): its result} of those wanted, the output)."""
     calls, seen = collections.Counter(), {}

@@ -192,7 +192,7 @@ def test_analytic_and_empirical_correction_agree_where_the_answer_is_known():
     analytic = corrections.correct_bias_analytic(model, qmodel)
     empirical = corrections.correct_bias(model, qmodel, images.split(1024))
     scale, size = qmodel.bias_scale("_3"), (delta @ expected).abs().max()
-    assert analytic.meta["uncorrected"] == [] and size > 0.05
+    assert analytic.meta["uncorrected"] == {} and size > 0.05
     assert ((analytic.layers["_3"].bias - known).abs() <= scale).all()
     # and the first layer's own rounding
     assert ((empirical.layers["_3"].bias - known).abs() <= scale + 0.15 * size).all()
@@ -209,7 +209,45 @@ def test_analytic_correction_names_what_it_cannot_follow():
 
     model = Gate().eval()
     qmodel = ql.quantize(model, ql.collect(model, [torch.randn(2, 3, 4, 4)]))
-    assert corrections.correct_bias_analytic(model, qmodel).meta["uncorrected"] == ["b"]
+    left = corrections.correct_bias_analytic(model, qmodel).meta["uncorrected"]
+    assert left == {"b": "there is no rule for the mean behind sigmoid"}
+
+
+@torch.no_grad()
+def test_layers_that_are_left_are_listed_with_the_reason_and_other_networks_are_refused():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False),
+        nn.GELU(), nn.Conv2d(4, 2, 1)).eval()
+    x = torch.randn(8, 3, 6, 6)
+    qmodel = ql.quantize(model, ql.collect(model, [x]), ql.QuantConfig(observer="minmax"))
+    analytic = corrections.correct_bias_analytic(model, qmodel)
+    assert analytic.meta["uncorrected"] == {
+        "_3": "it has no bias", "_5": "there is no rule for the mean behind _4"}
+    empirical = corrections.correct_bias(model, qmodel, x)
+    assert empirical.meta["uncorrected"] == {"_3": "it has no bias"}
+    again = corrections.reestimate_batchnorm(model, qmodel, x)
+    assert list(again.meta["uncorrected"]) == ["_3", "_5"]
+    hook = model[5].register_forward_hook(lambda module, inputs, output: output + 1)
+    with pytest.raises(ql.UserError, match="there is one on module 5"):
+        corrections.correct_bias_analytic(model, qmodel)
+    hook.remove()
+    model[5].weight.data.mul_(2)
+    for correct in (lambda: corrections.correct_bias_analytic(model, qmodel),
+                    lambda: corrections.correct_bias(model, qmodel, x),
+                    lambda: ql.tune_end_to_end(model, qmodel, x.repeat(8, 1, 1, 1))):
+        with pytest.raises(ql.UserError, match="this one has changed since"):
+            correct()
+
+
+@torch.no_grad()
+def test_means_behind_a_shuffle_are_those_of_a_sample():
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, 6, 6)
+    model = Shuffled(nn.ChannelShuffle(4), images).eval()
+    y = nn.functional.channel_shuffle(torch.relu(model.bn(model.a(images))), 4)
+    found = corrections._Gaussian(folded(model)).layer_inputs()["c"]
+    assert (found - y.double().mean((0, 2, 3))).abs().max() < 0.1
+    assert (found - found.roll(1)).abs().max() > 1, "another order would show"
 
 
 class Shuffled(nn.Module):
