@@ -36,6 +36,7 @@ if "google.colab" in sys.modules and not os.path.isdir("quantlab"):
     sys.path.insert(0, os.getcwd())
 
 # %%
+import html
 import pathlib
 
 import pandas as pd
@@ -76,7 +77,7 @@ unlabelled = False  # True: the folders are no classes; accuracy is left out
 # returns logits `[B, classes]`. BatchNorm is folded; the rest of it is left as it is.
 
 # %%
-show(Markdown(f"# Quantization of {target}"))
+show(Markdown(f"# Quantization of {html.escape(target)}"))
 if data in SOURCES:
     images = ql.load_data(data)
     calibration, test = ql.limited(images.train, n), ql.limited(images.test, n)
@@ -235,7 +236,8 @@ better = better if gain[edge] > 0.05 else "no other range gains anything"
 show(f"- Against histogram, {better}.")
 weakest = by_weight.loc[by_weight.sqnr.idxmin()]
 show(f"- The weights of {weakest.layer} keep least: {weakest.sqnr:.1f} dB.")
-show(f"- Computed in float: {', '.join(dict(operations)) or 'nothing'}.")
+names = dict.fromkeys(what for what, _ in operations)
+show(f"- Computed in float: {', '.join(names) or 'nothing'}.")
 
 # %% [markdown] tags=["intro"]
 # What to do about it: `QuantConfig(layer_weight_bits=…, layer_act_bits=…, observer=…)` takes these

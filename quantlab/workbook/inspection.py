@@ -48,7 +48,7 @@ def inspect(target, data, out, *, size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD
 def split_target(target):
     """(module, attribute) of "module:attribute"."""
     module, _, attribute = target.partition(":")
-    if not attribute:
+    if not attribute.isidentifier():  # it becomes part of a file's name and of a page
         raise UserError(
             f"{target!r} names no function; write module:function, as in my_module:build_model")
     return module, attribute

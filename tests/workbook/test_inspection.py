@@ -13,7 +13,7 @@ from conftest import make_image_folder, read_text
 import quantlab as ql
 from quantlab.__main__ import main
 from quantlab.observers import OBSERVERS
-from quantlab.workbook.inspection import check_outputs, import_model
+from quantlab.workbook.inspection import check_outputs, import_model, split_target
 
 MODULE = """
 import torch
@@ -54,11 +54,17 @@ def run(target, **parameters):
 
 
 def test_one_file_names_every_edge_float_operation_and_the_accuracy(place, workbook):
-    arguments = ["inspect", "my_networks:build", "--data", "pets", "--size", "10", "--bits", "3",
+    pets = "pets <img src=x onerror=alert(1)> &amp;"  # as text, not as a picture
+    (place / "pets").rename(pets)
+    for part in ("train", "test"):
+        (place / pets / part / "dog").rename(place / pets / part / "<script>dog")
+    arguments = ["inspect", "my_networks:build", "--data", pets, "--size", "10", "--bits", "3",
                  "-n", "16", "--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25",
                  "--out", "out.html"]
     assert main(arguments) == 0
     page = read_text("out.html")
+    assert "pets &lt;img src=x onerror=alert(1)&gt; &amp;amp;" in page
+    assert "<script>dog" not in page and "only layers, adds" in page, "why it stays in float"
     assert "hardswish" in page and "W3A3" in page and "n = 14" in page
     assert page.count("<img") == 4 and page.rstrip().endswith("</html>")
     assert all(f"<td>_{i}</td>" in page for i in (0, 2)), "a row a layer"
@@ -115,6 +121,13 @@ def test_folders_that_are_no_classes_are_left_out_when_told(place):
         check_outputs(model, images, ("cat", "dog"))
     with pytest.raises(ql.UserError, match=r"returns Tensor \[2, 3, 10, 10\], not logits"):
         check_outputs(import_model("my_networks:Branches"), images)
+
+
+@pytest.mark.parametrize("target", ["my_networks:../up", "my_networks:<b>", "my_networks:a\x1b[2J"])
+def test_a_target_names_a_function_and_nothing_that_a_page_or_a_terminal_shows_otherwise(target):
+    with pytest.raises(ql.UserError, match="names no function; write module:function") as caught:
+        split_target(target)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("target, weights, said", [
