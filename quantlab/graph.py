@@ -196,13 +196,15 @@ def _kind(node, graph, inputs):
     found = next((k for k, names in CALL_KINDS.items() if name in names), "other")
     if found == "shape" and is_view(node):
         return "rearrange"
-    if name == "getitem" and inputs[0] == "other" and isinstance(node.args[1], int):
+    part = node.args[1:] in (("values",), ("indices",)) or isinstance([*node.args, 0][1], int)
+    if name in ("getitem", "getattr") and inputs[0] == "other" and part:
         return "other"  # one of several results of an operation, itself a value
+    if found == "concat" and isinstance([*node.args, 0][0], fx.Node):
+        return "other"  # of as many values as another operation gives
     mixed = not all(isinstance(a, fx.Node) for a in node.args) or {"constant", "shape"} & {*inputs}
     if found == "add" and (node.kwargs or mixed):
         return "other"  # only the sum of two activations is a residual add
-    returns_indices = node.kwargs.get("return_indices", False)
-    return "other" if returns_indices else found
+    return "other" if node.kwargs.get("return_indices") else found
 
 
 def _module_kind(module):

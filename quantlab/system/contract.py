@@ -81,9 +81,12 @@ class _Tracer(fx.Tracer):
     the start of the network (add_6)."""
 
     def create_proxy(self, kind, target, args, kwargs, name=None, *rest, **options):
+        called = getattr(target, "__name__", target)
         if name is None and kind in ("call_function", "call_method") and self.module_stack:
             block = next(reversed(self.module_stack)).split("@")[0]  # @1: its second call
-            name = f"{block}_{getattr(target, '__name__', target)}"
+            name = f"{block}_{called}"
+        elif hasattr(nn.Module, called):  # x.to(y.dtype): no Quantizer can have that name
+            name = f"x_{called}"
         return super().create_proxy(kind, target, args, kwargs, name, *rest, **options)
 
 

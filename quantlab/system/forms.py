@@ -27,7 +27,7 @@ def _other(node, module, kinds):
         return "it returns indices too"
     if _name(node, module) in ("add", "iadd"):
         return "it does not add two activations"
-    if _name(node, module) == "getitem" and kinds[node.args[0]] == "other":
+    if _name(node, module) in ("getitem", "getattr") and kinds[node.args[0]] == "other":
         return f"it is a result of {node.args[0].name}, which has none"
     return KNOWN
 

@@ -92,6 +92,72 @@ def test_a_change_in_place_that_torch_fx_does_not_record_is_refused():
     assert refusal(ql.collect, Alias(), [X]).startswith("node b of the traced network is not")
 
 
+# ---- Sizes, attributes, tuples, indices ----------------------------------------------------------
+
+
+class Written(nn.Module):
+    """A network that ends as `end(self, y)` writes it, y [B, 4, 5, 5]."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 1)
+        self.long, self.short, self.end = nn.Linear(100, 5), nn.Linear(4, 5), end
+
+    def forward(self, x):
+        return self.end(self, F.relu(self.a(x)))
+
+
+SIZES = {  # F06: what a view is given
+    "size": lambda m, y: m.long(y.view(y.size(0), -1)),
+    "shape": lambda m, y: m.long(y.reshape(y.shape[0], y.shape[1] * y.shape[2] * y.shape[3])),
+    "a tuple": lambda m, y: m.long(y.view((y.size()[0], 4 * y.size(2) * y.size(3)))),
+    "ndim": lambda m, y: m.short(y.flatten(y.ndim - 2).mean(2)),
+}
+ATTRIBUTES = {  # F12: of tensors
+    "T": lambda m, y: m.short(y.mean((2, 3)).T.T),
+    "mT": lambda m, y: m.short(m.b(y.mT).mean((2, 3))),
+    "data": lambda m, y: m.short(y.data.mean((2, 3))),
+}
+INDICES = {  # F13: parts of a value
+    "channels": lambda m, y: m.short(y[:, [3, 2, 1, 0]].mean((2, 3))),
+    "an ellipsis": lambda m, y: m.short(y[..., 1:, :-1].mean((2, 3))),
+    "pieces": lambda m, y: m.short(
+        torch.cat([y.chunk(2, 1)[1], y.chunk(2, 1)[0]], 1).mean((2, 3))),
+}
+FLOATS = {  # F13, F12: several results, and what else is a float operation, listed
+    "values": (lambda m, y: m.short(m.b(y.sort(1).values).mean((2, 3))), ["sort", "b_getattr"]),
+    "first": (lambda m, y: m.short(m.b(y.sort(1)[0]).mean((2, 3))), ["sort", "getitem"]),
+    "a list": (lambda m, y: m.short(torch.cat(y.chunk(2, 1)[::-1], 1).mean((2, 3))), ["cat"]),
+    "dtype": (lambda m, y: m.short(y.to(y.dtype).mean((2, 3))), ["x_to"]),
+}
+
+
+def quantized_as_written(end):
+    model = Written(end).eval()
+    qmodel = ql.quantize(model, ql.collect(model, [X]), MINMAX)
+    exact, rounded = model(X[:3]), qmodel(X[:3])  # another number of images
+    assert (exact - rounded).abs().max() < 0.05 * exact.abs().max()
+    return qmodel
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*SIZES, *ATTRIBUTES, *INDICES])
+def test_sizes_attributes_and_indices_keep_the_function_in_integers(name):
+    qmodel = quantized_as_written((SIZES | ATTRIBUTES | INDICES)[name])
+    assert qmodel.plan.floats == {}
+    assert torch.allclose(ql.to_integer(qmodel)(X[:3]), qmodel(X[:3]), atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FLOATS)
+def test_one_of_several_results_is_listed_and_stored(name):
+    end, floats = FLOATS[name]
+    qmodel = quantized_as_written(end)
+    assert list(qmodel.plan.floats) == floats and floats[-1] in qmodel.plan.stores
+    assert f"node {floats[0]} (" in refusal(ql.to_integer, qmodel)
+    assert all(qmodel.reads(layer) is not None for layer in qmodel.layers)
+
+
 # ---- Between collect and quantize ----------------------------------------------------------------
 
 
