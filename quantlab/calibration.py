@@ -109,9 +109,7 @@ def watch(graph, names, callback, batches, verbose=False, desc="observe", first=
 
 
 class Watcher(fx.Interpreter):
-    """Runs a graph and hands over (name, value) of the named nodes; all graph watching is done
-    here.
-    """
+    """Runs a graph and hands over (name, value) of the named nodes; all watching is done here."""
 
     def __init__(self, graph, names, callback):
         super().__init__(graph)

@@ -19,8 +19,8 @@ class QuantConfig:
     which is unrounded unless it belongs to an add. layer_act_bits may also name a stored value that
     no layer reads (plan.unread). observer: a name or a function (stats, bits, symmetric) -> (low,
     high). weight_observer: "minmax", or "lp": the range with the least sum of |error|^weight_norm.
-    weight_symmetric, act_symmetric: zero-point 0, weights in the narrow range; a symmetric
-    activation that cannot be negative is unsigned.
+    weight_symmetric, act_symmetric: zero-point 0, weights in the narrow range of 2^b - 1 levels
+    (False: all 2^b and a zero-point); a symmetric activation that cannot be negative is unsigned.
     """
 
     weight_bits: int = 8

@@ -95,9 +95,8 @@ def quantization_error(stats, low, high, bits, symmetric=False, p=2.0):
     centers, counts = centers[seen].float(), counts[seen].double()
     q = choose_qparams(low, high, bits, symmetric=symmetric, signed=stats.minimum < 0, axis=0)
     errors = []
-    for part in range(0, len(q.scale), 256):  # so many at once take a few megabytes
-        rows = slice(part, part + 256)
-        chunk = dataclasses.replace(q, scale=q.scale[rows], zero_point=q.zero_point[rows])
+    for part in zip(q.scale.split(256), q.zero_point.split(256)):  # a few megabytes at once
+        chunk = dataclasses.replace(q, scale=part[0], zero_point=part[1])
         x_hat = fake_quantize(centers.expand(len(chunk.scale), -1), chunk)
         errors.append((x_hat - centers).abs().double().pow(p) @ counts)
     return torch.cat(errors) / max(stats.count, 1)
@@ -235,23 +234,31 @@ def check_weight_observer(observer):
 def weight_range(weight, bits, *, observer="lp", p=WEIGHT_NORM, per_channel=True, symmetric=True):
     """(low, high) of a weight [C, ...]: tensors [C], or [] per tensor.
 
-    "minmax": the whole range. "lp": shrunk to the fraction with the least sum of |error|^p.
+    "minmax": the whole range. "lp": shrunk to the fraction with the least sum of |error|^p. Where
+    not symmetric, all 2^b codes: as the range lies, or on one side of zero one more than on the
+    other, whichever errs less.
     """
     check_weight_observer(observer)
     flat = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
     low, high = flat.amin(1).double(), flat.amax(1).double()
     if observer == "lp":
+        if not symmetric:  # three ranges, one behind the other
+            below = low.new_tensor([[2 ** (bits - 1)], [2 ** (bits - 1) - 1]])
+            above = 2**bits - 1 - below
+            step = torch.maximum(-low / below, high / above)
+            low = torch.vstack([low, -below * step]).flatten()
+            high, flat = torch.vstack([high, above * step]).flatten(), flat.repeat(3, 1)
         factor, best = torch.ones_like(low), torch.full_like(low, math.inf)
         # 1.00, 0.95, … 0.05, then hundredths around the best
         for steps in (torch.arange(20).float() * -0.05, torch.arange(-4, 5).float() * 0.01):
             centre = factor
             for step in steps.tolist():
-                fraction = (centre + step).clamp(0.01, 1)
-                q = choose_qparams(
-                    low * fraction, high * fraction, bits, symmetric=symmetric, axis=0)
+                part = (centre + step).clamp(0.01, 1)
+                q = choose_qparams(low * part, high * part, bits, symmetric=symmetric, axis=0)
                 error = (fake_quantize(flat, q) - flat).abs_().pow_(p).sum(1).double()
-                better = error < best
-                factor = torch.where(better, fraction, factor)
-                best = torch.where(better, error, best)
-        low, high = low * factor, high * factor
+                factor = torch.where(error < best, part, factor)
+                best = torch.fmin(error, best)
+        ends = torch.stack([low, high]).mul(factor).view(2, 1 if symmetric else 3, -1)
+        least = best.view(ends.shape[1:]).argmin(0)
+        low, high = ends[:, least, torch.arange(len(least))]
     return (low, high) if per_channel else (low[0], high[0])

@@ -1,8 +1,7 @@
 """Post-training quantization, the second of two steps.
 
-    stats  = collect(model, data.calibration(1024, seed=0))         # once: calibration.py
-    # as often as you like
-    qmodel = quantize(model, stats, QuantConfig(weight_bits=4, act_bits=4))
+    stats  = collect(model, data.calibration(1024, seed=0))                  # once: calibration.py
+    qmodel = quantize(model, stats, QuantConfig(weight_bits=4, act_bits=4))  # as often as you like
 """
 
 import dataclasses
@@ -20,8 +19,7 @@ from quantlab.system.errors import checked
 
 @checked
 def quantize(model, stats, config=QuantConfig()):
-    """A copy of `model` that rounds where `config` says: a QuantizedNetwork on float32 [B, C, H,
-    W].
+    """A copy of `model` that rounds where `config` says: a QuantizedNetwork on [B, C, H, W].
 
     Weights are replaced by the values of their codes, biases by multiples of s_in * s_w, and a
     Quantizer stands behind every value that is stored. `qmodel.plan.floats` lists operations that
@@ -91,8 +89,7 @@ def _insert_quantizers(graph, plan, edges, config):
 
 
 def _stored_bits(name, role, plan, required, config):
-    """Width at which a value is stored, or None for float: the most that any of its readers needs.
-    """
+    """Width at which a value is stored, None for float: the most that any of its readers needs."""
     if role == "residual":
         return config.residual_bits
     readers = [layer for layer, value in plan.reads.items() if plan.sources.get(value) == name]
@@ -121,9 +118,7 @@ def choose_weight_qparams(weight, bits, config):
 
 
 def _quantize_layer(layer, bits, config, q_in):
-    """Replace weight and bias by the values of their codes; q_in: the codes the layer reads, or
-    None.
-    """
+    """Replace weight and bias by the values of their codes; q_in: of what it reads, or None."""
     if bits is None:
         return
     weight = layer.weight.detach()

@@ -11,8 +11,7 @@ from quantlab.graph import CALL_KINDS, operation_name
 
 
 def find_ranks(graph):
-    """node -> number of dimensions of its value, as far as the graph alone tells; None elsewhere.
-    """
+    """node -> number of dimensions of its value, as far as the graph alone tells; else None."""
     ranks = {}
     for node in graph.nodes:
         ranks[node] = _rank(node, graph.owning_module, ranks)

@@ -23,6 +23,7 @@ FORMS = {
     "8/8, zero-points": ql.QuantConfig(8, 8, weight_symmetric=False, **MINMAX),
     "7/6, one affine weight scale": ql.QuantConfig(
         7, 6, weight_symmetric=False, per_channel=False, **MINMAX),
+    "2/4, all levels": ql.QuantConfig(2, 4, weight_symmetric=False),
     "8/4, before every layer": ql.QuantConfig(8, 4, **MINMAX),
 }
 
