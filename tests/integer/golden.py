@@ -39,7 +39,8 @@ def cases():
     found = [_multipliers(draw)]
     for rounding in ROUNDINGS:
         found += [_products(draw, rounding), *_operations(draw, rounding)]
-    return found
+    draw = random.Random(2025)  # younger cases, so that those above stay
+    return found + [case for rounding in ROUNDINGS for case in _all_levels(draw, rounding)]
 
 
 def write(path=PATH):
@@ -124,6 +125,18 @@ def _convolutions(draw, rounding, wide, narrow, signed):
         yield _case(op, f"conv {name}", rounding, [x], **op.options, dilation=op.dilation)
 
 
+def _all_levels(draw, rounding):
+    """Weights of 2^b levels, by channel with one code more below zero or above."""
+    wide, narrow = _grid(draw, 8), _grid(draw, 4)
+    for bits in (2, 4, 8):
+        layer, half = nn.Conv2d(3, 4, 2, padding=1), 2 ** (bits - 1)
+        codes = _set_weights(draw, layer, bits, zero_points=(half, half - 1))
+        op = ops.Conv("conv", layer, *codes(wide), wide, narrow, rounding)
+        name = f"conv {2**bits} levels of a weight"
+        x = _codes(draw, wide, 1, 3, 4, 4)
+        yield _case(op, name, rounding, [x], **op.options, dilation=op.dilation)
+
+
 def _averages(draw, rounding, wide, narrow):
     no_padding = pools.Windows(3, 2, 1, count_include_pad=False)
     options = {
@@ -146,16 +159,24 @@ def _grid(draw, bits, low=0, high=None, zero_point=None):
     return ops.Grid.of(QParams(scale, torch.tensor(zero_point, dtype=torch.int32), low, high))
 
 
-def _set_weights(draw, layer, bits, symmetric=True):
-    """Give a layer weight_qparams; the result: grid of the input -> (weight codes, bias codes)."""
+def _set_weights(draw, layer, bits, symmetric=True, zero_points=()):
+    """Give a layer weight_qparams; the result: grid of the input -> (weight codes, bias codes).
+
+    zero_points: of 2^b codes, by turns; every channel has the last and the first code.
+    """
+    symmetric = symmetric and not zero_points
     qmin, qmax = (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
     channels = len(layer.weight)
     scale = torch.tensor([draw.uniform(0.002, 0.02) for _ in range(channels)])
     zero_point = [0 if symmetric else draw.randint(0, qmax) for _ in range(channels)]
+    if zero_points:
+        zero_point = [zero_points[i % len(zero_points)] for i in range(channels)]
     zero_point = torch.tensor(zero_point, dtype=torch.int32)
     layer.weight_qparams = QParams(scale, zero_point, qmin, qmax, axis=0)
     codes = [draw.randint(qmin, qmax) for _ in range(layer.weight.numel())]
     codes = torch.tensor(codes, dtype=torch.int32).view_as(layer.weight)
+    if zero_points:
+        codes.flatten(1)[:, :2] = torch.tensor([qmax, qmin])
     bias = torch.tensor([draw.uniform(-1, 1) for _ in range(channels)]) * scale.sqrt()
     return lambda grid: (codes, torch.round(bias.double() / (grid.scale * scale.double())).int())
 
