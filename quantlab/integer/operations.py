@@ -146,6 +146,7 @@ class Layer(Operation):
         acc_scale = acc_scale.view(-1, *[1] * (weight.dim() - 2))
         super().__init__(name, out, acc_scale, _bounds(weight, bias, grid_in.extent), rounding)
         self.zero_point_in, self.weight_bits = grid_in.zero_point, q.bits
+        self.codes_in = tuple(grid_in.zero_point + end for end in grid_in.extent)
         self.bias_bits = signed_bits(int(bias.min()), int(bias.max()))
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)

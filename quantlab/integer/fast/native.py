@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from quantlab.system.errors import UserError
 from quantlab.system.files import PACKAGE, atomic_path, sha256, write_text
 
-SOURCE = PACKAGE / "integer/fast/kernels.c"
+SOURCE = PACKAGE / "integer/fast/kernels.c"  # it includes the headers beside it
 ARM = platform.machine().lower() in ("arm64", "aarch64")
 FLAGS = ("-O3", "-mcpu=native" if ARM else "-march=native", "-fwrapv", "-shared", "-fPIC")
 OUT = 16  # channels that the kernels compute at a time, as in the source
@@ -97,7 +97,8 @@ def _load(folder, compiler):
         if not _is_private(folder.stat()):
             raise OSError(f"{folder} belongs to another user")
     version = _output([*compiler, "--version"])
-    key = "\0".join([SOURCE.read_text(encoding="utf-8"), *compiler, version, *FLAGS, _processor()])
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.[ch]"))]
+    key = "\0".join([*sources, *compiler, version, *FLAGS, _processor()])
     path = folder / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     digest = path.with_suffix(".sha256")
     found = [os.path.lexists(file) and _is_private(file.lstat()) for file in (path, digest)]
@@ -137,7 +138,8 @@ def declared(library):
     are begin and end.
     """
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
-    signatures = {"conv": "ppppppp", "requantize": "pipp", "add": "ppiippp", "affine": "piipppp"}
+    signatures = {"conv_words": "ppppppp", "conv_bytes": "ppppppp", "requantize": "pipp",
+                  "add": "ppiippp", "affine": "piipppp"}
     for name, arguments in signatures.items():
         getattr(library, name).argtypes = [types[letter] for letter in arguments + "ii"]
     return library
@@ -152,10 +154,11 @@ class Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in (
         "images", "height", "width", "channels", "rows", "columns", "outputs", "groups", "kernel_h",
         "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w", "top", "left", "zero_point",
-        "depthwise", "band_images", "band_rows", "stretches", "stretch")]
+        "depthwise", "band_images", "band_rows", "stretches", "stretch", "least", "in_place",
+        "run")]
 
 
-def pack_constants(requantization, channels=OUT, groups=1):
+def pack_constants(requantization, channels=OUT, groups=1, block=OUT):
     """int32 [4 + 4 * channels]: Output of kernels.c, from which it computes a Requantization.
 
     Its multiplier has one value or one a channel; groups: into which channels are padded.
@@ -170,15 +173,26 @@ def pack_constants(requantization, channels=OUT, groups=1):
     zero_point = int(r.zero_point)
     plain = not (up.any() or away.any())
     head = [zero_point, int(r.low) - zero_point, int(r.high) - zero_point, plain]
-    arrays = (pad_outputs(x.int(), groups) for x in (q, up, down, away))
+    arrays = (pad_outputs(x.int(), groups, block) for x in (q, up, down, away))
     return torch.cat([torch.tensor(head, dtype=torch.int32), *arrays])
 
 
-def pad_outputs(x, groups=1):
+def pad_outputs(x, groups=1, block=OUT):
     """[channels, ...] with zeros behind every group, so that it fills the kernels' blocks."""
     x = x.unflatten(0, (groups, -1))
-    padding = x.new_zeros(groups, -x.shape[1] % OUT, *x.shape[2:])
+    padding = x.new_zeros(groups, -x.shape[1] % block, *x.shape[2:])
     return torch.cat([x, padding], 1).flatten(0, 1).contiguous()
+
+
+def choose_kernel(rows, codes, depthwise):
+    """(name, why, how many products of four 16 bits hold) for int32 weights [O, runs, codes]."""
+    if depthwise:
+        return "conv_words", "depthwise", 0
+    if not library().byte_kernel():
+        return "conv_words", "no instruction for bytes here", 0
+    if rows.min() < -128 or rows.max() > 127:
+        return "conv_words", "a weight does not fit in int8", 0
+    return "conv_bytes", "vpdpbusd", 0
 
 
 class Layer:
@@ -189,7 +203,7 @@ class Layer:
     """
 
     def __init__(self, weight, bias, zero_point, requantization=None, stride=(1, 1),
-                 dilation=(1, 1), padding=(0, 0, 0, 0), groups=1):
+                 dilation=(1, 1), padding=(0, 0, 0, 0), groups=1, codes=(-128, 127)):
         outputs, inner, kh, kw = weight.shape
         fits = weight.min() >= -WIDEST and weight.max() <= WIDEST
         if outputs % groups or len(bias) != outputs or not fits:
@@ -201,22 +215,30 @@ class Layer:
         # codes under a row of the kernel are one stretch where they are neighbours in memory
         joined = groups == 1 and dilation[1] == 1 and not depthwise
         stretches, stretch = (1, kw * inner) if joined else (kw, inner)
-        even = stretch + stretch % 2
         rows = weight.permute(0, 2, 3, 1).reshape(outputs, kh * stretches, stretch)
-        rows = pad_outputs(F.pad(rows, (0, even - stretch)), blocks).to(torch.int16)
-        pairs = rows.view(-1, OUT, kh * stretches * even // 2, 2)
-        # [blocks of channels, pairs, OUT, 2]; depthwise: a weight and a zero
-        self.weight = pairs.transpose(1, 2).contiguous()
-        self.bias, self.channels = pad_outputs(bias.int(), blocks), inner * groups
+        self.kernel, self.reason, run = choose_kernel(rows, codes, depthwise)
+        is_bytes = self.kernel == "conv_bytes"
+        step, block = (4, library().byte_outputs()) if is_bytes else (2, OUT)
+        rows = F.pad(rows, (0, -stretch % step))
+        stretch = rows.shape[2]
+        rows = pad_outputs(rows, blocks, block).to(torch.int8 if is_bytes else torch.int16)
+        rows = rows.view(-1, block, kh * stretches * stretch // step, step)
+        # [blocks of channels, steps, block, step]; depthwise: a weight and a zero
+        self.weight = rows.transpose(1, 2).contiguous()
+        if is_bytes:
+            bias = bias - (zero_point - codes[0]) * weight.flatten(1).sum(1)
+        self.bias, self.channels = pad_outputs(bias.int(), blocks, block), inner * groups
         self.constants = None
         if requantization is not None:
-            self.constants = pack_constants(requantization, outputs, blocks)
+            self.constants = pack_constants(requantization, outputs, blocks, block)
             check_constants(len(self.bias), self.constants)
+        at_once = is_bytes and (kh, kw, *stride) == (1, 1, 1, 1) and not any(padding)
         self.shape = Shape(
             outputs=outputs, groups=groups, kernel_h=kh, kernel_w=kw, zero_point=zero_point,
             depthwise=depthwise, stride_h=stride[0], stride_w=stride[1], dilation_h=dilation[0],
             dilation_w=dilation[1], left=padding[0], top=padding[2], stretches=stretches,
-            stretch=even)
+            stretch=stretch, least=codes[0], run=run,
+            in_place=at_once and codes[0] == 0 and inner % 4 == 0)
 
     def sized(self, images, height, width, channels, threads):
         """(Shape, size of the result, number of tasks) for inputs of this size.
@@ -232,7 +254,7 @@ class Layer:
         if min(s.rows, s.columns) < 1:
             raise UserError(f"a kernel of {reach_h + 1}x{reach_w + 1} does not fit into images of "
                             f"{height}x{width} pixels; use larger ones")
-        row = 2 * channels * ((s.columns - 1) * s.stride_w + reach_w + 1)  # bytes
+        row = (1 if self.kernel == "conv_bytes" else 2) * channels * ((s.columns - 1) * s.stride_w + reach_w + 1)  # bytes
         lines = (BAND // row - reach_h - 1) // s.stride_h + 1  # output rows
         part = s.rows if images >= threads else -(-s.rows // threads)
         s.band_rows = max(1, min(s.rows, lines, part))
@@ -251,7 +273,7 @@ class Layer:
         y = torch.empty(size, dtype=torch.int32 if logits else torch.int8)
         results = (None, y) if logits else (y, None)
         arguments = (ctypes.byref(s), x.contiguous(), self.weight, self.bias, self.constants)
-        call("conv", arguments + results, tasks, y.numel() * self.work, THREADED)
+        call(self.kernel, arguments + results, tasks, y.numel() * self.work, THREADED)
         return y
 
 

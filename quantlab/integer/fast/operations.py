@@ -93,7 +93,8 @@ class FastLayer(Fast):
 
     def make_kernel(self, weight, **options):
         requantization = None if self.out is None else self.requantization
-        return native.Layer(weight, self.bias, self.zero_point_in, requantization, **options)
+        return native.Layer(weight, self.bias, self.zero_point_in, requantization,
+                            codes=self.codes_in, **options)
 
     def product(self, rows, group=0):
         """int8 [M, width] -> int32 [M, outputs of one group], without bias."""
