@@ -53,7 +53,7 @@ static void pad_bytes(const Shape *s, int64_t n, void *out) {
 #if defined(dot)
 static inline __attribute__((always_inline)) void tile_bytes_of(
         const Shape *s, const uint8_t *const *window, int64_t row, int64_t column, const int8_t *w,
-        const int32_t *bias, int32_t *acc, const int vectors) {
+        const int32_t *bias, const Result *result, const int vectors) {
     sums sum[BYTE_PIXELS][2];
     const uint8_t *x[BYTE_PIXELS];
     UNROLL for (int i = 0; i < BYTE_PIXELS; i++) {
@@ -74,20 +74,34 @@ static inline __attribute__((always_inline)) void tile_bytes_of(
                         sum[i][v] = dot(sum[i][v], codes, weight[v]);
                 }
             }
+#if defined(__AVX512BW__)
+    if (result->codes && result->output->plain && vectors == 2 && result->n == BYTE_OUTPUTS) {
+        const Output *o = result->output;
+        Multiplier first = multiplier(o, result->channel);
+        Multiplier second = multiplier(o, result->channel + LANES);
+        UNROLL for (int i = 0; i < BYTE_PIXELS; i++) {
+            if (i >= result->pixels) break;
+            __m256i codes = pack(scaled(sum[i][0], first), scaled(sum[i][1], second), o);
+            _mm256_storeu_si256((__m256i *)(result->codes + i * result->pitch), codes);
+        }
+        return;
+    }
+#endif
+    int32_t acc[BYTE_PIXELS][BYTE_OUTPUTS];
     UNROLL for (int i = 0; i < BYTE_PIXELS; i++)
-        UNROLL for (int v = 0; v < vectors; v++)
-            store_sums(acc + i * BYTE_OUTPUTS + v * LANES, sum[i][v]);
+        UNROLL for (int v = 0; v < vectors; v++) store_sums(acc[i] + v * LANES, sum[i][v]);
+    store_tile(*acc, BYTE_OUTPUTS, result);
 }
 
 static void tile_bytes(const Shape *s, const void *const *window, int64_t row, int64_t column,
-                       const void *w, const int32_t *bias, int32_t *acc, int64_t n) {
+                       const void *w, const int32_t *bias, const Result *result) {
     const uint8_t *const *x = (const uint8_t *const *)window;
-    if (n > LANES) tile_bytes_of(s, x, row, column, w, bias, acc, 2);
-    else tile_bytes_of(s, x, row, column, w, bias, acc, 1);
+    if (result->n > LANES) tile_bytes_of(s, x, row, column, w, bias, result, 2);
+    else tile_bytes_of(s, x, row, column, w, bias, result, 1);
 }
 #else
 static void tile_bytes(const Shape *s, const void *const *window, int64_t row, int64_t column,
-                       const void *w, const int32_t *bias, int32_t *acc, int64_t n) {}
+                       const void *w, const int32_t *bias, const Result *result) {}
 #endif
 
 static const Kernel BYTE_KERNEL = {BYTE_PIXELS, BYTE_OUTPUTS, 1, fill_bytes, pad_bytes, tile_bytes};

@@ -17,19 +17,35 @@ typedef struct {
     int64_t least, in_place, run;
 } Shape;
 
-enum { MOST_PIXELS = 16, MOST_OUTPUTS = 32 };
+enum { MOST_PIXELS = 16 };
 
-// An inner loop: sums of `pixels` windows x `outputs` channels.
+// Where a tile's results go: pixel i < pixels, n channels from `channel` of the constants.
+typedef struct {
+    const Output *output;
+    int64_t channel, n, pixels, pitch;  // pitch: from pixel to pixel
+    int8_t *codes;                      // or NULL
+    int32_t *logits;
+} Result;
+
+// An inner loop: `pixels` windows x `outputs` channels,
 //     acc[i][j] = bias[j] + sum of window i times w[j]
-// size: bytes of a code in the windows. fill: writes n codes as the kernel reads them. tile: row,
-// column: how far the kernel's next row and column lie, in codes; of acc at least n channels.
+// size: bytes of a code in the windows. fill: writes n codes as the kernel reads them; pad: n codes
+// of padding. row, column: how far the kernel's next row and column lie, in codes.
 typedef struct {
     int pixels, outputs, size;
     void (*fill)(const Shape *s, const int8_t *codes, int64_t n, void *out);
     void (*pad)(const Shape *s, int64_t n, void *out);
     void (*tile)(const Shape *s, const void *const *window, int64_t row, int64_t column,
-                 const void *w, const int32_t *bias, int32_t *acc, int64_t n);
+                 const void *w, const int32_t *bias, const Result *result);
 } Kernel;
+
+static inline void store_tile(const int32_t *acc, int outputs, const Result *r) {
+    for (int64_t i = 0; i < r->pixels; i++, acc += outputs) {
+        if (r->logits) memcpy(r->logits + i * r->pitch, acc, 4 * r->n);
+        else for (int64_t c = 0; c < r->n; c += OUT)
+            store(acc + c, r->output, r->channel + c, r->codes + i * r->pitch + c, r->n - c);
+    }
+}
 
 // One image's rows first .. first + rows as the kernel reads them, padded: [rows][width][channels].
 static void copy(const Kernel *k, const Shape *s, const int8_t *x, int64_t first, int64_t rows,
@@ -94,16 +110,12 @@ static int convolve(const Kernel *k, const Shape *s, const int8_t *x, const char
                 const char *w = weight + channel / k->outputs * size;
                 for (int64_t p = 0; p < pixels; p += k->pixels) {
                     const void *in[MOST_PIXELS];
-                    int32_t acc[MOST_PIXELS * MOST_OUTPUTS];
+                    int64_t at = (start + p) * s->outputs + g * per_group + n;
+                    Result result = {&o, channel, left, pixels - p, s->outputs,
+                                     logits ? NULL : codes + at, logits ? logits + at : NULL};
+                    if (result.pixels > k->pixels) result.pixels = k->pixels;
                     for (int i = 0; i < k->pixels; i++) in[i] = window[p + i] + from;
-                    k->tile(s, in, row, column, w, bias + channel, acc, left);
-                    for (int i = 0; i < k->pixels && p + i < pixels; i++) {
-                        const int32_t *sums = acc + i * k->outputs;
-                        int64_t at = (start + p + i) * s->outputs + g * per_group + n;
-                        if (logits) memcpy(logits + at, sums, 4 * left);
-                        else for (int64_t c = 0; c < left; c += OUT)
-                            store(sums + c, &o, channel + c, codes + at + c, left - c);
-                    }
+                    k->tile(s, in, row, column, w, bias + channel, &result);
                 }
             }
     }

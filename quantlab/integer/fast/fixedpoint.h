@@ -47,6 +47,35 @@ static inline int32_t rescale_one(int32_t x, int32_t q, int32_t up, int32_t down
     return ((h >> down) + 1) >> 1;
 }
 
+#if defined(__AVX512BW__)
+typedef struct {
+    __m512i q, odd, down;
+} Multiplier;
+
+static inline Multiplier multiplier(const Output *o, int64_t c) {
+    __m512i q = _mm512_loadu_si512(o->q + c);
+    return (Multiplier){q, _mm512_srli_epi64(q, 32), _mm512_loadu_si512(o->down + c)};
+}
+
+// round(x * M) where it is plain: products of even and odd lanes apart, of either the bits 31 .. 62
+static inline __m512i scaled(__m512i x, Multiplier m) {
+    __m512i even = _mm512_srli_epi64(_mm512_mul_epi32(x, m.q), 31);
+    __m512i odd = _mm512_mul_epi32(_mm512_srli_epi64(x, 32), m.odd);
+    __m512i h = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 1));
+    return _mm512_srai_epi32(_mm512_add_epi32(_mm512_srav_epi32(h, m.down), _mm512_set1_epi32(1)), 1);
+}
+
+// The codes of 32 rescaled accumulators; packing to 16 bits saturates beyond low and high.
+static inline __m256i pack(__m512i first, __m512i second, const Output *o) {
+    __m512i h = _mm512_packs_epi32(first, second);  // in turns four of the first and the second
+    h = _mm512_max_epi16(h, _mm512_set1_epi16(o->low));
+    h = _mm512_min_epi16(h, _mm512_set1_epi16(o->high));
+    h = _mm512_add_epi16(h, _mm512_set1_epi16(o->zero_point));
+    h = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), h);
+    return _mm512_cvtepi16_epi8(h);
+}
+#endif
+
 // y[i] = round(x[i] * M) for OUT channels from c.
 static inline void rescale(const int32_t *x, const Output *o, int64_t c, int32_t *y) {
     const int32_t *q = o->q + c, *up = o->up + c, *down = o->down + c, *away = o->away + c;
@@ -54,8 +83,10 @@ static inline void rescale(const int32_t *x, const Output *o, int64_t c, int32_t
         EACH(i) y[i] = rescale_one(x[i], q[i], up[i], down[i], away[i]);
         return;
     }
-#if defined(__AVX2__)
     // what no compiler finds: products of even and odd lanes apart, and of either the bits 31 .. 62
+#if defined(__AVX512BW__)
+    _mm512_storeu_si512(y, scaled(_mm512_loadu_si512(x), multiplier(o, c)));
+#elif defined(__AVX2__)
     for (int i = 0; i < OUT; i += 8) {
         __m256i a = _mm256_loadu_si256((const __m256i *)(x + i));
         __m256i m = _mm256_loadu_si256((const __m256i *)(q + i));
@@ -77,7 +108,12 @@ static inline void store(const int32_t *acc, const Output *o, int64_t c, int8_t 
     int32_t v[OUT];
     int8_t codes[OUT];
     rescale(acc, o, c, v);
-#if defined(__AVX2__)  // packing to 16 bits saturates beyond low and high
+#if defined(__AVX512BW__)
+    __m512i h = _mm512_max_epi32(_mm512_loadu_si512(v), _mm512_set1_epi32(o->low));
+    h = _mm512_min_epi32(h, _mm512_set1_epi32(o->high));
+    h = _mm512_add_epi32(h, _mm512_set1_epi32(o->zero_point));
+    _mm_storeu_si128((__m128i *)codes, _mm512_cvtepi32_epi8(h));
+#elif defined(__AVX2__)  // packing to 16 bits saturates beyond low and high
     __m256i h = _mm256_packs_epi32(_mm256_loadu_si256((const __m256i *)v),
                                    _mm256_loadu_si256((const __m256i *)(v + 8)));
     h = _mm256_max_epi16(h, _mm256_set1_epi16(o->low));

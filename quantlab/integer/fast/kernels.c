@@ -49,13 +49,34 @@ int requantize(const int8_t *x, int64_t zero_point_in, const int32_t *constants,
     return 0;
 }
 
+#if defined(__AVX512BW__)
+// 16 codes less their zero point, shifted left.
+static inline __m512i load_shifted(const int8_t *x, int32_t zero_point, int shift) {
+    __m512i v = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x));
+    return _mm512_slli_epi32(_mm512_sub_epi32(v, _mm512_set1_epi32(zero_point)), shift);
+}
+#endif
+
 // code of a + b, each less its zero point, with 20 fractional bits, on the scale 2 * s_a: as s_a >=
 // s_b, a is halved, which is exact. operand: constants of b.
 int add(const int8_t *a, const int8_t *b, int64_t zero_point_a, int64_t zero_point_b,
         const int32_t *operand, const int32_t *constants, int8_t *y, int64_t begin, int64_t end) {
     Output in = unpack(operand, OUT), o = unpack(constants, OUT);
     int32_t large[CHUNK] = {0}, small[CHUNK] = {0};
-    for (int64_t i = begin; i < end; i += CHUNK) {
+    int64_t i = begin;
+#if defined(__AVX512BW__)
+    Multiplier m = multiplier(&in, 0), last = multiplier(&o, 0);
+    for (; in.plain && o.plain && i + 2 * OUT <= end; i += 2 * OUT) {
+        __m512i sum[2];
+        for (int h = 0; h < 2; h++) {
+            __m512i rescaled = scaled(load_shifted(b + i + h * OUT, zero_point_b, 20), m);
+            sum[h] = _mm512_add_epi32(rescaled, load_shifted(a + i + h * OUT, zero_point_a, 19));
+        }
+        __m256i codes = pack(scaled(sum[0], last), scaled(sum[1], last), &o);
+        _mm256_storeu_si256((__m256i *)(y + i), codes);
+    }
+#endif
+    for (; i < end; i += CHUNK) {
         int64_t n = end - i < CHUNK ? end - i : CHUNK;
         load(a + i, n, zero_point_a, 19, large);
         load(b + i, n, zero_point_b, 20, small);

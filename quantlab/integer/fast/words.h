@@ -73,10 +73,12 @@ static void fill_words(const Shape *s, const int8_t *codes, int64_t n, void *out
 static void pad_words(const Shape *s, int64_t n, void *out) { memset(out, 0, 2 * n); }
 
 static void tile_words(const Shape *s, const void *const *window, int64_t row, int64_t column,
-                       const void *w, const int32_t *bias, int32_t *acc, int64_t n) {
+                       const void *w, const int32_t *bias, const Result *result) {
     const int16_t *const *x = (const int16_t *const *)window;
-    if (s->depthwise) tile(s, x, row, column, w, bias, (int32_t(*)[OUT])acc, 1);
-    else tile(s, x, row, column, w, bias, (int32_t(*)[OUT])acc, 0);
+    int32_t acc[PIXELS][OUT];
+    if (s->depthwise) tile(s, x, row, column, w, bias, acc, 1);
+    else tile(s, x, row, column, w, bias, acc, 0);
+    store_tile(*acc, OUT, result);
 }
 
 static const Kernel WORD_KERNEL = {PIXELS, OUT, 2, fill_words, pad_words, tile_words};
