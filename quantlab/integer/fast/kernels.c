@@ -23,8 +23,8 @@ int conv_bytes(const Shape *s, const int8_t *x, const void *weight, const int32_
     return convolve(&BYTE_KERNEL, s, x, weight, bias, constants, codes, logits, begin, end);
 }
 
-// 1: bytes by VNNI, 2: with sums of 16 bits, 0: not here.
-int64_t byte_kernel(void) { return BYTES; }
+// How bytes are multiplied here: 32 or 16, the bits of their sums, 0 where there is no instruction.
+int64_t byte_sums(void) { return SUMS; }
 int64_t byte_outputs(void) { return BYTE_OUTPUTS; }
 
 // ---- Passes over codes; arrays of constants are padded to a multiple of OUT ---------------------

@@ -34,6 +34,7 @@ OUT = 16  # channels that the kernels compute at a time, as in the source
 BAND = 2**17
 THREADED = 2**22  # multiplications below which threads cost more than they save
 ELEMENTS = 2**17  # the same for a pass over codes
+SHORTEST = 4  # products of four that 16 bits must hold, or widening eats what they save
 WIDEST = 2**15 - 1  # of a weight, which kernels read as int16
 LARGEST_SHIFT = 12  # a multiplier of 2^11 saturates every 8-bit code, as any larger one does
 
@@ -140,6 +141,7 @@ def declared(library):
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
     signatures = {"conv_words": "ppppppp", "conv_bytes": "ppppppp", "requantize": "pipp",
                   "add": "ppiippp", "affine": "piipppp"}
+    library.byte_sums.restype = library.byte_outputs.restype = ctypes.c_int64
     for name, arguments in signatures.items():
         getattr(library, name).argtypes = [types[letter] for letter in arguments + "ii"]
     return library
@@ -185,14 +187,43 @@ def pad_outputs(x, groups=1, block=OUT):
 
 
 def choose_kernel(rows, codes, depthwise):
-    """(name, why, how many products of four 16 bits hold) for int32 weights [O, runs, codes]."""
+    """(name, why, run) of the kernel for int32 weights [O, runs, codes], padded to fours.
+
+    run: how many products of four a sum of 16 bits holds, whatever the codes.
+    """
+    sums = library().byte_sums()
     if depthwise:
-        return "conv_words", "depthwise", 0
-    if not library().byte_kernel():
+        return "conv_words", "depthwise: nothing to sum over channels", 0
+    if not sums:
         return "conv_words", "no instruction for bytes here", 0
     if rows.min() < -128 or rows.max() > 127:
-        return "conv_words", "a weight does not fit in int8", 0
-    return "conv_bytes", "vpdpbusd", 0
+        return "conv_words", "a weight does not fit in 8 bits", 0
+    if sums == 32:
+        return "conv_bytes", "vpdpbusd: four products a sum of 32 bits", 0
+    run = longest_run(rows, codes[1] - codes[0])
+    if run < SHORTEST:
+        return "conv_words", f"16 bits hold {4 * run} products, fewer than {4 * SHORTEST}", run
+    assert fits_16_bits(rows, codes[1] - codes[0], run)
+    return "conv_bytes", f"vpmaddubsw: {4 * run} products a sum of 16 bits", run
+
+
+def longest_run(rows, most):
+    """Products of four that 16 bits hold: all, or half as often as needed; 0: not one.
+
+    rows: int32 [O, runs, codes], of fours; codes are 0 .. most.
+    """
+    run = rows[0].numel() // 4
+    while run and not fits_16_bits(rows, most, run):
+        run //= 2
+    return run
+
+
+def fits_16_bits(rows, most, run):
+    """Whether every sum of pairs over `run` products of four fits, for codes 0 .. most."""
+    fours = rows.flatten(1)
+    fours = F.pad(fours, (0, -fours.shape[1] % (4 * run))).view(len(rows), -1, run, 2, 2)
+    largest, least = (part.sum((2, 4)) for part in (fours.clamp(min=0), fours.clamp(max=0)))
+    return bool(most * largest.max() < 2**15 and most * least.min() >= -(2**15))
 
 
 class Layer:
@@ -216,7 +247,8 @@ class Layer:
         joined = groups == 1 and dilation[1] == 1 and not depthwise
         stretches, stretch = (1, kw * inner) if joined else (kw, inner)
         rows = weight.permute(0, 2, 3, 1).reshape(outputs, kh * stretches, stretch)
-        self.kernel, self.reason, run = choose_kernel(rows, codes, depthwise)
+        fours = F.pad(rows, (0, -stretch % 4))
+        self.kernel, self.reason, run = choose_kernel(fours, codes, depthwise)
         is_bytes = self.kernel == "conv_bytes"
         step, block = (4, library().byte_outputs()) if is_bytes else (2, OUT)
         rows = F.pad(rows, (0, -stretch % step))
