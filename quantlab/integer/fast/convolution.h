@@ -12,6 +12,7 @@ typedef struct {
     // a row of the kernel touches `stretches` runs of `stretch` neighbouring codes, a multiple of
     // what one instruction sums
     int64_t stretches, stretch;
+    int64_t weights;  // of one output, padding included
     // bytes alone: the least code, which becomes 0; whether codes are read where they are; products
     // that 16 bits hold
     int64_t least, in_place, run;
@@ -74,7 +75,7 @@ static int convolve(const Kernel *k, const Shape *s, const int8_t *x, const char
     if (s->in_place) width = s->width;
     int64_t row = s->dilation_h * width * s->channels, column = s->dilation_w * s->channels;
     int64_t groups = s->depthwise ? 1 : s->groups, per_group = s->outputs / groups;
-    int64_t size = s->kernel_h * s->stretches * s->stretch * k->outputs * k->size;
+    int64_t size = s->weights * k->outputs * k->size;
     int64_t padded = (per_group + k->outputs - 1) / k->outputs * k->outputs;
     int64_t pitch = s->height * s->width * s->channels;  // from image to image
     int64_t wide_pitch = height * width * s->channels * k->size;  // the same in `wide`

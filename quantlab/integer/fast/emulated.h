@@ -58,3 +58,19 @@ static inline sums widen(sums acc, sums sum) {
 #define widen widen
 #endif
 #define dot dot
+
+// vpunpck{l,h}{bw,wd}: halves of every 128 bits, elements of n bytes in turns
+static inline sums interleave(sums first, sums second, int half, int n) {
+    const int8_t *a = (const int8_t *)&first, *b = (const int8_t *)&second;
+    int8_t out[4 * LANES];
+    for (int i = 0; i < 4 * LANES; i += 2 * n) {
+        int from = i / 16 * 16 + half * 8 + i % 16 / 2;
+        memcpy(out + i, a + from, n);
+        memcpy(out + i + n, b + from, n);
+    }
+    return load_sums(out);
+}
+#define low8(a, b) interleave(a, b, 0, 1)
+#define high8(a, b) interleave(a, b, 1, 1)
+#define low16(a, b) interleave(a, b, 0, 2)
+#define high16(a, b) interleave(a, b, 1, 2)

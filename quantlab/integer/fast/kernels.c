@@ -11,21 +11,21 @@
 #include "words.h"
 #include "bytes.h"
 
-int conv_words(const Shape *s, const int8_t *x, const void *weight, const int32_t *bias,
-               const int32_t *constants, int8_t *codes, int32_t *logits, int64_t begin,
-               int64_t end) {
-    return convolve(&WORD_KERNEL, s, x, weight, bias, constants, codes, logits, begin, end);
-}
+#define CONVOLUTION(name, kernel)                                                                 \
+    int name(const Shape *s, const int8_t *x, const void *weight, const int32_t *bias,            \
+             const int32_t *constants, int8_t *codes, int32_t *logits, int64_t begin,             \
+             int64_t end) {                                                                       \
+        return convolve(&kernel, s, x, weight, bias, constants, codes, logits, begin, end);       \
+    }
+CONVOLUTION(conv_words, WORD_KERNEL)
+#if defined(dot)
+CONVOLUTION(conv_bytes, BYTE_KERNEL)
+CONVOLUTION(conv_depthwise, DEPTHWISE_KERNEL)
+#endif
 
-int conv_bytes(const Shape *s, const int8_t *x, const void *weight, const int32_t *bias,
-               const int32_t *constants, int8_t *codes, int32_t *logits, int64_t begin,
-               int64_t end) {
-    return convolve(&BYTE_KERNEL, s, x, weight, bias, constants, codes, logits, begin, end);
-}
-
-// How bytes are multiplied here: 32 or 16, the bits of their sums, 0 where there is no instruction.
+// Bits of the sums of bytes here: 32, 16, or 0 where no instruction multiplies them.
 int64_t byte_sums(void) { return SUMS; }
-int64_t byte_outputs(void) { return BYTE_OUTPUTS; }
+int64_t byte_lanes(void) { return LANES; }
 
 // ---- Passes over codes; arrays of constants are padded to a multiple of OUT ---------------------
 

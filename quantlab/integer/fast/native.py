@@ -139,11 +139,12 @@ def declared(library):
     are begin and end.
     """
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
-    signatures = {"conv_words": "ppppppp", "conv_bytes": "ppppppp", "requantize": "pipp",
-                  "add": "ppiippp", "affine": "piipppp"}
-    library.byte_sums.restype = library.byte_outputs.restype = ctypes.c_int64
+    convolutions = dict.fromkeys(("conv_words", "conv_bytes", "conv_depthwise"), "ppppppp")
+    signatures = convolutions | {"requantize": "pipp", "add": "ppiippp", "affine": "piipppp"}
+    library.byte_sums.restype = library.byte_lanes.restype = ctypes.c_int64
     for name, arguments in signatures.items():
-        getattr(library, name).argtypes = [types[letter] for letter in arguments + "ii"]
+        if hasattr(library, name):  # kernels of bytes are not everywhere
+            getattr(library, name).argtypes = [types[letter] for letter in arguments + "ii"]
     return library
 
 
@@ -156,8 +157,8 @@ class Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in (
         "images", "height", "width", "channels", "rows", "columns", "outputs", "groups", "kernel_h",
         "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w", "top", "left", "zero_point",
-        "depthwise", "band_images", "band_rows", "stretches", "stretch", "least", "in_place",
-        "run")]
+        "depthwise", "band_images", "band_rows", "stretches", "stretch", "weights", "least",
+        "in_place", "run")]
 
 
 def pack_constants(requantization, channels=OUT, groups=1, block=OUT):
@@ -187,43 +188,52 @@ def pad_outputs(x, groups=1, block=OUT):
 
 
 def choose_kernel(rows, codes, depthwise):
-    """(name, why, run) of the kernel for int32 weights [O, runs, codes], padded to fours.
+    """(name, why, run) of the kernel for int32 weights [O, stretches, stretch].
 
     run: how many products of four a sum of 16 bits holds, whatever the codes.
     """
     sums = library().byte_sums()
-    if depthwise:
-        return "conv_words", "depthwise: nothing to sum over channels", 0
     if not sums:
         return "conv_words", "no instruction for bytes here", 0
     if rows.min() < -128 or rows.max() > 127:
         return "conv_words", "a weight does not fit in 8 bits", 0
+    name = "conv_depthwise" if depthwise else "conv_bytes"
     if sums == 32:
-        return "conv_bytes", "vpdpbusd: four products a sum of 32 bits", 0
-    run = longest_run(rows, codes[1] - codes[0])
-    if run < SHORTEST:
-        return "conv_words", f"16 bits hold {4 * run} products, fewer than {4 * SHORTEST}", run
-    assert fits_16_bits(rows, codes[1] - codes[0], run)
-    return "conv_bytes", f"vpmaddubsw: {4 * run} products a sum of 16 bits", run
+        return name, "vpdpbusd: four products a sum of 32 bits", 0
+    fours = rows.transpose(1, 2) if depthwise else rows
+    fours = F.pad(fours, (0, -fours.shape[2] % 4)).flatten(1)
+    run = longest_run(fours, codes[1] - codes[0])
+    if run < (1 if depthwise else SHORTEST):
+        return "conv_words", f"16 bits hold {4 * run} products in the worst case, too few", 0
+    assert fits_16_bits(fours, codes[1] - codes[0], run)
+    if depthwise:
+        return name, "vpmaddubsw: two products in 16 bits", 0
+    return name, f"vpmaddubsw: {4 * run} products a sum of 16 bits", run
 
 
-def longest_run(rows, most):
+def longest_run(fours, most):
     """Products of four that 16 bits hold: all, or half as often as needed; 0: not one.
 
-    rows: int32 [O, runs, codes], of fours; codes are 0 .. most.
+    fours: weights, int32 [O, a multiple of 4]; codes are 0 .. most.
     """
-    run = rows[0].numel() // 4
-    while run and not fits_16_bits(rows, most, run):
+    run = fours.shape[1] // 4
+    while run and not fits_16_bits(fours, most, run):
         run //= 2
     return run
 
 
-def fits_16_bits(rows, most, run):
+def fits_16_bits(fours, most, run):
     """Whether every sum of pairs over `run` products of four fits, for codes 0 .. most."""
-    fours = rows.flatten(1)
-    fours = F.pad(fours, (0, -fours.shape[1] % (4 * run))).view(len(rows), -1, run, 2, 2)
+    fours = F.pad(fours, (0, -fours.shape[1] % (4 * run))).view(len(fours), -1, run, 2, 2)
     largest, least = (part.sum((2, 4)) for part in (fours.clamp(min=0), fours.clamp(max=0)))
     return bool(most * largest.max() < 2**15 and most * least.min() >= -(2**15))
+
+
+def in_turns(x, lanes):
+    """[channels, ...] in the order that interleaving bytes leaves: of every 4 * lanes channels
+    four of each sixteen.
+    """
+    return x.unflatten(0, (-1, lanes // 4, 4, 4)).transpose(1, 2).flatten(0, 3).contiguous()
 
 
 class Layer:
@@ -247,30 +257,36 @@ class Layer:
         joined = groups == 1 and dilation[1] == 1 and not depthwise
         stretches, stretch = (1, kw * inner) if joined else (kw, inner)
         rows = weight.permute(0, 2, 3, 1).reshape(outputs, kh * stretches, stretch)
-        fours = F.pad(rows, (0, -stretch % 4))
-        self.kernel, self.reason, run = choose_kernel(fours, codes, depthwise)
-        is_bytes = self.kernel == "conv_bytes"
-        step, block = (4, library().byte_outputs()) if is_bytes else (2, OUT)
-        rows = F.pad(rows, (0, -stretch % step))
-        stretch = rows.shape[2]
-        rows = pad_outputs(rows, blocks, block).to(torch.int8 if is_bytes else torch.int16)
-        rows = rows.view(-1, block, kh * stretches * stretch // step, step)
-        # [blocks of channels, steps, block, step]; depthwise: a weight and a zero
-        self.weight = rows.transpose(1, 2).contiguous()
+        self.kernel, self.reason, run = choose_kernel(rows, codes, depthwise)
+        if self.kernel == "conv_depthwise":
+            rows = rows.transpose(1, 2)  # its taps are one stretch
+        lanes = library().byte_lanes()
+        step, block = {"conv_words": (2, OUT), "conv_bytes": (4, 2 * lanes),
+                       "conv_depthwise": (4, 4 * lanes)}[self.kernel]
+        rows = F.pad(rows, (0, -rows.shape[2] % step))
+        weights = rows[0].numel()
+        rows = pad_outputs(rows, blocks, block)
+        is_bytes = self.kernel != "conv_words"
         if is_bytes:
             bias = bias - (zero_point - codes[0]) * weight.flatten(1).sum(1)
         self.bias, self.channels = pad_outputs(bias.int(), blocks, block), inner * groups
+        if self.kernel == "conv_depthwise":
+            rows, self.bias = in_turns(rows, lanes), in_turns(self.bias, lanes)
+        rows = rows.to(torch.int8 if is_bytes else torch.int16)
+        rows = rows.view(-1, block, weights // step, step)
+        # [blocks of channels, steps, block, step]; depthwise words: a weight and a zero
+        self.weight = rows.transpose(1, 2).contiguous()
         self.constants = None
         if requantization is not None:
             self.constants = pack_constants(requantization, outputs, blocks, block)
             check_constants(len(self.bias), self.constants)
-        at_once = is_bytes and (kh, kw, *stride) == (1, 1, 1, 1) and not any(padding)
+        as_is = self.kernel == "conv_bytes" and (kh, kw, *stride) == (1, 1, 1, 1) and not any(padding)
         self.shape = Shape(
             outputs=outputs, groups=groups, kernel_h=kh, kernel_w=kw, zero_point=zero_point,
             depthwise=depthwise, stride_h=stride[0], stride_w=stride[1], dilation_h=dilation[0],
             dilation_w=dilation[1], left=padding[0], top=padding[2], stretches=stretches,
-            stretch=stretch, least=codes[0], run=run,
-            in_place=at_once and codes[0] == 0 and inner % 4 == 0)
+            stretch=stretch + -stretch % step, weights=weights, least=codes[0], run=run,
+            in_place=as_is and codes[0] == 0 and inner % 4 == 0)
 
     def sized(self, images, height, width, channels, threads):
         """(Shape, size of the result, number of tasks) for inputs of this size.
@@ -286,7 +302,7 @@ class Layer:
         if min(s.rows, s.columns) < 1:
             raise UserError(f"a kernel of {reach_h + 1}x{reach_w + 1} does not fit into images of "
                             f"{height}x{width} pixels; use larger ones")
-        row = (1 if self.kernel == "conv_bytes" else 2) * channels * ((s.columns - 1) * s.stride_w + reach_w + 1)  # bytes
+        row = self.weight.element_size() * channels * ((s.columns - 1) * s.stride_w + reach_w + 1)  # bytes
         lines = (BAND // row - reach_h - 1) // s.stride_h + 1  # output rows
         part = s.rows if images >= threads else -(-s.rows // threads)
         s.band_rows = max(1, min(s.rows, lines, part))
