@@ -55,7 +55,9 @@ def to_integer(qmodel, rounding="single", executor="reference", compile=None):
         classes, dtype = fast.classes(compile), torch.int8
     with torch.no_grad():
         parts = Converter(qmodel, classes, dtype, rounding).convert()
-    return IntegerModel(*parts, dtype, rounding, executor).eval().to(device)
+    imodel = IntegerModel(*parts, dtype, rounding, executor).eval().to(device)
+    imodel.kernels()  # chosen and packed here, not at the first call
+    return imodel
 
 
 def _check_convertible(qmodel):
@@ -134,6 +136,13 @@ class IntegerModel(nn.Module):
             codes = {edge: values[node].int() + offset
                      for edge, (node, offset) in self.stored.items()}
             return codes | {"logits": logits}
+
+    def kernels(self):
+        """Which kernel computes every operation, and why: a frame, one row an operation."""
+        plain = lambda: ("torch", f"the {self.executor} executor's own")  # noqa: E731
+        rows = [(name, op.kind, *getattr(op, "runs", plain)())
+                for name, op in self.operations.items()]
+        return pd.DataFrame(rows, columns=["layer", "kind", "kernel", "why"])
 
     @torch.no_grad()
     def report(self, shape):

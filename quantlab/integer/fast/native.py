@@ -203,7 +203,7 @@ def choose_kernel(rows, codes, depthwise):
     fours = rows.transpose(1, 2) if depthwise else rows
     fours = F.pad(fours, (0, -fours.shape[2] % 4)).flatten(1)
     run = longest_run(fours, codes[1] - codes[0])
-    if run < (1 if depthwise else SHORTEST):
+    if run < min(1 if depthwise else SHORTEST, fours.shape[1] // 4):
         return "conv_words", f"16 bits hold {4 * run} products in the worst case, too few", 0
     assert fits_16_bits(fours, codes[1] - codes[0], run)
     if depthwise:
@@ -257,20 +257,20 @@ class Layer:
         joined = groups == 1 and dilation[1] == 1 and not depthwise
         stretches, stretch = (1, kw * inner) if joined else (kw, inner)
         rows = weight.permute(0, 2, 3, 1).reshape(outputs, kh * stretches, stretch)
-        self.kernel, self.reason, run = choose_kernel(rows, codes, depthwise)
-        if self.kernel == "conv_depthwise":
+        self.name, self.reason, run = choose_kernel(rows, codes, depthwise)
+        if self.name == "conv_depthwise":
             rows = rows.transpose(1, 2)  # its taps are one stretch
         lanes = library().byte_lanes()
         step, block = {"conv_words": (2, OUT), "conv_bytes": (4, 2 * lanes),
-                       "conv_depthwise": (4, 4 * lanes)}[self.kernel]
+                       "conv_depthwise": (4, 4 * lanes)}[self.name]
         rows = F.pad(rows, (0, -rows.shape[2] % step))
         weights = rows[0].numel()
         rows = pad_outputs(rows, blocks, block)
-        is_bytes = self.kernel != "conv_words"
+        is_bytes = self.name != "conv_words"
         if is_bytes:
             bias = bias - (zero_point - codes[0]) * weight.flatten(1).sum(1)
         self.bias, self.channels = pad_outputs(bias.int(), blocks, block), inner * groups
-        if self.kernel == "conv_depthwise":
+        if self.name == "conv_depthwise":
             rows, self.bias = in_turns(rows, lanes), in_turns(self.bias, lanes)
         rows = rows.to(torch.int8 if is_bytes else torch.int16)
         rows = rows.view(-1, block, weights // step, step)
@@ -280,7 +280,7 @@ class Layer:
         if requantization is not None:
             self.constants = pack_constants(requantization, outputs, blocks, block)
             check_constants(len(self.bias), self.constants)
-        as_is = self.kernel == "conv_bytes" and (kh, kw, *stride) == (1, 1, 1, 1) and not any(padding)
+        as_is = self.name == "conv_bytes" and (kh, kw, *stride) == (1, 1, 1, 1) and not any(padding)
         self.shape = Shape(
             outputs=outputs, groups=groups, kernel_h=kh, kernel_w=kw, zero_point=zero_point,
             depthwise=depthwise, stride_h=stride[0], stride_w=stride[1], dilation_h=dilation[0],
@@ -321,7 +321,7 @@ class Layer:
         y = torch.empty(size, dtype=torch.int32 if logits else torch.int8)
         results = (None, y) if logits else (y, None)
         arguments = (ctypes.byref(s), x.contiguous(), self.weight, self.bias, self.constants)
-        call(self.kernel, arguments + results, tasks, y.numel() * self.work, THREADED)
+        call(self.name, arguments + results, tasks, y.numel() * self.work, THREADED)
         return y
 
 

@@ -41,6 +41,9 @@ def channels_second(x):
     return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
 
 
+NOT_NATIVE = "torch", "not compiled for this device: compile=False, or no C compiler"
+
+
 class Fast:
     """What the fast operations share; compile: whether they run compiled kernels, on the CPU in C.
     """
@@ -51,6 +54,12 @@ class Fast:
 
     def use_native(self, x):
         return self.use_compiler and x.is_cpu and native.library() is not None
+
+    def runs(self):
+        """(kernel, why) on the device where the operation is."""
+        if self.out is None:
+            return "torch", "logits, once a batch"
+        return (self.kind, "a pass over codes") if self.use_native(self.multiplier) else NOT_NATIVE
 
     @functools.cached_property
     def packed(self):
@@ -95,6 +104,10 @@ class FastLayer(Fast):
         requantization = None if self.out is None else self.requantization
         return native.Layer(weight, self.bias, self.zero_point_in, requantization,
                             codes=self.codes_in, **options)
+
+    def runs(self):
+        kernel = self.kernel if self.use_native(self.weight) else None
+        return (kernel.name, kernel.reason) if kernel else NOT_NATIVE
 
     def product(self, rows, group=0):
         """int8 [M, width] -> int32 [M, outputs of one group], without bias."""
@@ -241,6 +254,11 @@ class Average(Fast, pools.Average):
             self._set_size(x.shape)
         y = self.kernel(channels_last(x))
         return channels_second(y) if self.keepdim or self.windows else y.flatten(1)
+
+    def runs(self):
+        if self.is_whole() and self.out is not None and self.use_native(self.multiplier):
+            return "conv", "the mean of an image is a depthwise convolution by ones"
+        return "torch", "a mean of windows, or of a result that stays int32"
 
     def is_whole(self):
         if self.windows is None:
