@@ -15,8 +15,8 @@ def digest(*parts):
 
 
 def code_hash(rooms=()):
-    """Hash of the core, of ROOMS and of `rooms`: every .py and .c in them, by its place there."""
+    """Hash of the core, of ROOMS and of `rooms`: their .py, .c and .h, by the place there."""
     files = [file for file in PACKAGE.glob("*.py") if file.name != "__main__.py"]
     for room in {*ROOMS, *rooms}:
-        files += [*(PACKAGE / room).rglob("*.py"), *(PACKAGE / room).rglob("*.c")]
+        files += [*(PACKAGE / room).rglob("*.py"), *(PACKAGE / room).rglob("*.[ch]")]
     return digest({f.relative_to(PACKAGE).as_posix(): f.read_text("utf-8") for f in files})

@@ -106,11 +106,14 @@ def test_other_normalisation_constants_change_every_key(clone):
 
 
 def test_code_counts_where_a_notebook_reaches_it(clone):
-    kernels, train = (next((clone / "quantlab").rglob(n)) for n in ("kernels.c", "evaluate.py"))
-    before = key_of(clone, TRAINING), key_of(clone, EXECUTING)
-    kernels.write_text(read_text(kernels) + "\n", encoding="utf-8")
+    names = ("kernels.c", "bytes.h", "evaluate.py")
+    *kernels, train = (next((clone / "quantlab").rglob(name)) for name in names)
     between = key_of(clone, TRAINING), key_of(clone, EXECUTING)
-    assert between[0] == before[0] and between[1] != before[1], "C counts, in its room"
+    for kernel in kernels:
+        before = between
+        kernel.write_text(read_text(kernel) + "\n", encoding="utf-8")
+        between = key_of(clone, TRAINING), key_of(clone, EXECUTING)
+        assert between[0] == before[0] and between[1] != before[1], "C counts, in its room"
     train.write_text(read_text(train) + "\n", encoding="utf-8")
     after = key_of(clone, TRAINING), key_of(clone, EXECUTING)
     assert not {*after} & {*between}, "the core counts everywhere"

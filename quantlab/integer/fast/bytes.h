@@ -69,7 +69,7 @@ INLINE void finish(const sums *sum, const int vectors, const int pixels, int64_t
     int64_t n = r->n - c < 2 * LANES ? r->n - c : 2 * LANES;
     if (n <= 0) return;
 #if defined(__AVX512BW__) && !defined(EMULATED)
-    if (r->codes && r->output->plain && n == 2 * LANES) {
+    if (r->codes && r->output->plain == 2 && n == 2 * LANES) {
         Multiplier a = multiplier(r->output, r->channel + c);
         Multiplier b = multiplier(r->output, r->channel + c + LANES);
         UNROLL for (int i = 0; i < pixels; i++) {

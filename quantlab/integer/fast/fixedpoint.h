@@ -15,7 +15,7 @@ enum { OUT = 16 };  // constants are padded to a multiple
 // ---- Fixed point --------------------------------------------------------------------------------
 
 // What becomes of accumulators: arrays of n channels, and a clamp to low and high, which are less
-// zero_point; plain: all up and away are 0.
+// zero_point; plain: 1 where all up and away are 0, 2 where accumulators also stay below 2^30.
 typedef struct {
     int32_t zero_point, low, high, plain;
     const int32_t *q, *up, *down, *away;
@@ -49,20 +49,24 @@ static inline int32_t rescale_one(int32_t x, int32_t q, int32_t up, int32_t down
 
 #if defined(__AVX512BW__)
 typedef struct {
-    __m512i q, odd, down;
+    __m512i q, odd, half, shift;
 } Multiplier;
 
 static inline Multiplier multiplier(const Output *o, int64_t c) {
-    __m512i q = _mm512_loadu_si512(o->q + c);
-    return (Multiplier){q, _mm512_srli_epi64(q, 32), _mm512_loadu_si512(o->down + c)};
+    __m512i q = _mm512_loadu_si512(o->q + c), down = _mm512_loadu_si512(o->down + c);
+    __m512i one = _mm512_set1_epi32(1);
+    return (Multiplier){q, _mm512_srli_epi64(q, 32), _mm512_sllv_epi32(one, down),
+                        _mm512_add_epi32(down, one)};
 }
 
-// round(x * M) where it is plain: products of even and odd lanes apart, of either the bits 31 .. 62
+// round(x * M) where it is plain and |x| < 2^30, so that 2x and the sum with a half fit: products of
+// even and odd lanes apart, of either the upper half.
 static inline __m512i scaled(__m512i x, Multiplier m) {
-    __m512i even = _mm512_srli_epi64(_mm512_mul_epi32(x, m.q), 31);
+    x = _mm512_add_epi32(x, x);
+    __m512i even = _mm512_srli_epi64(_mm512_mul_epi32(x, m.q), 32);
     __m512i odd = _mm512_mul_epi32(_mm512_srli_epi64(x, 32), m.odd);
-    __m512i h = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 1));
-    return _mm512_srai_epi32(_mm512_add_epi32(_mm512_srav_epi32(h, m.down), _mm512_set1_epi32(1)), 1);
+    __m512i h = _mm512_mask_blend_epi32(0xAAAA, even, odd);
+    return _mm512_srav_epi32(_mm512_add_epi32(h, m.half), m.shift);
 }
 
 // The codes of 32 rescaled accumulators; packing to 16 bits saturates beyond low and high.
@@ -85,7 +89,12 @@ static inline void rescale(const int32_t *x, const Output *o, int64_t c, int32_t
     }
     // what no compiler finds: products of even and odd lanes apart, and of either the bits 31 .. 62
 #if defined(__AVX512BW__)
-    _mm512_storeu_si512(y, scaled(_mm512_loadu_si512(x), multiplier(o, c)));
+    __m512i a = _mm512_loadu_si512(x), m = _mm512_loadu_si512(q);
+    __m512i odd = _mm512_mul_epi32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(m, 32));
+    __m512i h = _mm512_srli_epi64(_mm512_mul_epi32(a, m), 31);
+    h = _mm512_mask_blend_epi32(0xAAAA, h, _mm512_slli_epi64(odd, 1));
+    h = _mm512_srav_epi32(h, _mm512_loadu_si512(down));
+    _mm512_storeu_si512(y, _mm512_srai_epi32(_mm512_add_epi32(h, _mm512_set1_epi32(1)), 1));
 #elif defined(__AVX2__)
     for (int i = 0; i < OUT; i += 8) {
         __m256i a = _mm256_loadu_si256((const __m256i *)(x + i));

@@ -267,6 +267,8 @@ class Layer:
         weights = rows[0].numel()
         rows = pad_outputs(rows, blocks, block)
         is_bytes = self.name != "conv_words"
+        reach = max(codes[1] - zero_point, zero_point - codes[0])
+        largest = bias.long().abs() + reach * weight.long().abs().flatten(1).sum(1)
         if is_bytes:
             bias = bias - (zero_point - codes[0]) * weight.flatten(1).sum(1)
         self.bias, self.channels = pad_outputs(bias.int(), blocks, block), inner * groups
@@ -280,6 +282,8 @@ class Layer:
         if requantization is not None:
             self.constants = pack_constants(requantization, outputs, blocks, block)
             check_constants(len(self.bias), self.constants)
+            if self.constants[3] and largest.max() < 2**30:
+                self.constants[3] = 2
         as_is = self.name == "conv_bytes" and (kh, kw, *stride) == (1, 1, 1, 1) and not any(padding)
         self.shape = Shape(
             outputs=outputs, groups=groups, kernel_h=kh, kernel_w=kw, zero_point=zero_point,
@@ -302,7 +306,8 @@ class Layer:
         if min(s.rows, s.columns) < 1:
             raise UserError(f"a kernel of {reach_h + 1}x{reach_w + 1} does not fit into images of "
                             f"{height}x{width} pixels; use larger ones")
-        row = self.weight.element_size() * channels * ((s.columns - 1) * s.stride_w + reach_w + 1)  # bytes
+        line = (s.columns - 1) * s.stride_w + reach_w + 1
+        row = self.weight.element_size() * channels * line  # bytes
         lines = (BAND // row - reach_h - 1) // s.stride_h + 1  # output rows
         part = s.rows if images >= threads else -(-s.rows // threads)
         s.band_rows = max(1, min(s.rows, lines, part))
