@@ -4,9 +4,10 @@
 """
 
 import dataclasses
+import functools
 
-from quantlab.system.arguments import as_count, check_settings, instance
-from quantlab.system.errors import UserError, check_name
+from quantlab.system.arguments import as_count, check_settings
+from quantlab.system.errors import UserError, check_name, one_line
 
 NETWORKS = ("resnet20", "resnet50")  # architectures.ARCHITECTURES builds them
 
@@ -45,18 +46,19 @@ class TrainConfig:
             "label_smoothing": (0, 0.99), "crop": (0, 64), "cutout": (0, 512),
             "averaging": (0, 0.999999), "heldout_images": (0, 10**7), "seed": (0, 2**31),
         }
-        check_settings(self)
+        check_settings(self, functools.partial(as_count, least=None))
         check_name("model", self.model, NETWORKS)
         for name, (low, high) in allowed.items():
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(f"{name}={value}: allowed are values from {low} to {high}")
         for phase in self.phases:
-            instance("tuple", "list", advice=" (epochs, side)")(phase, "phase")
-            epochs, size = (as_count(n, "phase") for n in phase) if len(phase) == 2 else (0, 0)
-            if not (1 <= epochs <= 10**5 and 1 <= size <= 2048):
-                raise UserError(f"phase {epochs}@{size}: allowed are 1 to 100000 epochs at 1 to "
-                                "2048 pixels")
+            pair = isinstance(phase, (tuple, list)) and len(phase) == 2
+            whole = pair and all(isinstance(n, int) for n in phase)
+            if not (whole and 1 <= phase[0] <= 10**5 and 1 <= phase[1] <= 2048):
+                shown = "@".join(map(str, phase)) if pair else one_line(repr(phase), 60)
+                raise UserError(
+                    f"phase {shown}: allowed are 1 to 100000 epochs at 1 to 2048 pixels")
         object.__setattr__(self, "phases", tuple((n, size) for n, size in self.phases))
         if self.phases:
             object.__setattr__(self, "epochs", sum(n for n, _ in self.phases))

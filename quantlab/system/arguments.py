@@ -65,13 +65,14 @@ def refuse(name, value, wanted):
 
 
 def as_count(n, name, least=1):
-    """`n` as an int; UserError unless it is an integer, numpy's too, of at least `least`."""
+    """`n` as an int; UserError unless it is an integer, numpy's too, of at least `least` (if any).
+    """
     try:
-        found = least - 1 if isinstance(n, bool) else operator.index(n)
+        found = None if isinstance(n, bool) else operator.index(n)
     except TypeError:
-        found = least - 1
-    if found < least:
-        refuse(name, n, f"an integer of at least {least}")
+        found = None
+    if found is None or (least is not None and found < least):
+        refuse(name, n, "an integer" if least is None else f"an integer of at least {least}")
     return found
 
 
