@@ -56,7 +56,7 @@ from tqdm.auto import tqdm
 # %%
 from quantlab import observers, plots, ptq
 from quantlab.calibration import watch
-from quantlab.evaluate import decibels
+from quantlab.system.comparing import decibels
 from quantlab.graph import folded
 from quantlab.quantized import find_node
 from quantlab.workbook.study import Study, show

@@ -40,9 +40,10 @@ import torch
 from quantlab import observers, plots
 from quantlab.calibration import watch
 from quantlab.edgestats import EdgeStats
-from quantlab.evaluate import decibels
+from quantlab.system.comparing import decibels
 from quantlab.graph import folded
 from quantlab.plots import panel
+from quantlab.plots.panel import split_error
 from quantlab.quantized import edge_name, origin
 from quantlab.workbook.study import Study, show
 from tqdm.auto import tqdm
@@ -122,7 +123,7 @@ fractions = torch.linspace(0.03, 1, 98, dtype=torch.float64)
 
 def split(width):
     low, high = fractions * min(chosen.minimum, 0), fractions * chosen.maximum
-    clipping, rounding = observers.split_error(chosen, low, high, width)
+    clipping, rounding = split_error(chosen, low, high, width)
     parts = {"clipping": clipping, "rounding": rounding}
     return pd.DataFrame({"bits": width, "share": fractions, **parts})
 

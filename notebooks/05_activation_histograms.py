@@ -39,7 +39,7 @@ import torch
 from quantlab import observers, plots
 from quantlab.calibration import collect_edges, watch
 from quantlab.edgestats import EdgeStats
-from quantlab.evaluate import decibels
+from quantlab.system.comparing import decibels
 from quantlab.graph import find_kinds, folded
 from quantlab.workbook.study import Study, show
 from scipy import stats as statistics

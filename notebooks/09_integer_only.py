@@ -47,7 +47,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 # %%
-from quantlab.evaluate import decibels
+from quantlab.system.comparing import decibels
 from quantlab.export.packed import file_sizes
 from quantlab.graph import find_kinds, folded
 from quantlab.integer import proof

@@ -60,7 +60,7 @@ from tqdm.auto import tqdm
 from quantlab import observers, ptq
 from quantlab.calibration import collect_edges
 from quantlab.edgestats import EdgeStats
-from quantlab.evaluate import decibels
+from quantlab.system.comparing import decibels
 from quantlab.graph import find_kinds, folded, normalize, trace
 from quantlab.networks.train import augment, default_config
 from quantlab.plan import Plan, make_plan

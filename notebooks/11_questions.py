@@ -49,7 +49,7 @@ from tqdm.auto import tqdm
 # %%
 from quantlab import observers, plots, ptq
 from quantlab.calibration import collect_edges, watch
-from quantlab.evaluate import decibels
+from quantlab.system.comparing import decibels
 from quantlab.graph import find_kinds, folded, normalize, trace
 from quantlab.integer.fixedpoint import Requantization, fixed_point, signed_bits
 from quantlab.plan import make_plan

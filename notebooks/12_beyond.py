@@ -48,7 +48,7 @@ from tqdm.auto import tqdm
 
 # %%
 from quantlab import observers, plots
-from quantlab.evaluate import decibels
+from quantlab.system.comparing import decibels
 from quantlab.improving.learned import round_to_step
 from quantlab.improving.tune import TuneConfig, Tuner
 from quantlab.integer import proof

@@ -45,7 +45,7 @@ from IPython.display import Markdown
 from quantlab import observers, plots
 from quantlab.analysis.histograms import densities, observe_layers
 from quantlab.analysis.sensitivity import edge_errors
-from quantlab.evaluate import decibels
+from quantlab.system.comparing import decibels
 from quantlab.graph import folded, operation_name
 from quantlab.quantized import find_node
 

@@ -115,10 +115,10 @@ def dequantize(codes, q):
 
 
 @checked
-def fake_quantize(x, q, out=None):
+def fake_quantize(x, q, into=None):
     """dequantize(quantize_tensor(x)) in four passes over memory; float32, same shape, a new tensor.
 
-    out: a tensor to write it to, x itself for instance. Where a gradient is wanted, torch's kernel
+    into: a tensor to write it to, x itself for instance. Where a gradient is wanted, torch's kernel
     does it (straight-through inside the range); elsewhere it gives the same values 20 times slower.
     """
     if torch.is_grad_enabled() and x.requires_grad:
@@ -131,4 +131,4 @@ def fake_quantize(x, q, out=None):
     if q.axis is None and not x.is_cuda:  # by two tensors, clamp is slower
         numbers = [number.item() for number in numbers]
     inverse, low, high, scale = numbers
-    return torch.mul(x, inverse, out=out).round_().clamp_(low, high).mul_(scale)
+    return torch.mul(x, inverse, out=into).round_().clamp_(low, high).mul_(scale)

@@ -4,7 +4,7 @@ import dataclasses
 
 from quantlab import observers
 from quantlab.affine import check_bits
-from quantlab.system.errors import UserError
+from quantlab.system.errors import UserError, check_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class QuantConfig:
         if not self.weight_norm:
             raise UserError("weight_norm=0: give a positive number")
         observers.find_observer(self.observer)
-        observers.check_weight_observer(self.weight_observer)
+        check_name("weight_observer", self.weight_observer, observers.WEIGHT_OBSERVERS)
 
     def layer_bits(self, plan, layer):
         """(weight bits, input bits) of a layer; None: float, or as stored."""
@@ -65,7 +65,5 @@ class QuantConfig:
         for field, layers in known.items():
             unknown = [layer for layer in getattr(self, field) or {} if layer not in layers]
             if unknown:
-                raise UserError(
-                    f"{field}: the network has no layer {unknown[0]!r}; "
-                    f"its layers are {', '.join(layers)}"
-                )
+                raise UserError(f"{field}: the network has no layer {unknown[0]!r}; "
+                                f"its layers are {', '.join(layers)}")

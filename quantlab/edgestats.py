@@ -40,9 +40,8 @@ class EdgeStats:
         low, high = (v.item() for v in torch.aminmax(x))
         if not (math.isfinite(low) and math.isfinite(high)):
             bad = int((~torch.isfinite(x)).sum())
-            raise UserError(
-                f"{bad} of {len(x)} values are NaN or infinite; "
-                "find the layer and the input that make them")
+            raise UserError(f"{bad} of {len(x)} values are NaN or infinite; find the layer and the "
+                            "input that make them")
         self._grow(min(self.minimum, low), max(self.maximum, high))
         if self.bins is None:
             self.zeros += len(x)

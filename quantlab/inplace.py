@@ -115,37 +115,31 @@ def _make_out_of_place(node, graph):
 
 def written_in_place(graph):
     """A graph of the same modules that clamps, adds and rounds in memory that no other operation
-    reads, the same values; rounding clamps for a ReLU. The graph itself where a hook might look.
+    reads: the same values, bit for bit. The graph itself where a hook might look.
     """
     if any(m._forward_hooks or m._forward_pre_hooks for m in graph.modules()):
         return graph
-    kinds, copies, fresh, relus = find_kinds(graph), {}, set(), set()  # fresh: memory of their own
+    kinds, copies, fresh = find_kinds(graph), {}, set()  # fresh: results in memory of their own
     new = fx.Graph()
     new.output(new.graph_copy(graph.graph, copies))
     fast = fx.GraphModule(graph, new)
     for node in kinds:
-        quantizer = find_quantizer(graph, node)
-        if quantizer or kinds[node] in ("clamp", "add"):
-            own = [n for n in node.all_input_nodes if n in fresh and list(n.users) == [node]]
-            if own:
-                _write_in_place(copies[node], fast, quantizer, copies[own[0]])
-                relus |= {node} if operation_name(node, graph) == "relu" else set()
-            if quantizer and relus & set(own) and quantizer.qmin == quantizer.zero_point:
-                copies[node].args = copies[own[0]].args[:1]
-                new.erase_node(copies[own[0]])
-        if quantizer or kinds[node] in ("clamp", "add", "compute", "batchnorm"):
+        simple = find_quantizer(graph, node) or kinds[node] in ("clamp", "add")
+        own = [n for n in node.all_input_nodes if n in fresh and list(n.users) == [node]]
+        if simple and own:
+            _write_in_place(copies[node], fast, copies[own[0]])
+        if simple or kinds[node] in ("compute", "batchnorm"):
             fresh.add(node)
     fast.recompile()
     return fast.eval()
 
 
-def _write_in_place(node, graph, quantizer, own):
-    if quantizer:
+def _write_in_place(node, graph, own):
+    if find_quantizer(graph, node):
         node.kwargs = {"in_place": True}
     elif node.op == "call_module":
         module = copy.copy(graph.get_submodule(node.target))
-        module.inplace = True
-        node.target = f"{node.target}_in_place".replace(".", "_")
+        module.inplace, node.target = True, f"{node.name}_in_place"
         graph.add_submodule(node.target, module)
     elif call_name(node) in CALL_KINDS["clamp"]:
         node.op, node.target = "call_function", getattr(F, call_name(node))

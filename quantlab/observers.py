@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.special import xlogy
 
 from quantlab.affine import choose_qparams, fake_quantize
-from quantlab.system.errors import UserError, check_name
+from quantlab.system.errors import check_name
 
 # ---- From order statistics -----------------------------------------------------------------------
 
@@ -100,19 +100,6 @@ def quantization_error(stats, low, high, bits, symmetric=False, p=2.0):
         x_hat = fake_quantize(centers.expand(len(chunk.scale), -1), chunk)
         errors.append((x_hat - centers).abs().double().pow(p) @ counts)
     return torch.cat(errors) / max(stats.count, 1)
-
-
-def split_error(stats, low, high, bits):
-    """(clipping, rounding): squared error of the ranges [low, high] by cause; float64 [G] each.
-
-    Clipping is what values lose beyond the outermost codes, rounding what they lose between two.
-    """
-    q = choose_qparams(low, high, bits, axis=0)
-    centers, counts = stats.histogram()
-    bottom, top = (q.scale.double() * (code - q.zero_point) for code in (q.qmin, q.qmax))
-    beyond = (centers - top[:, None]).clamp(min=0) + (bottom[:, None] - centers).clamp(min=0)
-    clipping = beyond.square() @ counts.double() / max(stats.count, 1)
-    return clipping, (quantization_error(stats, low, high, bits) - clipping).clamp(min=0)
 
 
 # ---- From information and from a model of the distribution ---------------------------------------
@@ -223,12 +210,7 @@ def observer_name(observer):
 # Exponent of the weights' error: squared errors clip most and shrink every layer's output. Notebook
 # 03 measures 2 to 4 on held-out images (BRECQ takes 2.4); 3 is best at W4A4 on cifar10-jpeg.
 WEIGHT_NORM = 3.0
-
-
-def check_weight_observer(observer):
-    """UserError unless it is one of the two there are."""
-    if observer not in ("minmax", "lp"):
-        raise UserError(f"weight_observer {observer!r} is unknown; use minmax or lp")
+WEIGHT_OBSERVERS = ("minmax", "lp")
 
 
 def weight_range(weight, bits, *, observer="lp", p=WEIGHT_NORM, per_channel=True, symmetric=True):
@@ -238,7 +220,7 @@ def weight_range(weight, bits, *, observer="lp", p=WEIGHT_NORM, per_channel=True
     not symmetric, all 2^b codes: as the range lies, or on one side of zero one more than on the
     other, whichever errs less.
     """
-    check_weight_observer(observer)
+    check_name("weight_observer", observer, WEIGHT_OBSERVERS)
     flat = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
     low, high = flat.amin(1).double(), flat.amax(1).double()
     if observer == "lp":

@@ -66,10 +66,8 @@ def make_plan(graph):
     kinds = find_kinds(graph)
     compute = [n for n in kinds if kinds[n] == "compute"]
     if not compute:
-        raise UserError(
-            "the network has no convolution and no linear layer that is a module: "
-            "there is nothing to quantize"
-        )
+        raise UserError("the network has no convolution and no linear layer that is a module: "
+                        "there is nothing to quantize")
     first = _without_another(kinds, lambda node: node.all_input_nodes)
     last = _without_another(dict(reversed(kinds.items())), lambda node: node.users)
     reads = {n.name: _behind_rearranging(n.args[0], kinds) for n in compute}

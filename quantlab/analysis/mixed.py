@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 
 from quantlab.affine import check_bits, fake_quantize
 from quantlab.config import QuantConfig
-from quantlab.evaluate import evaluate, paired_drop
+from quantlab.evaluate import evaluate
 from quantlab.graph import folded
 from quantlab.plan import make_plan
 from quantlab.ptq import choose_edge_qparams, choose_weight_qparams, layers, quantize
 from quantlab.quantized import find_node
+from quantlab.system.comparing import paired_drop
 from quantlab.system.contract import as_batches, as_images, check_function, check_statistics
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float

@@ -8,9 +8,9 @@ import torch
 
 from quantlab.affine import fake_quantize
 from quantlab.calibration import watch
-from quantlab.evaluate import decibels
 from quantlab.graph import folded
 from quantlab.quantized import edge_name, origin
+from quantlab.system.comparing import decibels
 from quantlab.system.contract import as_batches, check_function
 from quantlab.system.errors import UserError
 

@@ -16,7 +16,6 @@ import pathlib
 import numpy as np
 import torch
 
-from quantlab.images import cifar10
 from quantlab.images.files import (
     FETCH_COMMAND,
     HELDOUT_FRACTION,
@@ -55,6 +54,13 @@ class Split:
         """The images at `index` (int64 [M]), in that order; nothing is copied."""
         return dataclasses.replace(self, images=Rows(self.images, index), labels=self.labels[index])
 
+    def limited(self, limit):
+        """`limit` evenly spaced images, as they are stored class by class; None: all."""
+        if limit is None or limit >= len(self):
+            return self
+        steps = torch.linspace(0, len(self) - 1, limit, dtype=torch.float32)
+        return self.subset(steps.round().long())
+
     def normalize(self, images):
         """(x / 255 - mean) / std: uint8 [N, 3, H, W] -> float32 of the same shape."""
         mean, std = (torch.tensor(v, device=images.device, dtype=torch.float32).view(1, 3, 1, 1)
@@ -66,6 +72,12 @@ class Split:
         for start in range(0, len(self), batch_size):
             index = torch.arange(start, min(start + batch_size, len(self)))
             yield self.normalize(self.images[index]), self.labels[index]
+
+
+@checked
+def limited(split, limit):
+    """`limit` evenly spaced images of a Split, which is stored class by class; None: all."""
+    return split.limited(limit)
 
 
 class Rows:
@@ -237,6 +249,8 @@ def load_cifar10(place):
     """CIFAR-10 through torchvision, checksums verified; place: a folder or archive, or "cifar10" to
     download it into the data folder.
     """
+    from quantlab.images import cifar10  # here, as digits need none of it
+
     parts = cifar10.read_cifar10(data_folder() if place == "cifar10" else pathlib.Path(place))
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     labels = [torch.tensor(part.targets) for part in parts]
@@ -249,7 +263,7 @@ def load_images(path, size=None):
     """A folder or archive of train/CLASS/* and test/CLASS/*; its name is $DATA_NAME, else that of a
     known fingerprint, else the file's.
     """
-    from quantlab.images import imageset  # here, as digits and CIFAR-10 need no reader of files
+    from quantlab.images import cifar10, imageset  # here, as digits need no reader of files
 
     path = pathlib.Path(path)
     path = path if path.name not in ("", "..") else path.resolve()

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from quantlab.evaluate import evaluate, limited
+from quantlab.evaluate import evaluate
+from quantlab.images.datasets import limited
 from quantlab.networks import architectures, checkpoints
 from quantlab.networks.augment import augment, resized
 from quantlab.networks.recipe import RECIPES, TrainConfig

@@ -7,11 +7,11 @@ import ipywidgets as widgets
 import torch
 
 from quantlab.affine import choose_qparams
-from quantlab.evaluate import decibels
-from quantlab.observers import OBSERVERS, split_error
+from quantlab.observers import OBSERVERS, quantization_error
 from quantlab.plots.page import caption, panels
 from quantlab.plots.parts import error_curves, histogram
 from quantlab.plots.style import DASHED, INK, method_style, styled
+from quantlab.system.comparing import decibels
 
 # Fractions of the observer's range: what the slider and the error curve cover.
 FRACTIONS = torch.linspace(0.1, 1.5, 71, dtype=torch.float64)
@@ -102,3 +102,16 @@ def range_panel(edges, text, *, edge=None, bits=4, observer="histogram", share=1
     redraw()
     row = widgets.HBox(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
     return widgets.VBox([row, picture])
+
+
+def split_error(stats, low, high, bits):
+    """(clipping, rounding): squared error of the ranges [low, high] by cause; float64 [G] each.
+
+    Clipping is what values lose beyond the outermost codes, rounding what they lose between two.
+    """
+    q = choose_qparams(low, high, bits, axis=0)
+    centers, counts = stats.histogram()
+    bottom, top = (q.scale.double() * (code - q.zero_point) for code in (q.qmin, q.qmax))
+    beyond = (centers - top[:, None]).clamp(min=0) + (bottom[:, None] - centers).clamp(min=0)
+    clipping = beyond.square() @ counts.double() / max(stats.count, 1)
+    return clipping, (quantization_error(stats, low, high, bits) - clipping).clamp(min=0)

@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 
 from quantlab.config import QuantConfig
-from quantlab.evaluate import paired_drop
 from quantlab.observers import observer_name
+from quantlab.system.comparing import paired_drop
 from quantlab.system.errors import UserError, one_line
 from quantlab.system.files import atomic_path, check_regular, commit, root, write_text
 from quantlab.workbook.contents import code_hash, digest

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from quantlab import plots
 from quantlab.calibration import collect
-from quantlab.evaluate import Evaluation, evaluate, limited
-from quantlab.images.datasets import Dataset, load_data
+from quantlab.evaluate import Evaluation, evaluate
+from quantlab.images.datasets import Dataset, limited, load_data
 from quantlab.networks.checkpoints import load_trained
 from quantlab.quantized import weight_bytes
 from quantlab.system.errors import check_name

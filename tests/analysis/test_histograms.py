@@ -18,6 +18,7 @@ from quantlab.analysis.histograms import densities, find_layers, observe_layers
 from quantlab.calibration import watch
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import folded
+from quantlab.plots.panel import split_error
 from quantlab.quantized import find_node
 
 
@@ -134,7 +135,7 @@ def test_densities_are_the_histogram():
 def test_clipping_and_rounding_add_up_to_the_error(bits):
     x = torch.randn(50_000, generator=torch.Generator().manual_seed(6)) - 0.3
     stats, low, high = EdgeStats().update(x), [-1.0, -2.5, -5.0], [1.5, 2.0, 4.0]
-    clipping, rounding = observers.split_error(stats, low, high, bits)
+    clipping, rounding = split_error(stats, low, high, bits)
     total = observers.quantization_error(stats, low, high, bits)
     assert torch.allclose(clipping + rounding, total, rtol=1e-4)
     for i in range(3):

@@ -17,7 +17,7 @@ MEANT = {  # what of it is none: a setting, "auto", a file's name, ...
     "low": [-1, 0], "high": [-1, 0, 1.5], "axis": [None, 0], "limit": [None], "on": [None],
     "architecture": [None], "checkpoint": [None], "images": [None], "compile": [None, True],
     "state": [None, "x"], "callback": [None], "path": ["x"], "image_shape": [None],
-    "start_from": [None], "out": ["x"], "save_every": [0, 1.5], "rounds": [0], "size": [None],
+    "start_from": [None], "into": [None], "out": ["x"], "save_every": [0, 1.5], "rounds": [0], "size": [None],
     "model": ["x"], "first_last_bits": [None], "residual_bits": [None], "input_bits": [None],
     "layer_weight_bits": [None], "layer_act_bits": [None], "weight_norm": [1.5], "lr": [0, 1.5],
     "lr_weights": [1.5], "lr_steps": [0, 1.5], "lr_bias": [0, 1.5], "weight_lambda": [0, 1.5],

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import quantlab as ql
 from quantlab.__main__ import TABLES
-from quantlab.evaluate import Evaluation, evaluate, limited
+from quantlab.evaluate import Evaluation, evaluate
+from quantlab.images.datasets import limited
 from quantlab.ptq import choose_weight_qparams
 from quantlab.system.errors import UserError
 from quantlab.system.timing import latency
