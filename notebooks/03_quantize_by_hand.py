@@ -56,9 +56,9 @@ from tqdm.auto import tqdm
 # %%
 from quantlab import observers, plots, ptq
 from quantlab.calibration import watch
-from quantlab.system.comparing import decibels
 from quantlab.graph import folded
 from quantlab.quantized import find_node
+from quantlab.system.comparing import decibels
 from quantlab.workbook.study import Study, show
 
 # %% tags=["parameters"]

@@ -40,11 +40,11 @@ import torch
 from quantlab import observers, plots
 from quantlab.calibration import watch
 from quantlab.edgestats import EdgeStats
-from quantlab.system.comparing import decibels
 from quantlab.graph import folded
 from quantlab.plots import panel
 from quantlab.plots.panel import split_error
 from quantlab.quantized import edge_name, origin
+from quantlab.system.comparing import decibels
 from quantlab.workbook.study import Study, show
 from tqdm.auto import tqdm
 

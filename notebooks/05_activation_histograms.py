@@ -39,8 +39,8 @@ import torch
 from quantlab import observers, plots
 from quantlab.calibration import collect_edges, watch
 from quantlab.edgestats import EdgeStats
-from quantlab.system.comparing import decibels
 from quantlab.graph import find_kinds, folded
+from quantlab.system.comparing import decibels
 from quantlab.workbook.study import Study, show
 from scipy import stats as statistics
 

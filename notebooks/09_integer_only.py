@@ -47,7 +47,6 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 # %%
-from quantlab.system.comparing import decibels
 from quantlab.export.packed import file_sizes
 from quantlab.graph import find_kinds, folded
 from quantlab.integer import proof
@@ -56,6 +55,7 @@ from quantlab.integer.network import IntegerRun
 from quantlab.plots import integer as pictures
 from quantlab.quantized import edge_name, find_node, find_quantizer
 from quantlab.rivals import onnxruntime as onnx_runtime
+from quantlab.system.comparing import decibels
 from quantlab.system.machine import device, exact_float
 from quantlab.workbook.study import Study, show
 

@@ -60,13 +60,13 @@ from tqdm.auto import tqdm
 from quantlab import observers, ptq
 from quantlab.calibration import collect_edges
 from quantlab.edgestats import EdgeStats
-from quantlab.system.comparing import decibels
 from quantlab.graph import find_kinds, folded, normalize, trace
 from quantlab.networks.train import augment, default_config
 from quantlab.plan import Plan, make_plan
 from quantlab.plots import ladder
 from quantlab.quantized import edge_name
 from quantlab.rivals import pytorch as builtin
+from quantlab.system.comparing import decibels
 from quantlab.workbook import tables
 from quantlab.workbook.study import Study, show
 

@@ -49,12 +49,12 @@ from tqdm.auto import tqdm
 # %%
 from quantlab import observers, plots, ptq
 from quantlab.calibration import collect_edges, watch
-from quantlab.system.comparing import decibels
 from quantlab.graph import find_kinds, folded, normalize, trace
 from quantlab.integer.fixedpoint import Requantization, fixed_point, signed_bits
 from quantlab.plan import make_plan
 from quantlab.plots import questions
 from quantlab.quantized import add_quantizer, edge_name, find_node, find_quantizer
+from quantlab.system.comparing import decibels
 from quantlab.workbook.study import Study, show
 
 # %% tags=["parameters"]

@@ -48,7 +48,6 @@ from tqdm.auto import tqdm
 
 # %%
 from quantlab import observers, plots
-from quantlab.system.comparing import decibels
 from quantlab.improving.learned import round_to_step
 from quantlab.improving.tune import TuneConfig, Tuner
 from quantlab.integer import proof
@@ -56,6 +55,7 @@ from quantlab.networks.augment import augment
 from quantlab.plots import beyond
 from quantlab.rivals import pytorch as builtin
 from quantlab.rivals import sourcemap
+from quantlab.system.comparing import decibels
 from quantlab.system.machine import device, seed_everything
 from quantlab.system.timing import latency
 from quantlab.workbook.study import Study, brief, show

@@ -45,9 +45,9 @@ from IPython.display import Markdown
 from quantlab import observers, plots
 from quantlab.analysis.histograms import densities, observe_layers
 from quantlab.analysis.sensitivity import edge_errors
-from quantlab.system.comparing import decibels
 from quantlab.graph import folded, operation_name
 from quantlab.quantized import find_node
+from quantlab.system.comparing import decibels
 
 # %%
 from quantlab.images.datasets import Calibration

@@ -146,7 +146,8 @@ QUANTIZED = instance("QuantizedNetwork", advice=", which quantize(model, stats, 
 DATA = instance("Dataset", advice=", which load_data returns")
 KINDS = {
     "axis": none_or(functools.partial(as_count, least=0)), "low": _values, "high": _values,
-    "x": TENSOR, "into": none_or(TENSOR), "codes": TENSOR, "q": instance("QParams", advice=" of choose_qparams"),
+    "x": TENSOR, "into": none_or(TENSOR), "codes": TENSOR,
+    "q": instance("QParams", advice=" of choose_qparams"),
     "stats": instance("CalibrationStats", advice=", which collect(model, batches) returns"),
     "weight_bytes.network": NETWORK, "evaluate.model": _callable, "find_checkpoint.model": text,
     **{f"{name}.qmodel": QUANTIZED for name in (

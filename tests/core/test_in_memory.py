@@ -71,7 +71,8 @@ def test_a_network_with_a_hook_is_left_as_it_is():
     model = Mixed().eval()
     qmodel = ql.quantize(model, ql.collect(model, [torch.randn(4, 3, 9, 9)]))
     kept = []
-    hook = next(iter(qmodel.layers.values())).register_forward_hook(lambda module, args, value: kept.append(value))
+    layer = next(iter(qmodel.layers.values()))
+    hook = layer.register_forward_hook(lambda module, args, value: kept.append(value))
     assert written_in_place(qmodel) is qmodel
     hook.remove()
     assert written_in_place(qmodel) is not qmodel
