@@ -142,8 +142,9 @@ def _bench_options(bench):
     add = bench.add_argument
     add("sections", nargs="*", metavar="SECTION",
         help=f"of {', '.join(BENCH_SECTIONS)} (none: everything)")
-    add("--model", default="resnet50", help=f"{' or '.join(NETWORKS)} (default: %(default)s)")
-    add("--batch", type=int, default=64, help="images at once (default: %(default)s)")
+    add("--model", help=f"{', '.join(NETWORKS)} or mobilenet_v2 (default: of integer all of them, "
+                        "elsewhere resnet50)")
+    add("--batch", type=int, help="images at once (default: of integer 1 and 64, elsewhere 64)")
     add("--rounds", type=int, default=5,
         help="rounds of which the median counts (default: %(default)s)")
     add("--compiled", action=argparse.BooleanOptionalAction,
@@ -304,8 +305,8 @@ def _import(options):
 def _bench(options):
     for section in options.sections:
         check_name("bench section", section, BENCH_SECTIONS)
-    check_name("model", options.model, NETWORKS)
-    _check_least("--batch", options.batch)
+    check_name("model", options.model or "resnet50", (*NETWORKS, "mobilenet_v2"))
+    _check_least("--batch", 64 if options.batch is None else options.batch)
     _check_least("--rounds", options.rounds)
 
     from quantlab.workbook.bench import bench

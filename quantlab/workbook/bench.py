@@ -1,6 +1,7 @@
 """How fast: every claim of speed as a ratio, both sides measured in turns in one run.
 
     python -m quantlab bench [collect fakequant int8 integer reconstruct] [--model resnet50]
+                             [--batch 64]
 
 Weights are random, images are noise: neither changes what is computed. All networks run on the CPU
 with torch's threads.
@@ -9,6 +10,7 @@ with torch's threads.
 import collections
 import copy
 import functools
+import itertools
 import shutil
 import statistics
 import time
@@ -29,6 +31,8 @@ from quantlab.system.machine import device_name
 from quantlab.system.timing import take_turns
 
 SIZE = 32  # pixels a side, as CIFAR-10
+MODELS = ("resnet50", "resnet20", "mobilenet_v2")
+WIDTHS = ((8, 8), (4, 8), (4, 4), (2, 2))  # weights, activations
 
 
 def compare(section, baseline, networks, images, rounds):
@@ -99,15 +103,21 @@ def bench_int8(model, images, rounds, compiled):
 
 
 def bench_integer(model, images, rounds, compiled):
-    """The network in integers alone (8 bits, fast executor) against float, PyTorch's built-in int8
-    and ONNX Runtime's.
+    """The network in integers alone (fast executor, at several widths) against float, PyTorch's
+    built-in int8, eager and PT2E, and ONNX Runtime's.
     """
-    ours = quantize(model, collect(model, [images]), QuantConfig())
-    networks = {"float": model, "integer only": to_integer(ours, executor="fast")}
+    stats, networks = collect(model, [images]), {"float": model}
+    for w, a in WIDTHS:
+        name = "integer only" if (w, a) == (8, 8) else f"integer only W{w}A{a}"
+        networks[name] = to_integer(quantize(model, stats, QuantConfig(w, a)), executor="fast")
     if compiled:
         networks["float, compiled"] = torch.compile(model)
-    if builtin.backends()[0].available:
+    eager, pt2e = builtin.backends()
+    if eager.available:
         networks["eager int8"] = builtin.eager_int8(model, [images])
+    if compiled and pt2e.available:
+        # its export takes no batch of one: two images, of which one is asked for
+        networks["pt2e int8"] = builtin.pt2e_int8(model, [images], max(2, len(images)))
     try:
         from quantlab.rivals.onnxruntime import onnxruntime_float, onnxruntime_int8
 
@@ -119,6 +129,8 @@ def bench_integer(model, images, rounds, compiled):
     parts = time_by_operation(networks["integer only"], images, rounds)
     said = ", ".join(f"{kind} {fraction:.0%}" for kind, fraction in parts.items())
     print(f"integer only, where the time goes: {said}")
+    for row in networks["integer only"].kernels().value_counts(["kernel", "why"]).items():
+        print(f"integer only, {row[1]} operations by {row[0][0]}: {row[0][1]}")
     return frame
 
 
@@ -172,29 +184,44 @@ SECTIONS = {
 }
 
 
-def bench(sections=(), model="resnet50", batch=64, rounds=5, compiled=None):
+def bench(sections=(), model=None, batch=None, rounds=5, compiled=None):
     """Run the named sections (none: all), print each one's ratios, add them to results/bench.csv
     and return them as a frame.
 
+    model, batch: None: of "integer" all MODELS, one image and 64; elsewhere resnet50, 64 images.
     compiled: also with torch.compile; None: where a C++ compiler is there.
     """
     for name in sections:
         check_name("bench section", name, SECTIONS)
     has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))
     compiled = has_compiler if compiled is None else compiled
-    torch.manual_seed(0)
-    network, images = build(model).eval(), torch.randn(batch, 3, SIZE, SIZE)
     where = {"device": processor(), "torch": torch.__version__}
-    print(f"{model}, batch {batch}, {SIZE} x {SIZE}, {processor()}, torch {torch.__version__}; "
-          f"median of {rounds} rounds, [min, max]; {'eager and compiled' if compiled else 'eager'}")
     frames = []
     for name in sections or SECTIONS:
-        frame = SECTIONS[name](network, images, rounds, compiled)
-        print("\n" + table(frame), flush=True)
-        frames.append(frame.assign(model=model, batch=batch, rounds=rounds, **where))
-    frame = pd.concat(frames)
-    _store(frame)
-    return frame
+        several = name == "integer"
+        models = [model] if model else MODELS if several else MODELS[:1]
+        batches = [batch] if batch else (1, 64) if several else (64,)
+        for model_name, size in itertools.product(models, batches):
+            torch.manual_seed(0)
+            network, images = untrained(model_name), torch.randn(size, 3, SIZE, SIZE)
+            print(f"{model_name}, batch {size}, {SIZE} x {SIZE}, {processor()}, torch "
+                  f"{torch.__version__}; median of {rounds} rounds, [min, max]; "
+                  f"{'eager and compiled' if compiled else 'eager'}")
+            frame = SECTIONS[name](network, images, rounds, compiled)
+            print("\n" + table(frame), flush=True)
+            frame = frame.assign(model=model_name, batch=size, rounds=rounds, **where)
+            _store(frame)
+            frames.append(frame)
+    return pd.concat(frames)
+
+
+def untrained(name):
+    """A network of MODELS in evaluation mode."""
+    if name == "mobilenet_v2":
+        import torchvision
+
+        return torchvision.models.mobilenet_v2(num_classes=10).eval()
+    return build(name).eval()
 
 
 def processor():
