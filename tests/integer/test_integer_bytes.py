@@ -26,6 +26,7 @@ ENDS = ("random", "codes", "weights", "both", "worst")
 BUILDS = {
     "this machine's": ((), None),
     "without AVX-512": (("-mno-avx512f", "-mno-avxvnni"), 16),
+    "AVX-512 without VNNI": (("-mno-avx512vnni", "-mno-avxvnni"), 16),
     "vpdpbusd emulated": (("-DEMULATE_VNNI",), 32),
     "vpmaddubsw emulated": (("-DEMULATE_AVX2",), 16),
     "no vectors": (("-march=x86-64", "-mtune=generic"), 0),

@@ -11,6 +11,7 @@
 #if defined(EMULATE_VNNI) || defined(EMULATE_AVX2)
 #include "emulated.h"
 #elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define BYTES_512
 enum { SUMS = 32, LANES = 16 };
 typedef __m512i sums;
 #define load_sums(p) _mm512_loadu_si512(p)
@@ -68,7 +69,7 @@ INLINE void finish(const sums *sum, const int vectors, const int pixels, int64_t
                    const Result *r) {
     int64_t n = r->n - c < 2 * LANES ? r->n - c : 2 * LANES;
     if (n <= 0) return;
-#if defined(__AVX512BW__) && !defined(EMULATED)
+#if defined(BYTES_512)
     if (r->codes && r->output->plain == 2 && n == 2 * LANES) {
         Multiplier a = multiplier(r->output, r->channel + c);
         Multiplier b = multiplier(r->output, r->channel + c + LANES);
@@ -167,7 +168,7 @@ INLINE void in_order(sums *v) {
     sums in[4] = {v[0], v[1], v[2], v[3]};
     for (int i = 0; i < 4 * LANES; i++)
         v[i / LANES].lane[i % LANES] = in[i / 4 % 4].lane[i / 16 * 4 + i % 4];
-#elif defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#elif defined(BYTES_512)
     __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44), b = _mm512_shuffle_i32x4(v[2], v[3], 0x44);
     __m512i c = _mm512_shuffle_i32x4(v[0], v[1], 0xEE), d = _mm512_shuffle_i32x4(v[2], v[3], 0xEE);
     v[0] = _mm512_shuffle_i32x4(a, b, 0x88), v[1] = _mm512_shuffle_i32x4(a, b, 0xDD);
