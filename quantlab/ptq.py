@@ -22,16 +22,16 @@ def quantize(model, stats, config=QuantConfig()):
     """A copy of `model` that rounds where `config` says: a QuantizedNetwork on [B, C, H, W].
 
     Weights are replaced by the values of their codes, biases by multiples of s_in * s_w, and a
-    Quantizer stands behind every value that is stored. `qmodel.plan.floats` lists operations that
-    are computed in float between two sets of codes, with the reason. UserError for the statistics
-    of another network.
+    Quantizer stands behind every value that is stored. `qmodel.plan.floats`: operations computed in
+    float between two sets of codes -> why. UserError for the statistics of another network.
     """
     from quantlab.system.contract import check_statistics
 
     graph = folded(model)
     check_statistics(stats, model, graph)
     qmodel = quantize_graph(graph, make_plan(graph), stats.edges, config)
-    qmodel.meta |= {"image_shape": stats.image_shape, "graph_hash": stats.graph_hash}
+    origins = [stats.graph_hash, *graph.meta.get("origins", [])]
+    qmodel.meta |= {"image_shape": stats.image_shape, "origins": origins}
     return qmodel
 
 

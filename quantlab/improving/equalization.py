@@ -11,7 +11,7 @@ from torch import nn
 
 from quantlab.graph import find_kinds, folded, operation_name, readers_of
 from quantlab.ranks import flattened_dims
-from quantlab.system.contract import as_images, check_function
+from quantlab.system.contract import as_images, check_function, graph_hash
 from quantlab.system.errors import checked
 
 SIZES = (32, 28, 64, 224, 16, 8, 96, 128, 299)  # of images, in pixels
@@ -32,6 +32,7 @@ def equalize(model, rounds=20, images=None):
     ones of the first size that the network can read): UserError where it does not.
     """
     graph = folded(model).cpu()
+    graph.meta["origins"] = [graph_hash(graph), *graph.meta.get("origins", [])]
     pairs = [tuple(map(graph.get_submodule, pair)) for pair in equalizable_pairs(graph)]
     for _ in range(rounds):
         change = 0.0

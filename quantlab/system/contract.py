@@ -324,8 +324,11 @@ def check_statistics(stats, model, graph):
 
 
 def check_origin(qmodel, graph):
-    """UserError where a QuantizedNetwork is known to be of another float graph than this one."""
-    if qmodel.meta.get("graph_hash") not in (None, graph_hash(graph)):
+    """UserError where a QuantizedNetwork is known to be of another float graph than this one, and
+    of none that was equalized from it.
+    """
+    origins = qmodel.meta.get("origins")
+    if origins and graph_hash(graph) not in origins:
         raise UserError("the quantized network was made from another network, or this one has "
                         "changed since; pass the network that quantize was given")
 
