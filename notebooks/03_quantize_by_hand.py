@@ -336,6 +336,77 @@ gains = ", ".join(f"{g:.1f} bits at {b}" for b, g in gain.items())
 print("the two choices together are worth", gains)
 
 # %% [markdown]
+# **How many levels has a weight?** The narrow range leaves one code out: of $b$ bits it uses $2^b - 1$ levels.
+# At 8 bits that is one of 256. At 2 bits it is one of four: "2 bits" with $2^b - 1$ levels are three values,
+# $-s$, $0$ and $s$.
+
+# %%
+for symmetric in (True, False):
+    how = ql.QuantConfig(weight_symmetric=symmetric)
+    q = ptq.choose_weight_qparams(weight, 2, how)
+    w_hat = ql.fake_quantize(weight, q)
+    count = max(len(channel.unique()) for channel in w_hat)
+    shown = ", ".join(f"{value:.4f}" for value in w_hat[0].unique())
+    print(f"2 bits, {count} levels in a channel; the first channel's: {shown}")
+    assert count == 4 - symmetric and q.qmax - q.qmin + 1 == 2**2 - symmetric
+
+
+# %% [markdown]
+# Where does the $2^b$-th level go? One code more below zero than above ($z = 2^{b-1}$), or one more above
+# ($z = 2^{b-1} - 1$), or $z$ as the channel's range lies. An integer machine multiplies $x_q - z$ in any case,
+# and a file stores $x_q$: the level costs nothing. For each channel, the least squared error of each choice:
+
+# %%
+def least_error(low, high, bits, symmetric=False):
+    """Of 100 fractions of a range [C]: squared error over squared weights, [C]."""
+    errors = []
+    for share in torch.linspace(0.01, 1, 100):
+        ends = low * share, high * share
+        q = ql.choose_qparams(*ends, bits, symmetric=symmetric, axis=0)
+        errors.append((ql.fake_quantize(weight, q) - weight).square().sum((1, 2, 3)))
+    return torch.stack(errors).amin(0) / weight.square().sum((1, 2, 3))
+
+def one_more(low, high, below, bits):
+    """The range with so many codes below zero that clips nothing."""
+    above = 2**bits - 1 - below
+    step = torch.maximum(-low / below, high / above)
+    return -below * step, above * step
+
+
+# %%
+def level_errors(bits):
+    low, high = weight.amin((1, 2, 3)), weight.amax((1, 2, 3))
+    half = 2 ** (bits - 1)
+    every = {
+        "one more below": least_error(*one_more(low, high, half, bits), bits),
+        "one more above": least_error(*one_more(low, high, half - 1, bits), bits),
+        "as the range lies": least_error(low, high, bits),
+    }
+    least = torch.stack(list(every.values())).amin(0)
+    narrow = {"2^b - 1 levels": least_error(low, high, bits, symmetric=True)}
+    return {**narrow, **every, "2^b, the least of three": least}
+
+
+# %%
+found = {bits: level_errors(bits) for bits in (2, 3, 4, 8)}
+errors = pd.DataFrame({
+    f"{bits} bits": {name: error.mean().item() for name, error in rows.items()}
+    for bits, rows in found.items()
+})
+show(errors.rename_axis("relative squared error").map("{:.3g}".format))
+for bits, rows in found.items():
+    every = ql.QuantConfig(weight_symmetric=False, weight_norm=2.0)
+    q = ptq.choose_weight_qparams(weight, bits, every)
+    ours = (ql.fake_quantize(weight, q) - weight).square().sum((1, 2, 3))
+    ours = (ours / weight.square().sum((1, 2, 3))).mean()
+    least = rows["2^b, the least of three"].mean()
+    assert ours <= 1.02 * least, "ql's search, coarse then fine, finds it too"
+
+# %% [markdown]
+# The fewer the bits, the more that one level is worth, and no choice is the best for every channel. Every row
+# of every table here states how many `levels` its weights have. What follows keeps the narrow range; the
+# notebooks on low bits, [06](06_learned_rounding.ipynb) to [08](08_mixed_precision.ipynb), use all $2^b$.
+#
 # ## 4. One BatchNorm, folded
 # In evaluation, BatchNorm multiplies each channel by a constant and adds another, so it *folds* into the
 # convolution before it:

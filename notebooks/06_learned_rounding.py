@@ -10,10 +10,10 @@
 # # 06 · Learned rounding
 #
 # <!-- findings:opening -->
-# **Found** (resnet20, cifar10-jpeg, 10,000 test images; means over calibration seeds, paired 95 %
-# intervals). At W2A2, first/last 8 nearest rounding keeps 11.02 % of float's 87.37 %, codes learned by
-# QDrop 79.79 %. Points lost at W4A4: AdaRound 0.52, QDrop 0.59, BRECQ 0.68, nearest 2.14. Points lost at
-# W3A3: BRECQ 1.83, QDrop 2.00, AdaRound 2.17, nearest 12.70.
+# **Found** (resnet20, cifar10-jpeg, 10,000 test images; weights of 2^b - 1 levels; means over calibration
+# seeds, paired 95 % intervals). At W2A2, first/last 8 nearest rounding keeps 11.02 % of float's 87.37 %,
+# codes learned by QDrop 79.79 %. Points lost at W4A4: AdaRound 0.52, QDrop 0.59, BRECQ 0.68, nearest
+# 2.14. Points lost at W3A3: BRECQ 1.83, QDrop 2.00, AdaRound 2.17, nearest 12.70.
 # <!-- /findings -->
 #
 # **Question.** Why is the nearest code not the best one, and how is a better one learned, without labels
@@ -69,6 +69,7 @@ preset = "auto"  # smoke, full, or auto: smoke on the digits
 bits = 3  # 2 to 8, of the one layer in section 1
 weight_bits = 2  # 2 to 8, of the network in section 3
 act_bits = 2  # 2 to 8
+weight_symmetric = False  # True: weights of 2^b - 1 levels; False: of all 2^b
 method = "QDrop"  # AdaRound, BRECQ or QDrop, in section 3
 iterations = 0  # of learning a unit; 0: 3 in a smoke run, 500 in a full one
 n_calibration = 0  # 0: 64 in a smoke run, 1,024 in a full one
@@ -97,12 +98,14 @@ network = study.network.cpu()
 # choose *down* or *up* such that $\lVert W x - \hat W x\rVert^2$ is least. *AdaRound* (Nagel et al. 2020,
 # arXiv:2004.10568) makes it smooth, with one number $V$ per weight:
 #
-# $$\hat w = s\,\mathrm{clamp}\big(\lfloor w/s \rfloor + h(V),\ q_{\min}, q_{\max}\big),\qquad h(V) = \mathrm{clamp}\big(1.2\,\sigma(V) - 0.1,\ 0,\ 1\big)$$
+# $$\hat w = s\,\big(\mathrm{clamp}(\lfloor w/s \rfloor + z + h(V),\ q_{\min}, q_{\max}) - z\big),\qquad h(V) = \mathrm{clamp}\big(1.2\,\sigma(V) - 0.1,\ 0,\ 1\big)$$
 #
 # $$\min_V\ \mathbb E\,\lVert W x - \hat W x\rVert^2 + \lambda \sum_i \big(1 - |2h(V_i) - 1|^{\beta}\big),\qquad \beta: 20 \to 2$$
 #
 # The second term is zero only where every $h$ is 0 or 1; a large $\beta$ lets them move freely, a small
-# one makes them decide. The layer's inputs and outputs come from the float network:
+# one makes them decide. The codes are all $2^b$, with a zero-point $z$ for each channel
+# ([03.3](03_quantize_by_hand.ipynb#3.-One-layer's-weights,-and-the-trade-off)). The layer's inputs and
+# outputs come from the float network:
 
 # %%
 graph = folded(network)
@@ -116,9 +119,10 @@ layer = graph.cpu().get_submodule(node.target)
 x, weight = torch.cat(seen), layer.weight.detach()
 with torch.no_grad():
     y = layer(x)
-q = ptq.choose_weight_qparams(weight, bits, ql.QuantConfig())
-scale, _ = q.broadcast(weight.dim())  # one a channel; the zero-point is 0
-down = torch.floor(weight / scale)
+layer_config = ql.QuantConfig(weight_symmetric=weight_symmetric)
+q = ptq.choose_weight_qparams(weight, bits, layer_config)
+scale, zero_point = q.broadcast(weight.dim())  # one of each a channel
+down = torch.floor(weight / scale) + zero_point
 print(f"{name}: weight {tuple(weight.shape)}, inputs {tuple(x.shape)}")
 
 
@@ -132,7 +136,7 @@ def h_of(v):
     return (1.2 * torch.sigmoid(v) - 0.1).clamp(0, 1)
 
 def weight_of(h):
-    return scale * (down + h).clamp(q.qmin, q.qmax)
+    return scale * ((down + h).clamp(q.qmin, q.qmax) - zero_point)
 
 def regularizer(h, beta):
     return (1 - (2 * h - 1).abs() ** beta).sum()
@@ -143,8 +147,9 @@ def regularizer(h, beta):
 # nearest rounding. The package's module for a layer that learns is these four functions:
 
 # %%
-v = torch.logit((weight / scale - down + 0.1) / 1.2)
-assert torch.allclose(h_of(v), weight / scale - down, atol=1e-5)
+fraction = weight / scale + zero_point - down
+v = torch.logit((fraction + 0.1) / 1.2)
+assert torch.allclose(h_of(v), fraction, atol=1e-5)
 assert torch.allclose(weight_of((v >= 0).float()), ql.fake_quantize(weight, q))
 
 rounding = LearnedRounding(layer, layer, q)
@@ -285,7 +290,7 @@ for first, second in equalizable_pairs(graph)[:3]:
 # means and variances again, in the quantized network. The first layer by hand:
 
 # %%
-config = ql.QuantConfig(weight_bits, act_bits)
+config = ql.QuantConfig(weight_bits, act_bits, weight_symmetric=weight_symmetric)
 quantized = ql.quantize(network, study.stats, config)
 corrected = ql.correct_bias(network, quantized, [sample])
 first = names[0]
@@ -355,7 +360,7 @@ print(
 
 # %% [markdown]
 # <!-- findings:closing -->
-# **Published.** Points lost against float (resnet20, cifar10-jpeg, 10,000 test images):
+# **Published.** Points lost against float, weights of 2^b - 1 levels (resnet20, cifar10-jpeg, 10,000 test images):
 #
 # | Method | W4A4 | W3A3 | W2A2 | W2A2, first/last 8 |
 # | --- | ---: | ---: | ---: | ---: |

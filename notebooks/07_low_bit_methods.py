@@ -10,11 +10,12 @@
 # # 07 · Low-bit methods
 #
 # <!-- findings:opening -->
-# **Found** (resnet20, cifar10-jpeg, 10,000 test images; means over calibration seeds, paired 95 %
-# intervals). Nearest rounding loses 2.14 at W4A4, 12.70 at W3A3, 75.60 at W2A2 (points). The method that
-# loses least loses 0.52 [0.15, 0.89] at W4A4 (AdaRound), 1.65 [1.17, 2.13] at W3A3 (QDrop + fine-tuning),
-# 6.76 [6.07, 7.45] at W2A2 (QDrop + fine-tuning). Of those that learn nothing, the best lose 1.47 at W4A4
-# (analytic bias correction) and 6.97 at W3A3 (analytic bias correction).
+# **Found** (resnet20, cifar10-jpeg, 10,000 test images; weights of 2^b - 1 levels; means over calibration
+# seeds, paired 95 % intervals). Nearest rounding loses 2.14 at W4A4, 12.70 at W3A3, 75.60 at W2A2
+# (points). The method that loses least loses 0.52 [0.15, 0.89] at W4A4 (AdaRound), 1.65 [1.17, 2.13] at
+# W3A3 (QDrop + fine-tuning), 6.76 [6.07, 7.45] at W2A2 (QDrop + fine-tuning). Of those that learn
+# nothing, the best lose 1.47 at W4A4 (analytic bias correction) and 6.97 at W3A3 (analytic bias
+# correction).
 # <!-- /findings -->
 #
 # **Question.** How much of what 4, 3 and 2 bits cost can be won back without training, and by which
@@ -67,6 +68,7 @@ checkpoint = "auto"  # auto, or the path of a .safetensors file
 seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 widths = "auto"  # weights/activations[/first and last], as in 4/4,2/2/8
+weight_symmetric = False  # True: weights of 2^b - 1 levels; False: of all 2^b
 methods = "auto"  # comma-separated; auto: all; none: draw what is published
 best_method = "QDrop + fine-tuning"  # chosen in section 4, measured for every seed
 rivals = "auto"  # both, pt2e, onnxruntime, none; auto: onnxruntime in a smoke run
@@ -91,7 +93,8 @@ iterations = builder.iterations
 # %% [markdown]
 # ## 1. The methods
 # What each does is in [06](06_learned_rounding.ipynb). The convention here, unless said otherwise: every
-# layer quantized, first and last at the same bits as the rest, residual stream and image at 8 bits.
+# layer quantized, first and last at the same bits as the rest, residual stream and image at 8 bits; all
+# $2^b$ levels of a weight, with a zero-point for each channel.
 #
 # `+ end to end` goes on with the steps, scales and biases of the whole network together, against the
 # float network's logits, every weight keeping its code, for half as many iterations. `+ fine-tuning` lets
@@ -105,6 +108,7 @@ widths = study.choose(widths, smoke="4/4,2/2", full=full).split(",")
 named = {"auto": METHODS, "none": ()}.get(methods, methods.split(","))
 methods = builder.check(named)
 allowed.check(best_method=best_method, rivals=rivals)
+convention = {"weight_symmetric": weight_symmetric}
 print("methods:", ", ".join(methods) or "none")
 print("widths:", "; ".join(name_of(width) for width in widths))
 
@@ -141,7 +145,7 @@ grid = [(w, m, s) for w in widths for m in methods for s in seeds]
 grid = sorted((case for case in grid if is_measured(*case)), key=order)
 rows = []
 for width, method, s in tqdm(grid, desc="networks"):
-    row = builder.measure(method, config_of(width), s)
+    row = builder.measure(method, config_of(width, **convention), s)
     rows.append({"width": width, "name": method, **row})
 measured = pd.DataFrame(rows)
 print(f"{len(measured)} networks")
@@ -191,7 +195,7 @@ for name, case in cases.items():
 # nothing and draws from the files.
 
 # %%
-frame = builder.known(widths)
+frame = builder.known(widths, **convention)
 tools = builder.rows()
 tools = tools[tools.method.isin([name for name, *_ in cases.values()])]
 if len(frame):
@@ -207,7 +211,8 @@ if len(frame):
     labels = frame.width.map(name_of).str.replace(", ", "\n")
     drawn = frame.assign(method=frame.name, width=labels)
     text = (
-        f"test images, {study.n_calibration:,} calibration images, learned: "
+        f"test images, weights of {'2^b - 1' if weight_symmetric else '2^b'} levels, "
+        f"{study.n_calibration:,} calibration images, learned: "
         f"{iterations:,} iterations a unit; paired 95 % intervals, means of up to "
         f"{frame.seed.nunique()} seed(s)"
     )
@@ -277,7 +282,8 @@ variants = variants[-1:] if study.smoke else variants
 
 # %%
 def try_tuning(config):
-    learned = builder.build("QDrop", config_of(widths[-1]))  # kept: it is learned once
+    narrowest = config_of(widths[-1], **convention)
+    learned = builder.build("QDrop", narrowest)  # kept: it is learned once
     images = study.calibration()
     qmodel = tune_end_to_end(study.network, learned, images, config, verbose=False)
     top1 = study.evaluate(qmodel, study.images.heldout).top1
@@ -299,8 +305,9 @@ if try_rates and methods:
 
 # %%
 def fisher_gain(width):
-    plain = builder.measure("QDrop", config_of(width))
-    fisher = builder.measure("QDrop + Fisher", config_of(width))
+    own = config_of(width, **convention)
+    plain = builder.measure("QDrop", own)
+    fisher = builder.measure("QDrop + Fisher", own)
     correct = [builder.correct_images(row) for row in (fisher, plain)]
     gains = ql.paired_drop(*correct)
     gain = dict(zip(("gain", "low", "high"), gains))
@@ -346,7 +353,7 @@ for row in fisher.itertuples():
 
 # %% [markdown]
 # <!-- findings:closing -->
-# **Published.** Points lost against float (resnet20, cifar10-jpeg, 10,000 test images):
+# **Published.** Points lost against float, weights of 2^b - 1 levels (resnet20, cifar10-jpeg, 10,000 test images):
 #
 # | Method | W8A8 | W4A4 | W3A3 | W2A2 | W2A2, first/last 8 |
 # | --- | ---: | ---: | ---: | ---: | ---: |

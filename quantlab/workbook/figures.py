@@ -12,8 +12,6 @@ from quantlab.system.errors import UserError
 from quantlab.workbook import findings, results, tables
 from quantlab.workbook.methods import METHODS, config_of, name_of
 
-WIDTHS = ("8/8", "4/8", "4/4", "3/3", "2/4", "2/2", "2/2/8")
-
 
 def draw(frame):
     """(name, model, data set, figure) of every figure that published rows suffice for, of every
@@ -68,15 +66,17 @@ def methods_by_width(rows):
     names = rows.corrections.str.removesuffix(f", {steps} iterations").replace("", "nearest")
     rows = rows.assign(name=names)
     parts = []
-    for width in WIDTHS:
-        same = rows[results.has_config(rows, config_of(width)) & names.isin(METHODS)]
+    convention = findings.low_bit(rows)
+    for width in findings.WIDTHS:
+        same = rows[results.has_config(rows, config_of(width, **convention)) & names.isin(METHODS)]
         parts.append(same.assign(width=name_of(width).replace(", ", "\n"), method=same.name))
     drawn = pd.concat(parts)
     if drawn.method.nunique() < 2:
         return None
     order = {name: place for place, name in enumerate(METHODS)}
     drawn = drawn.sort_values("method", key=lambda names: names.map(order), kind="stable")
-    text = f"learned: {steps} iterations a unit; paired 95 % intervals, means of up to "
+    text = f"weights of {findings.levels(convention)}; learned: {steps} iterations a unit; "
+    text += "paired 95 % intervals, means of up to "
     text += f"{drawn.seed.nunique()} seeds"
     return lowbit.methods_by_width(drawn, tools, _caption(drawn, text))
 

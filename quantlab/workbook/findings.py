@@ -14,6 +14,7 @@ from quantlab.workbook.methods import METHODS, config_of, name_of
 
 MEANS = "means over calibration seeds, paired 95 % intervals"
 COLUMNS = 104  # of a line of text in a cell
+WIDTHS = ("8/8", "4/8", "4/4", "3/3", "2/4", "2/2", "2/2/8")
 SETTERS = ("histogram", "percentile", "minmax")
 FIRST_STEP = "the original's hist"
 LADDER = (  # of notebook 10, between the original's hist and ours
@@ -24,6 +25,8 @@ LADDER = (  # of notebook 10, between the original's hist and ours
 LAST_STEP = "best range of weights"
 ALSO = {"BatchNorm kept as trained": "hist, BatchNorm kept"}  # the same network, measured first
 CONVENTIONS = {  # words -> what changes of the config
+    "2^b - 1 levels": {"weight_symmetric": True},
+    "2^b levels": {"weight_symmetric": False},
     "first and last layer 8 bits": {"first_last_bits": 8},
     "residual stream float": {"residual_bits": None},
     "residual stream as few bits": {"residual_bits": "act_bits"},
@@ -46,6 +49,7 @@ class Rows:
         self.model, self.dataset = frame.groupby(["model", "dataset"]).size().idxmax()
         self.frame = frame[(frame.model == self.model) & (frame.dataset == self.dataset)]
         self.summary = results.summarize(self.frame)
+        self.low_bit = low_bit(self.summary)
 
     def __str__(self):
         return f"{self.model}, {self.dataset}, {self.summary.n_test.max():,} test images"
@@ -67,7 +71,7 @@ class Rows:
         learned = self.summary.corrections.str.extract(r", (\d+) iterations")[0].dropna()
         names = ["" if method == "nearest" else method]
         names += [f"{method}, {n} iterations" for n in learned.mode()]
-        found = (self.where(name, width=width) for name in names)
+        found = (self.where(name, width=width, **self.low_bit) for name in names)
         return next((row for row in found if row is not None), None)
 
     def methods(self, width, names=METHODS):
@@ -80,6 +84,22 @@ class Rows:
         """Mean accuracy, by exact name of what was done, over the seeds there are; or None."""
         top1 = self.frame.top1[self.frame.corrections.isin(corrections)]
         return top1.mean() if len(top1) else None
+
+
+def low_bit(summary):
+    """The convention of notebooks 06 to 08 for weights, as fields of a QuantConfig: all 2^b levels,
+    where at least as many rows of their methods have them as have 2^b - 1.
+    """
+    learned = summary[summary.corrections.str.contains(" iterations")]
+    counts = {symmetric: sum(results.has_config(learned, config_of(
+        width, weight_symmetric=symmetric)).sum() for width in WIDTHS)
+        for symmetric in (False, True)}
+    return {"weight_symmetric": counts[True] > counts[False]}
+
+
+def levels(fields):
+    """Of a weight of b bits, in words."""
+    return "2^b - 1 levels" if fields["weight_symmetric"] else "2^b levels"
 
 
 def lost(row):
@@ -178,7 +198,7 @@ def _methods_table(rows, names, widths):
         found = {width: rows.method(width, name) for width in widths}
         words = {name_of(w): "" if r is None else lost(r) for w, r in found.items()}
         lines.append({"Method": name, **words})
-    return "Points lost against float", pd.DataFrame(lines)
+    return f"Points lost against float, weights of {levels(rows.low_bit)}", pd.DataFrame(lines)
 
 
 def learned_rounding_table(rows):
@@ -197,32 +217,35 @@ def methods_by_width_table(rows):
 def gain(rows, width, convention):
     """Points of nearest rounding gained by a change of convention, the first seed; or None."""
     bits = config_of(width).act_bits
-    changes = {name: bits if value == "act_bits" else value
-               for name, value in CONVENTIONS[convention].items()}
+    changes = rows.low_bit | {name: bits if value == "act_bits" else value
+                              for name, value in CONVENTIONS[convention].items()}
     frame = rows.frame[rows.frame.seed.eq(0) & rows.frame.corrections.eq("")]
-    row, base = (frame[results.has_config(frame, config_of(width, **c))] for c in (changes, {}))
+    row, base = (frame[results.has_config(frame, config_of(width, **fields))]
+                 for fields in (changes, rows.low_bit))
     return row.top1.iloc[-1] - base.top1.iloc[-1] if len(row) and len(base) else None
 
 
 def mixed_precision(rows):
     """Sentences of 08."""
-    uniform = rows.where(width="3/8")
+    uniform = rows.where(width="3/8", **rows.low_bit)
     mixed = rows.summary[rows.summary.corrections.str.fullmatch(r"mixed precision, [\d.]+ kB")]
+    mixed = mixed[mixed.symmetric.isin(results.NARROW) == rows.low_bit["weight_symmetric"]]
     if uniform is not None and len(mixed):
         mixed = mixed[mixed.bytes <= 1.001 * uniform.bytes].nsmallest(1, "drop")
         for row in mixed.itertuples():
             yield (f"A width for every layer loses {row.drop:.2f} points in {row.bytes / 1000:,.0f}"
                    f" kB of weights, 3 bits everywhere {uniform['drop']:.2f} (activations 8 bits).")
     gains = {name: [gain(rows, w, name) for w in ("4/4", "3/3")] for name in CONVENTIONS}
-    gains = {name: pair for name, pair in gains.items() if None not in pair}
+    gains = {name: pair for name, pair in gains.items()
+             if None not in pair and name != levels(rows.low_bit)}
     if gains:
         said = [f"{name} {pair[0]:+.2f} and {pair[1]:+.2f}" for name, pair in (
             max(gains.items(), key=lambda item: item[1][1]),
             min(gains.items(), key=lambda item: item[1][1]))]
         yield f"Conventions alone move W4A4 and W3A3, in points: {', '.join(said)}."
     method = "QDrop + fine-tuning, 500 iterations"
-    ours = rows.where(method, width="2/2")
-    theirs = rows.where(method, width="2/2/8", residual_bits=None)
+    ours = rows.where(method, width="2/2", **rows.low_bit)
+    theirs = rows.where(method, width="2/2/8", residual_bits=None, **rows.low_bit)
     if ours is not None and theirs is not None:
         yield (f"The same W2A2 network, fine-tuned, loses {ours['drop']:.2f} points in our "
                f"convention and {theirs['drop']:.2f} in that of most papers.")
@@ -231,11 +254,13 @@ def mixed_precision(rows):
 def mixed_precision_table(rows):
     """(What it shows, the table) of 08."""
     lines = []
-    for name in CONVENTIONS:
+    for name in (n for n in CONVENTIONS if n != levels(rows.low_bit)):
         pair = {name_of(width): gain(rows, width, name) for width in ("4/4", "3/3")}
         words = {width: "" if value is None else f"{value:+.2f}" for width, value in pair.items()}
-        lines.append({"Convention": name, **words})
-    return "Points gained against our convention, nearest rounding, one seed", pd.DataFrame(lines)
+        if any(words.values()):
+            lines.append({"Convention": name, **words})
+    about = f"our convention with weights of {levels(rows.low_bit)}, nearest rounding, one seed"
+    return f"Points gained against {about}", pd.DataFrame(lines)
 
 
 # ---- 10 -----------------------------------------------------------------------------------------
@@ -351,6 +376,7 @@ FINDINGS = {
     "08_mixed_precision": (mixed_precision, mixed_precision_table),
     "10_original_experiment": (original_experiment, original_experiment_table),
 }
+LOW_BIT = ("06_learned_rounding", "07_low_bit_methods", "08_mixed_precision")
 
 
 def findings(frame):
@@ -359,7 +385,10 @@ def findings(frame):
     rows = Rows(frame) if len(frame) else None
     for name, (sentences, make_table) in FINDINGS.items():
         said = list(sentences(rows)) if rows else []
-        opening = f"**Found** ({rows}; {MEANS}). {' '.join(said)}" if said else ""
+        means = MEANS
+        if name in LOW_BIT and rows:
+            means = f"weights of {levels(rows.low_bit)}; {MEANS}"
+        opening = f"**Found** ({rows}; {means}). {' '.join(said)}" if said else ""
         texts[name, "opening"] = "\n".join(textwrap.wrap(opening, COLUMNS))
         about, table = make_table(rows) if said else ("", pd.DataFrame())
         shown = f"**Published.** {about} ({rows}):\n\n{tables.markdown(table.astype(str))}"

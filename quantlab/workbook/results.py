@@ -44,6 +44,7 @@ INTEGERS = [
 FLOATS = [column for column in MEASURED if column != "bytes"]
 TEXTS = [column for column in COLUMNS if column not in [*INTEGERS, *FLOATS]]
 SMOKE = "digits"
+NARROW = ("weights", "both")  # in the column `symmetric`: weights of 2^b - 1 levels
 ARITHMETIC = ("improving", "analysis")  # rooms that decide the numbers of `once`, besides the core
 
 
@@ -92,14 +93,13 @@ def describe(config):
     if config is None:
         return {}
     widths = ("weight_bits", "act_bits", "first_last_bits", "residual_bits", "input_bits")
-    both = (config.weight_symmetric, config.act_symmetric)
     names = {(1, 1): "both", (1, 0): "weights", (0, 1): "activations", (0, 0): "neither"}
     lp = f"lp(p={config.weight_norm:g})"
     return {
         **{name: getattr(config, name) for name in widths},
         "placement": "fused",
         "granularity": "channel" if config.per_channel else "tensor",
-        "symmetric": names[both],
+        "symmetric": names[config.weight_symmetric, config.act_symmetric],
         "observer": observer_name(config.observer),
         "weight_observer": lp if config.weight_observer == "lp" else config.weight_observer,
     }
@@ -111,9 +111,8 @@ def levels(row):
     None where the row does not say: float, other tools, several widths.
     """
     bits, symmetric = row.get("weight_bits"), row.get("symmetric")
-    if pd.isna(bits) or not symmetric:
-        return None
-    return 2 ** int(bits) - (symmetric in ("weights", "both"))
+    unsaid = pd.isna(bits) or not symmetric
+    return None if unsaid else 2 ** int(bits) - (symmetric in NARROW)
 
 
 def config_key(row):
@@ -326,7 +325,7 @@ def equal_widths(frame):
     plain &= frame.first_last_bits.isna() & _equal(frame.weight_bits, frame.act_bits)
     for name in ("residual_bits", "input_bits"):
         plain &= _equal(frame[name], 8)
-    same = frame[plain]
+    same = frame[plain & frame.symmetric.isin(NARROW)]
     widths = same.groupby(["dataset", "model", "observer"]).weight_bits.transform("nunique")
     return same[widths > 1]
 
@@ -354,6 +353,7 @@ def label(row):
         return f"{row.method}: {row.corrections}" if row.corrections else row.method
     weights, acts = ("*" if pd.isna(b) else b for b in (row.weight_bits, row.act_bits))
     words = [f"W{weights}A{acts} {row.observer}", f"weights {row.weight_observer}"]
+    words += [] if row.symmetric in NARROW else ["2^b levels"]
     if not pd.isna(row.first_last_bits):
         words.append(f"first/last {row.first_last_bits}")
     for name in ("residual", "input"):

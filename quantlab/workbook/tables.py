@@ -8,6 +8,7 @@ import re
 
 import pandas as pd
 
+from quantlab.config import QuantConfig
 from quantlab.system.errors import UserError
 from quantlab.system.files import PACKAGE, read_csv, read_text, root, write_text
 from quantlab.workbook import results
@@ -59,9 +60,19 @@ def _is_brief(summary):
     chosen = summary.method.isin(["float", INTEGERS]) | summary["drop"].eq(least)
     for bits, method in LEARNED.items():
         widths = summary.weight_bits.eq(bits) & summary.act_bits.eq(bits)
-        learned = summary.corrections.str.startswith(f"{method},") & results.is_default(summary)
-        chosen |= learned & widths.fillna(False).astype(bool)
+        learned = summary.corrections.str.startswith(f"{method},") & widths.fillna(False)
+        chosen |= learned & _most_levels(summary, learned)
     return chosen
+
+
+def _most_levels(summary, among):
+    """bool Series: rows in the default convention, or in that but for all 2^b levels of a weight;
+    of a network that has such rows, chosen by `among`, these alone.
+    """
+    every = QuantConfig(weight_symmetric=False)
+    every = results.has_config(summary, every, free=("weight_bits", "act_bits"))
+    has = (every & among).groupby([summary.dataset, summary.model]).transform("any")
+    return every | results.is_default(summary) & ~has
 
 
 def original():

@@ -65,6 +65,33 @@ def test_new_rows_change_the_text_and_none_leave_it_empty(workbook):
     assert "with histogram, " not in read_text(workbook / "notebooks" / f"{NAMES[0]}.py")
 
 
+def test_low_bit_findings_are_of_the_levels_that_most_learned_rows_have():
+    """Once all learned rows are measured with 2^b levels, those are told, and the levels with them;
+    what was found with the whole range or the default is told as before.
+    """
+    frame = results.load(CHECKOUT / "results" / "published.csv")
+    narrow = findings.Rows(frame)
+    assert narrow.low_bit == {"weight_symmetric": True}
+    learned = frame[frame.symmetric.eq("weights") & frame.method.eq("by hand")]
+    every = learned.assign(symmetric="neither", drop=learned["drop"] - 0.07)
+    every["levels"] = [results.levels(row) for row in every.to_dict("records")]
+    every["config_key"] = [results.config_key(row) for row in every.to_dict("records")]
+    both = pd.concat([frame, results.typed(every)])
+    rows = findings.Rows(both)
+    assert rows.low_bit == {"weight_symmetric": False}
+    method = "QDrop + fine-tuning"
+    gained = narrow.method("2/2", method)["drop"] - rows.method("2/2", method)["drop"]
+    assert gained == pytest.approx(0.07)
+    assert rows.method("2/2", method).levels == 4 and narrow.method("2/2", method).levels == 3
+    before, after = findings.findings(frame), findings.findings(both)
+    assert before["03_quantize_by_hand", "closing"] == after["03_quantize_by_hand", "closing"]
+    for text, levels in ((before, "2^b - 1 levels"), (after, "2^b levels")):
+        assert f"weights of {levels}" in text["07_low_bit_methods", "closing"]
+        opening = text["08_mixed_precision", "opening"].replace("\n", " ")
+        assert f"weights of {levels}" in opening
+    assert "| 2^b - 1 levels | +0.00 | +0.00 |" in after["08_mixed_precision", "closing"]
+
+
 def test_the_originals_questions_are_answered_from_the_rows_there_are():
     frame = results.load(CHECKOUT / "results" / "published.csv")
     table = findings.answers(frame)

@@ -362,15 +362,18 @@ def test_corrected_rows_have_a_label_of_their_own(digits):
     rows = [
         some_row(digits), some_row(digits, config=papers, corrections="QDrop"),
         some_row(digits, weight_bits=None, corrections="mixed precision, 80 kB"),
+        some_row(digits, config=ql.QuantConfig(4, 4, weight_symmetric=False)),
     ]
     assert [results.label(pd.Series(row)) for row in rows] == [
         "W4A4 histogram, weights lp(p=3)",
         "W4A4 histogram, weights lp(p=3), first/last 8, residual float, input 4, QDrop",
         "W*A4 histogram, weights lp(p=3), mixed precision, 80 kB",
+        "W4A4 histogram, weights lp(p=3), 2^b levels",
     ]
     swept = [some_row(digits, config=ql.QuantConfig(b, b)) for b in (4, 3)]
     swept.append(some_row(digits, config=ql.QuantConfig(2, 2), corrections="QDrop"))
     swept.append(some_row(digits, config=ql.QuantConfig(2, 2, residual_bits=None)))
+    swept += [some_row(digits, config=ql.QuantConfig(b, b, weight_symmetric=False)) for b in (4, 3)]
     assert results.equal_widths(pd.DataFrame(swept)).index.tolist() == [0, 1]
 
 
@@ -461,6 +464,24 @@ def test_a_headline_has_six_rows_a_network_the_largest_first(digits, workbook):
     assert len(everything) == 2 * (1 + 2 + 2 + 16 + 2) and set(table.Quantization) <= set(
         everything.Quantization
     )
+
+
+def test_rows_of_all_levels_stand_in_the_headline_for_narrow_ones(digits, workbook):
+    """Of the network and width that has them; the others keep theirs."""
+    every = ql.QuantConfig(4, 4, weight_symmetric=False)
+    changes = {"model": "resnet20", "dataset": "pets", "top1": 79.9, "fp32_top1": 80, "drop": 0.1}
+    row = some_row(digits, changes=changes, config=every,
+                   corrections="QDrop + end to end, 5 iterations")
+    frame = pd.concat([rows_of_two_networks(digits), results.record([row])])
+    table = tables.headline(frame, brief=True)
+    assert table.Model.tolist() == ["resnet50"] * 6 + ["resnet20"] * 6
+    learned = table.Quantization[table.Quantization.str.contains("end to end")].tolist()
+    name = "histogram, weights lp(p=3)"
+    assert learned == [
+        f"W4A4 {name}, QDrop + end to end, 5 iterations",
+        f"W3A3 {name}, QDrop + end to end, 5 iterations",
+        f"W4A4 {name}, 2^b levels, QDrop + end to end, 5 iterations",
+        f"W3A3 {name}, QDrop + end to end, 5 iterations"]
 
 
 def test_the_originals_table_has_every_network_beside_it_its_own_first(digits, workbook):
