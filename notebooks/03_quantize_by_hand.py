@@ -346,10 +346,9 @@ for symmetric in (True, False):
     q = ptq.choose_weight_qparams(weight, 2, how)
     w_hat = ql.fake_quantize(weight, q)
     count = max(len(channel.unique()) for channel in w_hat)
-    shown = ", ".join(f"{value:.4f}" for value in w_hat[0].unique())
+    shown = ", ".join(f"{value + 0:.4f}" for value in w_hat[0].unique())  # 0, not -0
     print(f"2 bits, {count} levels in a channel; the first channel's: {shown}")
     assert count == 4 - symmetric and q.qmax - q.qmin + 1 == 2**2 - symmetric
-
 
 # %% [markdown]
 # Where does the $2^b$-th level go? One code more below zero than above ($z = 2^{b-1}$), or one more above
@@ -357,15 +356,22 @@ for symmetric in (True, False):
 # and a file stores $x_q$: the level costs nothing. For each channel, the least squared error of each choice:
 
 # %%
-def least_error(low, high, bits, symmetric=False):
-    """Of 100 fractions of a range [C]: squared error over squared weights, [C]."""
-    errors = []
-    for share in torch.linspace(0.01, 1, 100):
-        ends = low * share, high * share
-        q = ql.choose_qparams(*ends, bits, symmetric=symmetric, axis=0)
-        errors.append((ql.fake_quantize(weight, q) - weight).square().sum((1, 2, 3)))
-    return torch.stack(errors).amin(0) / weight.square().sum((1, 2, 3))
+some = weight[:64]  # channels are enough
 
+def relative_error(q):
+    """Squared error over squared weights of every channel, [C]."""
+    noise = (ql.fake_quantize(some, q) - some).square().sum((1, 2, 3))
+    return noise / some.square().sum((1, 2, 3))
+
+def least_error(low, high, bits, symmetric=False):
+    """The least of 100 fractions of a range [C]."""
+    how = dict(bits=bits, symmetric=symmetric, axis=0)
+    shares = torch.linspace(0.01, 1, 100)
+    tried = (ql.choose_qparams(low * s, high * s, **how) for s in shares)
+    return torch.stack([relative_error(q) for q in tried]).amin(0)
+
+
+# %%
 def one_more(low, high, below, bits):
     """The range with so many codes below zero that clips nothing."""
     above = 2**bits - 1 - below
@@ -375,7 +381,7 @@ def one_more(low, high, below, bits):
 
 # %%
 def level_errors(bits):
-    low, high = weight.amin((1, 2, 3)), weight.amax((1, 2, 3))
+    low, high = some.amin((1, 2, 3)), some.amax((1, 2, 3))
     half = 2 ** (bits - 1)
     every = {
         "one more below": least_error(*one_more(low, high, half, bits), bits),
@@ -396,9 +402,7 @@ errors = pd.DataFrame({
 show(errors.rename_axis("relative squared error").map("{:.3g}".format))
 for bits, rows in found.items():
     every = ql.QuantConfig(weight_symmetric=False, weight_norm=2.0)
-    q = ptq.choose_weight_qparams(weight, bits, every)
-    ours = (ql.fake_quantize(weight, q) - weight).square().sum((1, 2, 3))
-    ours = (ours / weight.square().sum((1, 2, 3))).mean()
+    ours = relative_error(ptq.choose_weight_qparams(some, bits, every)).mean()
     least = rows["2^b, the least of three"].mean()
     assert ours <= 1.02 * least, "ql's search, coarse then fine, finds it too"
 

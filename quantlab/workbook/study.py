@@ -32,8 +32,8 @@ from quantlab.workbook.contents import code_hash, digest
 
 PRESETS = ("auto", "smoke", "full")
 SMOKE_LIMIT = 1000  # test images of a smoke run
-SHOWN = ["method", "weight_bits", "act_bits", "n_test", "top1", "drop", "drop_low", "drop_high",
-         "bytes"]  # of a row that has just been recorded
+SHOWN = ["method", "weight_bits", "act_bits", "levels", "n_test", "top1", "drop", "drop_low",
+         "drop_high", "bytes"]  # of a row that has just been recorded
 
 
 class Study:

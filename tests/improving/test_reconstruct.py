@@ -123,6 +123,7 @@ def test_a_block_that_holds_another_or_is_read_from_outside_is_taken_layer_by_la
 @pytest.mark.parametrize("unit", ["layer", "block"])
 @pytest.mark.parametrize("config", [
     ql.QuantConfig(3, 3), ql.QuantConfig(2, 4, weight_symmetric=False, per_channel=False),
+    ql.QuantConfig(2, 2, weight_symmetric=False),
 ], ids=str)
 def test_learned_rounding_never_leaves_floor_and_ceil(tiny, unit, config):
     settings = dict(unit=unit, iterations=40, batch_size=16, lr=0.1)
@@ -139,6 +140,25 @@ def test_learned_rounding_never_leaves_floor_and_ceil(tiny, unit, config):
         assert ((codes == low) | (codes == high)).all()
         moved += int((codes != ql.quantize_tensor(exact, q)).sum())
     assert moved > 0  # something was learned
+
+
+@pytest.mark.parametrize("learn_weights", [False, True])
+def test_what_is_learned_with_all_levels_is_what_the_integers_compute(tiny, learn_weights):
+    """Rounding, then codes and scales: every weight stays a code of the 2^b, zero-points stay."""
+    config = ql.QuantConfig(2, 3, weight_symmetric=False)
+    qmodel = run(tiny, config)
+    start = {name: layer.weight_qparams for name, layer in qmodel.layers.items()}
+    tuning = TuneConfig(iterations=5, learn_weights=learn_weights, batch_size=16)
+    tuned = tune_end_to_end(tiny[0], qmodel, tiny[2], tuning, verbose=False)
+    for name, layer in tuned.layers.items():
+        q, codes = layer.weight_qparams, tuned.codes(name)
+        assert torch.equal(q.zero_point, start[name].zero_point) and (q.qmin, q.qmax) == (0, 3)
+        assert torch.equal(ql.dequantize(codes, q), layer.weight.cpu())
+    images = tiny[2][:8]
+    models = [ql.to_integer(tuned, executor=executor) for executor in ("reference", "fast")]
+    codes, others = (model.codes(images) for model in models)
+    assert all(torch.equal(codes[edge], others[edge]) for edge in codes)
+    assert (models[0](images) - tuned(images)).abs().max() < 0.2 * tuned(images).std()
 
 
 def test_start_is_the_float_weight_and_the_finished_regulariser_leaves_zeros_and_ones():
