@@ -84,9 +84,12 @@ def drawn(case, weight_bits, act_bits, ends):
     return weight, x, codes, zero_point
 
 
-def check(case, weight_bits, act_bits, ends, rounding):
+def check(case, weight_bits, act_bits, ends, rounding, limits=None):
+    """limits: (least, most) of the weights, all of which are one or the other; None: as drawn."""
     generator = torch.Generator().manual_seed(case["seed"])
     weight, x, codes, zero_point = drawn(case, weight_bits, act_bits, ends)
+    if limits is not None:
+        weight = at_ends(generator, weight.shape, *limits)
     bias = random_codes(generator, (len(weight),), -(2**16), 2**16)
     q, shift = random_multipliers(generator, len(weight), -14.0, 0.5)
     options = {"stride": case["stride"], "groups": case["groups"]}
@@ -124,6 +127,19 @@ def test_every_pair_of_widths_at_its_worst(build, rounding):
             check(case, weight_bits, act_bits, "worst", rounding)
             depthwise = {"outputs": 36, "groups": 36}
             check(case | depthwise, weight_bits, act_bits, "worst", rounding)
+
+
+def test_codes_of_weights_less_any_zero_point(build):
+    """All 2^b levels: half of them below zero, half above, all above, all below."""
+    case = {"images": 1, "channels": 36, "outputs": 35, "groups": 1, "kernel": (3, 3),
+            "dilation": (1, 1), "padding": (1, 1, 1, 1), "stride": (1, 1), "size": (2, 4),
+            "threads": 1, "seed": 5}
+    for bits, act_bits in ((2, 8), (4, 4), (7, 8), (8, 8)):
+        for below in (2 ** (bits - 1), 2 ** (bits - 1) - 1, 0, 2**bits - 1):
+            limits = -below, 2**bits - 1 - below
+            layer = check(case, bits, act_bits, "both", "single", limits)
+            assert (limits[0] >= -128 and limits[1] <= 127) or layer.name == "conv_words"
+            check(case | {"outputs": 36, "groups": 36}, bits, act_bits, "both", None, limits)
 
 
 def test_codes_that_are_read_in_place(build):
