@@ -2,6 +2,8 @@
 where all codes and weights are at their ends too; and clean under sanitizers.
 """
 
+import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -84,24 +86,33 @@ def drawn(case, weight_bits, act_bits, ends):
     return weight, x, codes, zero_point
 
 
-def check(case, weight_bits, act_bits, ends, rounding, limits=None):
-    """limits: (least, most) of the weights, all of which are one or the other; None: as drawn."""
+def prepared(case, weight_bits, act_bits, ends, limits=None):
+    """What a layer is made of, its codes, and the reference's accumulators.
+
+    limits: (least, most) of the weights, all of which are one or the other; None: as drawn.
+    """
     generator = torch.Generator().manual_seed(case["seed"])
     weight, x, codes, zero_point = drawn(case, weight_bits, act_bits, ends)
     if limits is not None:
         weight = at_ends(generator, weight.shape, *limits)
     bias = random_codes(generator, (len(weight),), -(2**16), 2**16)
-    q, shift = random_multipliers(generator, len(weight), -14.0, 0.5)
     options = {"stride": case["stride"], "groups": case["groups"]}
     padded = F.pad(x - zero_point, case["padding"])
-    expected = F.conv2d(padded, ops.dilate(weight, case["dilation"]), bias, **options)
+    acc = F.conv2d(padded, ops.dilate(weight, case["dilation"]), bias, **options)
+    options |= {"dilation": case["dilation"], "padding": case["padding"], "codes": codes}
+    return (weight, bias, zero_point), options, x, acc
+
+
+def check(case, layer, options, x, expected, rounding):
+    """The Layer, after its codes were compared."""
     requantization = None
     if rounding is not None:
+        generator = torch.Generator().manual_seed(case["seed"])
+        q, shift = random_multipliers(generator, len(layer[0]), -14.0, 0.5)
         requantization = Requantization(q, shift, -5, -128, 120, rounding)
         q, shift = q.view(-1, 1, 1), shift.view(-1, 1, 1)
         expected = Requantization(q, shift, -5, -128, 120, rounding)(expected)
-    options |= {"dilation": case["dilation"], "padding": case["padding"], "codes": codes}
-    layer = native.Layer(weight, bias, zero_point, requantization, **options)
+    layer = native.Layer(*layer, requantization, **options)
     bytes_in = x.to(torch.int8).permute(0, 2, 3, 1).contiguous()
     result = run_in_threads(case["threads"], lambda: layer(bytes_in).permute(0, 3, 1, 2))
     assert torch.equal(result.int(), expected), (layer.name, layer.reason)
@@ -110,45 +121,49 @@ def check(case, weight_bits, act_bits, ends, rounding, limits=None):
 
 @given(convolutions(), WIDTHS, WIDTHS, st.sampled_from(ENDS),
        st.sampled_from([*ROUNDINGS, None]))
-@fuzz(60)
+@fuzz(40)
 def test_any_convolution_at_any_width(build, case, weight_bits, act_bits, ends, rounding):
-    layer = check(case, weight_bits, act_bits, ends, rounding)
+    layer = check(case, *prepared(case, weight_bits, act_bits, ends), rounding)
     assert build == 0 or build == 16 or layer.name != "conv_words" or layer.weight.max() == 128
+
+
+# 3x3 windows over 36 channels: long sums
+LONG = {"images": 1, "channels": 36, "outputs": 35, "groups": 1, "kernel": (3, 3),
+        "dilation": (1, 1), "padding": (1, 1, 1, 1), "stride": (1, 1), "size": (2, 4),
+        "threads": 2, "seed": 5}
+
+
+@functools.cache
+def at_worst(outputs, groups):
+    """(case, `prepared`) of every pair of widths; the same for every build."""
+    case = LONG | {"outputs": outputs, "groups": groups}
+    pairs = itertools.product(range(2, 9), repeat=2)
+    return [(case, prepared(case, *pair, "worst")) for pair in pairs]
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_every_pair_of_widths_at_its_worst(build, rounding):
-    """Long sums, 3x3 windows over 36 channels, and depthwise: 16 bits overflow if ever."""
-    case = {"images": 1, "channels": 36, "outputs": 35, "groups": 1, "kernel": (3, 3),
-            "dilation": (1, 1), "padding": (1, 1, 1, 1), "stride": (1, 1), "size": (2, 4),
-            "threads": 1, "seed": 5}
-    for weight_bits in range(2, 9):
-        for act_bits in range(2, 9):
-            check(case, weight_bits, act_bits, "worst", rounding)
-            depthwise = {"outputs": 36, "groups": 36}
-            check(case | depthwise, weight_bits, act_bits, "worst", rounding)
+    for case, parts in at_worst(35, 1) + at_worst(36, 36):
+        check(case, *parts, rounding)
 
 
 def test_codes_of_weights_less_any_zero_point(build):
     """All 2^b levels: half of them below zero, half above, all above, all below."""
-    case = {"images": 1, "channels": 36, "outputs": 35, "groups": 1, "kernel": (3, 3),
-            "dilation": (1, 1), "padding": (1, 1, 1, 1), "stride": (1, 1), "size": (2, 4),
-            "threads": 1, "seed": 5}
+    depthwise = LONG | {"outputs": 36, "groups": 36}
     for bits, act_bits in ((2, 8), (4, 4), (7, 8), (8, 8)):
         for below in (2 ** (bits - 1), 2 ** (bits - 1) - 1, 0, 2**bits - 1):
             limits = -below, 2**bits - 1 - below
-            layer = check(case, bits, act_bits, "both", "single", limits)
+            layer = check(LONG, *prepared(LONG, bits, act_bits, "both", limits), "single")
             assert (limits[0] >= -128 and limits[1] <= 127) or layer.name == "conv_words"
-            check(case | {"outputs": 36, "groups": 36}, bits, act_bits, "both", None, limits)
+            check(depthwise, *prepared(depthwise, bits, act_bits, "both", limits), None)
 
 
 def test_codes_that_are_read_in_place(build):
     """1x1, stride 1, no padding, codes from 0: nothing is copied, nothing read behind the end."""
-    case = {"images": 3, "channels": 36, "outputs": 70, "groups": 1, "kernel": (1, 1),
-            "dilation": (1, 1), "padding": (0, 0, 0, 0), "stride": (1, 1), "size": (5, 7),
-            "threads": 2, "seed": 1}
+    case = LONG | {"images": 3, "outputs": 70, "kernel": (1, 1), "padding": (0, 0, 0, 0),
+                   "size": (5, 7)}
     for act_bits in (4, 8):
-        layer = check(case, 4, act_bits, "random", "single")
+        layer = check(case, *prepared(case, 4, act_bits, "random"), "single")
         assert layer.shape.in_place == (layer.name == "conv_bytes" and act_bits == 4)
 
 
@@ -210,7 +225,7 @@ torch.set_num_threads(1)
        st.sampled_from(bytes_tests.ENDS), st.sampled_from(["single", "double", None]))
 @settings(max_examples=60, deadline=None, database=None)
 def drive(case, weight_bits, act_bits, ends, rounding):
-    bytes_tests.check(case, weight_bits, act_bits, ends, rounding)
+    bytes_tests.check(case, *bytes_tests.prepared(case, weight_bits, act_bits, ends), rounding)
 
 drive()
 for shape in ((1, 1), (7, 16), (2, 77)):
