@@ -23,11 +23,30 @@ def test_ratios_are_taken_round_by_round(monkeypatch):
     assert "3.00x [2.00, 4.00]" in bench.table(frame.reset_index())
 
 
+def test_integers_are_measured_on_three_networks_one_image_and_many(workbook, monkeypatch):
+    measured = []
+
+    def section(model, images, rounds, compiled):
+        measured.append((type(model).__name__, len(images)))
+        return bench.compare("integer", "a", {"a": lambda x: x}, images, rounds)
+
+    monkeypatch.setitem(bench.SECTIONS, "integer", section)
+    monkeypatch.setitem(bench.SECTIONS, "int8", section)
+    frame = bench.bench(["integer", "int8"], rounds=1)
+    networks = ("ResNet", "ResNet20", "MobileNetV2")
+    assert measured == [(name, n) for name in networks for n in (1, 64)] + [("ResNet", 64)]
+    assert len(frame) == 7 and set(frame.model) == set(bench.MODELS)
+    measured.clear()
+    bench.bench(["integer"], model="resnet20", batch=3, rounds=1)
+    assert measured == [("ResNet20", 3)]
+
+
 def test_its_sections_run_and_others_are_refused(workbook, capsys):
     sections = ["collect", "fakequant", "integer", "reconstruct"]
     frame = bench.bench(sections, model="resnet20", batch=2, rounds=1, compiled=False)
     assert set(frame.section) == set(sections)
-    assert {"float", "collect", "fake-quant", "learning units"} <= set(frame.what)
+    assert {"float", "collect", "fake-quant", "learning units", "integer only",
+            "integer only W4A8", "integer only W4A4", "integer only W2A2"} <= set(frame.what)
     said = capsys.readouterr().out
     assert (workbook / "results" / "bench.csv").exists() and "time against float" in said
     assert "where the time goes: " in said
