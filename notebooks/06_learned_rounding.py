@@ -109,8 +109,7 @@ network = study.network.cpu()
 
 # %%
 graph = folded(network)
-names = ptq.layers(graph)
-name = names[len(names) // 2]
+name = (names := ptq.layers(graph))[len(names) // 2]
 node = find_node(graph, name)
 seen = []
 batches = study.calibration(n=min(128, len(study.images.train)))

@@ -70,8 +70,7 @@ preset = "auto"  # smoke, full, or auto: smoke on the digits
 weight_symmetric = False  # True: weights of 2^b - 1 levels; False: of all 2^b
 pareto_method = "nearest"  # a method of 07, in section 2
 convention_method = "nearest"  # a method of 07, in section 3
-# of section 3, comma-separated; auto: 3/3 in a smoke run, 4/4,3/3 in a full one
-widths = "auto"
+widths = "auto"  # of section 3; auto: 3/3 in a smoke run, 4/4,3/3 in a full one
 best_method = "QDrop + fine-tuning"  # in sections 4 and 5
 compare_tools = True  # measure it for section 4; False: take the rows that there are
 iterations = 0  # of learning a unit; 0: 3 in a smoke run, 500 in a full one

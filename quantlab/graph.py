@@ -196,7 +196,8 @@ def _kind(node, graph, inputs):
     found = next((k for k, names in CALL_KINDS.items() if name in names), "other")
     if found == "shape" and is_view(node):
         return "rearrange"
-    part = node.args[1:] in (("values",), ("indices",)) or isinstance([*node.args, 0][1], int)
+    index = node.args[1:]
+    part = index in (("values",), ("indices",)) or [type(i) for i in index] == [int]
     if name in ("getitem", "getattr") and inputs[0] == "other" and part:
         return "other"  # one of several results of an operation, itself a value
     if found == "concat" and isinstance([*node.args, 0][0], fx.Node):

@@ -21,6 +21,7 @@ from quantlab.integer.convert import Converter, describe
 from quantlab.integer.fixedpoint import check_rounding
 from quantlab.quantized import QuantizedNetwork, find_node
 from quantlab.system.errors import UserError, checked
+from quantlab.system.machine import keep_memory
 from quantlab.system.turns import turn
 
 INTEGERS = (torch.int8, torch.int32, torch.int64)
@@ -51,6 +52,7 @@ def to_integer(qmodel, rounding="single", executor="reference", compile=None):
         # here, so that the reference runs without the loader of C kernels
         from quantlab.integer.fast import operations as fast
 
+        keep_memory()
         compile = fast.has_compiler(device.type) if compile is None else compile
         classes, dtype = fast.classes(compile), torch.int8
     with torch.no_grad():

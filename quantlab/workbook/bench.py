@@ -21,6 +21,7 @@ import torch
 from quantlab.calibration import collect
 from quantlab.config import QuantConfig
 from quantlab.improving.reconstruct import ReconstructConfig, iteration_cost
+from quantlab.inplace import written_in_place
 from quantlab.integer.network import IntegerRun, to_integer
 from quantlab.networks.architectures import build
 from quantlab.ptq import quantize
@@ -75,9 +76,12 @@ def bench_collect(model, images, rounds, compiled):
 
 
 def bench_fakequant(model, images, rounds, compiled):
-    """The fake-quantized network against the unfolded float network and torch's FX fake-quant."""
+    """The fake-quantized network, as it is called and as evaluate runs it, against the unfolded
+    float network and torch's FX fake-quant; images lie as evaluate lays them.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
     ours = quantize(model, collect(model, [images]), QuantConfig())
-    networks = {"float": model, "fake-quant": ours}
+    networks = {"float": model, "fake-quant": ours, "fake-quant in place": written_in_place(ours)}
     if builtin.backends()[0].available:
         networks["torch.ao FX fake-quant"] = builtin.fake_quantized(model, images)
     if compiled:

@@ -287,6 +287,6 @@ def test_weight_search_is_per_channel_and_never_worse_than_the_whole_range(symme
 def test_unknown_observers_are_refused_with_a_suggestion():
     with pytest.raises(ql.UserError, match="did you mean histogram"):
         ql.QuantConfig(observer="histgram")
-    with pytest.raises(ql.UserError, match="use minmax or lp"):
+    with pytest.raises(ql.UserError, match="use one of: minmax, lp"):
         weight_range(torch.randn(2, 2), 4, observer="entropic")
     assert observers.observer_name(functools.partial(percentile, q=99.9)) == "percentile(q=99.9)"
