@@ -618,7 +618,8 @@ show(packed.join(smaller.add_suffix(", times smaller")).round(2))
 # %% [markdown]
 # ONNX has QuantizeLinear and DequantizeLinear (QDQ) around float operators; ONNX Runtime turns them into
 # integer kernels where it has some. *local* counts codes that differ where it is fed ours at every edge,
-# graph optimisation off: the same condition, the same ties.
+# graph optimisation off: the same condition, the same ties. Codes of four bits and fewer are stored two in
+# a byte (int4, opset 21) where the installed runtime reads them; `weights="int8"` writes the older form.
 
 # %%
 def in_onnxruntime(w):
@@ -628,7 +629,8 @@ def in_onnxruntime(w):
     result = study.evaluate(onnx_runtime.OnnxModel(path), on="cpu")
     equal = (result.predictions == integer.predictions).double().mean().item()
     return {
-        "network": w, "top-1, ONNX Runtime": result.top1,
+        "network": w, "file, kB": path.stat().st_size / 1000,
+        "top-1, ONNX Runtime": result.top1,
         "top-1, integer": integer.top1,
         "same answer, %": 100 * equal, "n": result.n,
         "local codes that differ": edges.local_differing.sum(), "of": edges.n.sum(),

@@ -5,6 +5,7 @@ import itertools
 import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,10 @@ from forms import FORMS, MINMAX, make_quantized, quantized, residual, tiny
 from torch import nn
 
 import quantlab as ql
+from quantlab import ptq
+from quantlab.export import onnx as exporter
 from quantlab.graph import folded
-from quantlab.quantized import edge_name
+from quantlab.quantized import edge_name, find_node
 from quantlab.rivals.onnxruntime import OnnxModel, compare_codes, onnx_codes
 
 onnx = pytest.importorskip("onnx", reason="pip install onnx onnxscript onnxruntime")
@@ -295,3 +298,54 @@ def test_missing_onnx_is_said_in_one_line(package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ql.UserError, match="pip install onnx onnxscript onnxruntime$"):
         ql.export_onnx(qmodel, tmp_path / "model.onnx", (3, 8, 8))
+
+
+# ---- Weights of 4 bits and fewer ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits, symmetric", [(4, True), (4, False), (3, True), (2, False)])
+def test_codes_of_4_bits_take_half_a_byte(bits, symmetric, file, tmp_path):
+    if not exporter.runtime_takes_int4():
+        pytest.skip("this ONNX Runtime has no int4")
+    model, x = residual(), torch.randn(4, 3, 8, 8)
+    last = ptq.layers(folded(model))[-1]
+    config = ql.QuantConfig(bits, 4, weight_symmetric=symmetric, layer_weight_bits={last: 8})
+    qmodel = ql.quantize(model, ql.collect(model, [x]), config)
+    files = {weights: ql.export_onnx(qmodel, tmp_path / f"{weights}.onnx", weights=weights)
+             for weights in ("auto", "int4", "int8")}
+    assert files["auto"].read_bytes() == files["int4"].read_bytes()
+    assert_same_codes(qmodel, files["int4"], x)
+    kinds, raw = {}, {}
+    for weights in ("int4", "int8"):
+        stored = {i.name: i for i in onnx.load(files[weights]).graph.initializer}
+        for name, layer in qmodel.layers.items():
+            path = find_node(qmodel, name).target
+            codes = stored[f"{path}.weight_codes"]
+            kinds[weights, name], raw[weights, name] = codes.data_type, len(codes.raw_data)
+            read = onnx.numpy_helper.to_array(codes).astype(np.int32)
+            assert np.array_equal(read, qmodel.codes(name).numpy())
+    names, types = onnx.TensorProto, {layer: kinds["int4", layer] for layer in qmodel.layers}
+    narrow = {layer for layer, kind in types.items() if kind != types[last]}
+    assert narrow == set(qmodel.layers) - {last}
+    assert {types[layer] for layer in narrow} == {names.INT4 if symmetric else names.UINT4}
+    for layer in qmodel.layers:
+        n = qmodel.layers[layer].weight.numel()
+        assert raw["int8", layer] == n
+        assert raw["int4", layer] == (n if layer == last else -(-n // 2))
+
+
+def test_where_the_runtime_has_no_int4_a_byte_holds_a_code(file, monkeypatch, tmp_path):
+    model, x = residual(), torch.randn(4, 3, 8, 8)
+    stats = ql.collect(model, [x])
+    narrow, wide = (ql.quantize(model, stats, ql.QuantConfig(bits, bits)) for bits in (4, 8))
+    monkeypatch.setattr(exporter, "runtime_takes_int4", lambda: False)
+    ql.export_onnx(narrow, file)
+    assert onnx.load(file).opset_import[0].version == exporter.OPSET
+    assert_same_codes(narrow, file, x)
+    for network, weights, line in [
+        (narrow, "int4", "does not read it"), (wide, "int4", "no layer has weights of 4 bits"),
+        (narrow, "int2", "use one of: auto, int8, int4"),
+    ]:
+        with pytest.raises(ql.UserError, match=line):
+            ql.export_onnx(network, tmp_path / "none.onnx", weights=weights)
+    assert not (tmp_path / "none.onnx").exists()
