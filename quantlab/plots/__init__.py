@@ -4,7 +4,12 @@ Figures of one notebook stay in its module: `from quantlab.plots import ladder, 
 """
 
 # ruff: noqa: F401
-from quantlab.plots.accuracy import accuracy_by_bits, accuracy_by_images, method_bars
+from quantlab.plots.accuracy import (
+    accuracy_by_bits,
+    accuracy_by_images,
+    method_bars,
+    what_a_bit_buys,
+)
 from quantlab.plots.distributions import (
     channel_spread,
     layer_histograms,

@@ -3,8 +3,8 @@
 from matplotlib.ticker import MaxNLocator
 
 from quantlab.plots.page import caption, distinct, panels
-from quantlab.plots.parts import lost_scale, name_rows, whiskers
-from quantlab.plots.style import DASHED, colour_of, method_style, styled
+from quantlab.plots.parts import bars, lost_scale, name_rows, whiskers
+from quantlab.plots.style import BLUE, DASHED, colour_of, method_style, styled
 
 
 @styled
@@ -27,6 +27,31 @@ def method_bars(table, text):
         panel.grid(axis="y", visible=False)
     axes[0].set(xlim=(0, 130), xticks=[0, 25, 50, 75, 100])
     name_rows(axes[0], names)
+    return caption(figure, text)
+
+
+@styled
+def what_a_bit_buys(table, marks, text):
+    """By width (W4A4, ...): what it costs in accuracy, what it saves in bytes and in time.
+
+    table: width, drop, drop_low, drop_high (points), megabytes, ms (an image). marks: name -> ms of
+    others on the same machine.
+    """
+    names = distinct(table.width)
+    figure, (lost, size, time) = panels(3, 11, 0.5 * len(names) + 1.9, sharey=True)
+    bars(lost, range(len(names)), table["drop"].to_numpy(), whiskers(table), BLUE)
+    lost.set(xlabel="points lost, 95 % interval")
+    for panel, label, values in ((size, "weights as stored, MB", table.megabytes),
+                                 (time, "ms an image, integers alone", table.ms)):
+        drawn = panel.barh(range(len(names)), values, 0.6, color=BLUE)
+        panel.bar_label(drawn, [f" {_short(value)}" for value in values], fontsize=9)
+        panel.set(xlabel=label)
+        panel.margins(x=0.25)
+        panel.grid(axis="y", visible=False)
+    for (name, ms), look in zip(marks.items(), ("--", ":", "-.")):
+        time.axvline(ms, **DASHED | {"linestyle": look, "label": f"{name}, {_short(ms)}"})
+    time.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
+    name_rows(lost, names)
     return caption(figure, text)
 
 

@@ -9,6 +9,7 @@ from quantlab import plots
 from quantlab.plots import ladder, lowbit, questions
 from quantlab.plots.column import save_columns
 from quantlab.system.errors import UserError
+from quantlab.system.files import read_csv, root
 from quantlab.workbook import findings, results, tables
 from quantlab.workbook.methods import METHODS, config_of, name_of
 
@@ -121,14 +122,15 @@ def waterfall(rows):
 
 def networks_by_width(frame, dataset, widths=("8/8", "4/8", "4/4", "3/3")):
     """Our plain rows of all networks on one data set, means over seeds: a frame of width (W4A8),
-    model, drop, drop_low, drop_high, seeds, n_test; widths in order, the largest network first.
+    model, drop, drop_low, drop_high, bytes, seeds, n_test; widths in order, the largest network
+    first.
     """
     summary = results.summarize(frame[frame.dataset == dataset])
     summary = summary[summary.corrections.eq("")]
     parts = [summary[results.has_config(summary, config_of(width))].assign(width=name_of(width))
              for width in widths]
     rows = pd.concat(parts).sort_values("model", ascending=False, kind="stable")
-    return rows[["width", "model", "drop", "drop_low", "drop_high", "seeds", "n_test"]]
+    return rows[["width", "model", "drop", "drop_low", "drop_high", "bytes", "seeds", "n_test"]]
 
 
 def small_against_large(frame):
@@ -147,9 +149,37 @@ def small_against_large(frame):
     return figures
 
 
+def what_a_bit_buys(rows):
+    """Points, bytes and time by width; None where results/bench.csv has no times of this network's
+    integers, or no width of them was measured.
+    """
+    path, widths = root() / "results" / "bench.csv", ("8/8", "4/8", "4/4", "2/2")
+    model, dataset = rows[["model", "dataset"]].iloc[-1]
+    if not path.is_file():
+        return None
+    times = read_csv(path)
+    times = times[(times.section == "integer") & (times.model == model) & (times.batch == 64)]
+    timed = times[times.what.str.contains("W4A4")]
+    if not len(timed):
+        return None
+    times = times[times.device == timed.device.iloc[-1]].set_index("what")
+    ms = 1000 / times.images_per_s.rename(lambda what: what.removeprefix("integer only ").replace(
+        "integer only", "W8A8"))
+    table = networks_by_width(rows, dataset, widths)
+    table = table[table.width.isin(ms.index)]
+    table = table.assign(ms=ms[table.width].to_numpy(), megabytes=table.bytes / 1e6)
+    if not len(table):
+        return None
+    marks = {name: ms[what] for name, what in (("float", "float"), ("built-in int8", "eager int8"))
+             if what in ms}
+    text = f"nearest rounding; time: batch 64, {times.device.iloc[-1]}"
+    return plots.what_a_bit_buys(table, marks, _caption(rows, text))
+
+
 FIGURES = {
     "03_accuracy_by_bits": accuracy_by_bits, "07_methods_by_width": methods_by_width,
     "10_seven_rows": original_rows, "10_ladder": waterfall, "11_heatmap": bits_heatmap,
+    "09_what_a_bit_buys": what_a_bit_buys,
 }
 
 

@@ -21,6 +21,7 @@ from quantlab.plots import lowbit
 from quantlab.plots.column import _at_width, overlaps
 from quantlab.system import paper
 from quantlab.system.errors import UserError
+from quantlab.system.files import read_csv, root
 from quantlab.workbook import figures, results
 
 
@@ -149,6 +150,24 @@ def test_every_figure_that_published_rows_suffice_for_is_drawn_from_them():
     ours = summary[results.has_config(summary, figures.config_of("4/4"))
                    & summary.corrections.eq("") & summary.model.eq("resnet20")]
     assert at_four.endswith(f"to {ours.top1.iloc[0]:.1f} %")
+
+
+def test_what_a_bit_buys_takes_the_times_of_one_machine():
+    rows = results.current(results.load(results.published_path()))
+    rows = rows[(rows.model == "resnet50") & (rows.dataset == "cifar10-jpeg")]
+    figure = figures.what_a_bit_buys(rows)
+    lost, _, time = figure.axes
+    times = read_csv(root() / "results" / "bench.csv")
+    times = times[(times.section == "integer") & (times.model == "resnet50") & (times.batch == 64)]
+    device = times[times.what == "integer only W4A4"].device.iloc[-1]
+    seconds = 1 / times[times.device == device].set_index("what").images_per_s
+    widths = [label.get_text() for label in lost.get_yticklabels()]
+    for width, bar in zip(widths, time.patches, strict=True):
+        what = "integer only" if width == "W8A8" else f"integer only {width}"
+        assert bar.get_width() == pytest.approx(1000 * seconds[what])
+    assert len(time.lines) == 2 and time.lines[0].get_xdata()[0] == 1000 * seconds["float"]
+    assert device in " ".join(text.get_text() for text in figure.texts)
+    assert figures.what_a_bit_buys(rows.assign(model="resnet18")) is None
 
 
 def test_no_rows_are_said_to_be_none(workbook):
