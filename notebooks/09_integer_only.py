@@ -282,8 +282,9 @@ show(report.drop(columns=["bops", "live_bytes"]).head(6).round(4))
 # %% [markdown]
 # The reference runs int32 tensors and is made to be read. The fast executor keeps int8 codes in memory
 # and accumulators in registers (in C, `quantlab/integer/fast/kernels.c`, or by torch's integer matrix
-# product; `imodel.kernels()` says what computes each layer, and why). Between these two *equal* means equal without any condition: integer sums do not round, so no
-# order of additions and no depth can part them. One code would be a bug.
+# product; `imodel.kernels()` says what computes each layer, and why). Between these two *equal* means
+# equal without any condition: integer sums do not round, so no order of additions and no depth can part
+# them. One code would be a bug.
 
 # %%
 few = batch[:4] if deep else batch  # the reference is slow

@@ -128,7 +128,7 @@ def fake_quantize(x, q, into=None):
             x, q.scale, q.zero_point, q.axis, q.qmin, q.qmax)
     scale, zero_point = q.broadcast(x.dim())
     numbers = 1.0 / scale, q.qmin - zero_point, q.qmax - zero_point, scale
-    if q.axis is None and not (x.is_cuda or torch.compiler.is_compiling()):  # then clamp is faster
+    if q.axis is None and not (x.is_cuda or torch.compiler.is_compiling()):  # no tensors: faster
         numbers = [number.item() for number in numbers]
     inverse, low, high, scale = numbers
     return torch.mul(x, inverse, out=into).round_().clamp_(low, high).mul_(scale)

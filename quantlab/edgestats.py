@@ -123,7 +123,7 @@ def _count(x, level, first, size):
 def _count_part(x, level, first, size):
     """(counts int64 [size + 1] of ceil(x / w) - first, zeros): exact, w is a power of two."""
     buffer, codes = _buffers(x)
-    # neighbours in tables of their own: no count waits for the one before it
+    # two tables, so that no count waits for the one before it: 4 * MIN_BINS + 6 bins fit an int16
     start = torch.full_like(buffer[: len(x)], first)
     start[1::2] -= size + 1
     counts, zeros = torch.zeros(2 * (size + 1), dtype=torch.int64, device=x.device), 0

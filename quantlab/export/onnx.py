@@ -105,20 +105,23 @@ def _narrow_layers(network, weights):
     found = {path: q for path, q in found.items() if q.bits <= 4}
     if weights == "int4" and not found:
         raise UserError("weights='int4': no layer has weights of 4 bits or fewer; use int8")
-    if weights == "int4" and not runtime_takes_int4():
+    if weights == "int8" or not found:
+        return {}
+    takes = runtime_takes_int4()
+    if weights == "int4" and takes is False:
         raise UserError("weights='int4': the ONNX Runtime that is installed does not read it; "
-                        "install 1.20 or newer, or use int8")
-    return found if weights != "int8" and found and runtime_takes_int4() else {}
+                        "install a newer one, or use int8")
+    return found if takes or weights == "int4" else {}
 
 
 @functools.cache
 def runtime_takes_int4():
-    """True where the installed ONNX Runtime computes with weights of 4 bits."""
+    """Whether the installed ONNX Runtime computes with weights of 4 bits; None: none is there."""
     try:
         import onnx
         import onnxruntime
     except ImportError:
-        return False
+        return None
     text = f"""<ir_version: 10, opset_import: ["" : {OPSET_INT4}]> f (float[1] x) => (float[1] y)
         <int4[1] w = {{-7}}, float s = {{0.5}}> {{ v = DequantizeLinear(w, s)  y = Add(x, v) }}"""
     with contextlib.suppress(Exception):  # whatever it says of a type it does not know

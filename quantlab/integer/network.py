@@ -140,7 +140,9 @@ class IntegerModel(nn.Module):
             return codes | {"logits": logits}
 
     def kernels(self):
-        """Which kernel computes every operation, and why: a frame, one row an operation."""
+        """Which kernel computes every operation, and why: a frame of layer, kind, kernel, why (all
+        words), one row an operation, in order of execution.
+        """
         plain = lambda: ("torch", f"the {self.executor} executor's own")  # noqa: E731
         rows = [(name, op.kind, *getattr(op, "runs", plain)())
                 for name, op in self.operations.items()]

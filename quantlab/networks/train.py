@@ -24,7 +24,7 @@ from quantlab.networks.augment import augment, resized
 from quantlab.networks.recipe import RECIPES, TrainConfig
 from quantlab.system.errors import UserError, check_name, checked
 from quantlab.system.files import save_tensors
-from quantlab.system.machine import device, has_bf16, seed_everything
+from quantlab.system.machine import device, has_bf16, keep_memory, seed_everything
 
 HALF_ABOVE = 20_000_000  # bytes of float32 weights from which they are stored in half precision
 
@@ -171,6 +171,7 @@ class _Run:
     def __init__(self, config, data, start_from=None):
         self.config, self.data = config, data
         seed_everything(config.seed)
+        keep_memory()
         self.model = architectures.build(config.model, len(data.classes))
         if config.zero_last_gamma:
             architectures.zero_last_gamma(self.model)

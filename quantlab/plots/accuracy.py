@@ -20,11 +20,7 @@ def method_bars(table, text):
         columns["throughput, images/s"] = table.images_per_s
     figure, axes = panels(len(columns), 10, 0.55 * len(names) + 1.5, sharey=True)
     for panel, (label, values) in zip(axes, columns.items()):
-        bars = panel.barh(names, values.astype(float), 0.6, color=[colour_of(n) for n in names])
-        panel.bar_label(bars, [f" {_short(value)}" for value in values], fontsize=9)
-        panel.set(xlabel=label, xlim=(0, 1.3 * values.max()))
-        panel.xaxis.set_major_locator(MaxNLocator(4))
-        panel.grid(axis="y", visible=False)
+        _labelled_bars(panel, names, values, label, [colour_of(name) for name in names])
     axes[0].set(xlim=(0, 130), xticks=[0, 25, 50, 75, 100])
     name_rows(axes[0], names)
     return caption(figure, text)
@@ -43,16 +39,22 @@ def what_a_bit_buys(table, marks, text):
     lost.set(xlabel="points lost, 95 % interval")
     for panel, label, values in ((size, "weights as stored, MB", table.megabytes),
                                  (time, "ms an image, integers alone", table.ms)):
-        drawn = panel.barh(range(len(names)), values, 0.6, color=BLUE)
-        panel.bar_label(drawn, [f" {_short(value)}" for value in values], fontsize=9)
-        panel.set(xlabel=label)
-        panel.margins(x=0.25)
-        panel.grid(axis="y", visible=False)
+        _labelled_bars(panel, range(len(names)), values, label, BLUE)
+    time.set(xlim=(0, 1.3 * max(*table.ms, *marks.values())))
     for (name, ms), look in zip(marks.items(), ("--", ":", "-.")):
         time.axvline(ms, **DASHED | {"linestyle": look, "label": f"{name}, {_short(ms)}"})
     time.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
     name_rows(lost, names)
     return caption(figure, text)
+
+
+def _labelled_bars(panel, rows, values, label, colours):
+    """Horizontal bars from zero, each with its value behind it."""
+    drawn = panel.barh(rows, values.astype(float), 0.6, color=colours)
+    panel.bar_label(drawn, [f" {_short(value)}" for value in values], fontsize=9)
+    panel.set(xlabel=label, xlim=(0, 1.3 * values.max()))
+    panel.xaxis.set_major_locator(MaxNLocator(4))
+    panel.grid(axis="y", visible=False)
 
 
 def _short(value):

@@ -31,8 +31,8 @@ def device():
 def keep_memory():
     """Have the C library reuse freed memory, large blocks too, for the life of this process.
 
-    glibc asks the system for every large block anew and has it zeroed page by page: half of the
-    time that a large tensor takes to write. Elsewhere nothing happens.
+    glibc returns every large block to the system and has the next one mapped anew, page by page,
+    which can take longer than writing the tensor. Elsewhere nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         set_option = ctypes.CDLL(None).mallopt

@@ -112,8 +112,8 @@ def bench_integer(model, images, rounds, compiled):
     """
     stats, networks = collect(model, [images]), {"float": model}
     for w, a in WIDTHS:
-        name = "integer only" if (w, a) == (8, 8) else f"integer only W{w}A{a}"
-        networks[name] = to_integer(quantize(model, stats, QuantConfig(w, a)), executor="fast")
+        qmodel = quantize(model, stats, QuantConfig(w, a))
+        networks[f"integer only W{w}A{a}"] = to_integer(qmodel, executor="fast")
     if compiled:
         networks["float, compiled"] = torch.compile(model)
     eager, pt2e = builtin.backends()
@@ -130,11 +130,11 @@ def bench_integer(model, images, rounds, compiled):
     except (ImportError, UserError) as error:
         print(f"ONNX Runtime: {error}")
     frame = compare("integer", "float", networks, images, rounds)
-    parts = time_by_operation(networks["integer only"], images, rounds)
+    parts = time_by_operation(networks["integer only W8A8"], images, rounds)
     said = ", ".join(f"{kind} {fraction:.0%}" for kind, fraction in parts.items())
-    print(f"integer only, where the time goes: {said}")
-    for row in networks["integer only"].kernels().value_counts(["kernel", "why"]).items():
-        print(f"integer only, {row[1]} operations by {row[0][0]}: {row[0][1]}")
+    print(f"integer only W8A8, where the time goes: {said}")
+    for row in networks["integer only W8A8"].kernels().value_counts(["kernel", "why"]).items():
+        print(f"integer only W8A8, {row[1]} operations by {row[0][0]}: {row[0][1]}")
     return frame
 
 

@@ -163,8 +163,7 @@ def what_a_bit_buys(rows):
     if not len(timed):
         return None
     times = times[times.device == timed.device.iloc[-1]].set_index("what")
-    ms = 1000 / times.images_per_s.rename(lambda what: what.removeprefix("integer only ").replace(
-        "integer only", "W8A8"))
+    ms = 1000 / times.images_per_s.rename(lambda what: what.removeprefix("integer only "))
     table = networks_by_width(rows, dataset, widths)
     table = table[table.width.isin(ms.index)]
     table = table.assign(ms=ms[table.width].to_numpy(), megabytes=table.bytes / 1e6)

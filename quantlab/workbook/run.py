@@ -16,11 +16,6 @@ from quantlab.workbook import notebooks, results
 from quantlab.workbook.keys import run_key
 from quantlab.workbook.request import TIME_LIMIT, requested
 
-# glibc gives every large tensor back to the system, and each new one is mapped anew, page by page;
-# with these it keeps what it has. In bytes; 2^25 is the largest threshold allowed.
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": 2**25, "MALLOC_TRIM_THRESHOLD_": 2**30, "MALLOC_TOP_PAD_": 2**27,
-}
 KERNEL_OPTIONS = [
     "--log-level=ERROR",  # or every one warns that it talks over the loopback device unencrypted
     "--matplotlib=inline",  # figures become pictures, whatever MPLBACKEND says
@@ -154,8 +149,6 @@ def _set_up_kernels():
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # or each prints a debugger's note
     # threads that spin while they wait slow a busy machine by 20 times
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    for name, size in ALLOCATOR.items():
-        os.environ.setdefault(name, str(size))
 
 
 # nothing is fetched when the page is opened: no scripts for widgets and formulas

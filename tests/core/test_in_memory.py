@@ -108,3 +108,10 @@ def test_freed_memory_is_reused():
     if faults[0] < 1000:
         pytest.skip("this C library reuses large blocks by itself")
     assert faults[1] < faults[0] / 10
+
+
+def test_a_simulated_network_is_one_graph_to_the_compiler():
+    model, images = Mixed().eval(), torch.randn(4, 3, 9, 9)
+    qmodel = ql.quantize(model, ql.collect(model, [images]))
+    with torch.inference_mode():
+        assert torch._dynamo.explain(qmodel)(images).graph_break_count == 0

@@ -267,3 +267,20 @@ layer(torch.zeros(2, 9, 9, 20, dtype=torch.int8))
 """
     done = sanitized(short)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-3000:]
+
+
+def test_narrow_widths_run_the_same_kernels_and_narrow_the_stream(resnet20, stats):
+    """What README says of speed: with VNNI the same instruction at every width, and one more pass
+    where a layer reads fewer bits than the residual stream has.
+    """
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    found = {}
+    for bits in (8, 4, 2):
+        qmodel = ql.quantize(resnet20, stats, ql.QuantConfig(bits, bits))
+        found[bits] = ql.to_integer(qmodel, executor="fast").kernels().set_index("layer")
+    for bits in (4, 2):
+        narrow = found[bits].kind.eq("requantize")
+        assert narrow.sum() == 9 and not found[8].kind.eq("requantize").any()
+        if native.library().byte_sums() == 32:
+            assert found[bits][~narrow].kernel.tolist() == found[8].kernel.tolist()

@@ -163,8 +163,7 @@ def test_what_a_bit_buys_takes_the_times_of_one_machine():
     seconds = 1 / times[times.device == device].set_index("what").images_per_s
     widths = [label.get_text() for label in lost.get_yticklabels()]
     for width, bar in zip(widths, time.patches, strict=True):
-        what = "integer only" if width == "W8A8" else f"integer only {width}"
-        assert bar.get_width() == pytest.approx(1000 * seconds[what])
+        assert bar.get_width() == pytest.approx(1000 * seconds[f"integer only {width}"])
     assert len(time.lines) == 2 and time.lines[0].get_xdata()[0] == 1000 * seconds["float"]
     assert device in " ".join(text.get_text() for text in figure.texts)
     assert figures.what_a_bit_buys(rows.assign(model="resnet18")) is None

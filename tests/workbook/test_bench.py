@@ -45,7 +45,7 @@ def test_its_sections_run_and_others_are_refused(workbook, capsys):
     sections = ["collect", "fakequant", "integer", "reconstruct"]
     frame = bench.bench(sections, model="resnet20", batch=2, rounds=1, compiled=False)
     assert set(frame.section) == set(sections)
-    assert {"float", "collect", "fake-quant", "learning units", "integer only",
+    assert {"float", "collect", "fake-quant", "learning units", "integer only W8A8",
             "integer only W4A8", "integer only W4A4", "integer only W2A2"} <= set(frame.what)
     said = capsys.readouterr().out
     assert (workbook / "results" / "bench.csv").exists() and "time against float" in said
