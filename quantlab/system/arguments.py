@@ -20,17 +20,18 @@ import typing
 from quantlab.system.errors import UserError, one_line
 
 
-def check_call(function, args, kwargs):
+def check_call(signature, kinds, args, kwargs):
     """UserError for an argument that is none; the TypeError of Python where the names do not fit.
+
+    signature, kinds: of the function, as `kinds_of` gives them.
     """
-    signature, kinds = _kinds(function)
     for name, value in signature.bind(*args, **kwargs).arguments.items():
         if name in kinds:
             kinds[name](value, name)
 
 
-@functools.cache
-def _kinds(function):
+def kinds_of(function):
+    """(its signature, argument -> kind) of a function."""
     signature = inspect.signature(function)
     kinds = {}
     for name, parameter in signature.parameters.items():

@@ -21,11 +21,15 @@ class UserError(Exception):
 def checked(function):
     """The function, its arguments checked by their names before it runs (system/arguments.py)."""
 
+    expected = []  # looked up once; torch.compile warns of functools.cache
+
     @functools.wraps(function)
     def call(*args, **kwargs):
-        from quantlab.system.arguments import check_call  # here, as `import quantlab` has no torch
+        from quantlab.system.arguments import check_call, kinds_of  # here: it knows every room
 
-        check_call(function, args, kwargs)
+        if not expected:
+            expected.extend(kinds_of(function))
+        check_call(*expected, args, kwargs)
         return function(*args, **kwargs)
 
     return call
