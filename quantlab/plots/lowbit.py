@@ -76,7 +76,7 @@ def methods_by_width(frame, rivals, text):
     widths, methods = distinct(frame.width), distinct(frame.method)
     count = len(methods) + (len(rivals) > 0)
     rows, columns = -(-count // 4), min(count, 4)
-    size = (2.5 * columns + 0.8, 2.1 * rows + 1.1)
+    size = (2.5 * columns + 0.8, 2.1 * rows + 1.4)
     options = dict(figsize=size, squeeze=False, sharex=True, sharey=True)
     figure, grid = plt.subplots(rows, columns, **options)
     nearest = frame[frame.method == "nearest"]
@@ -104,7 +104,7 @@ def methods_by_width(frame, rivals, text):
     last.invert_yaxis()
     for panel in grid[-1]:
         panel.set_xticks(range(len(widths)), widths, rotation=90, fontsize=7.5)
-    figure.supylabel("points lost against float (log scale beyond 2)", fontsize=9.5)
+    figure.supylabel("points lost (log scale beyond 2)", fontsize=9.5)
     return caption(figure, f"{text}; grey: nearest; lines join neighbouring widths only")
 
 

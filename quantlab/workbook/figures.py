@@ -142,7 +142,8 @@ def small_against_large(frame):
     for dataset in frame.dataset.unique():
         table = networks_by_width(frame, dataset)
         if table.model.nunique() > 1:
-            seeds = f"{table.seeds.min()} to {table.seeds.max()} calibration seeds"
+            fewest, most = table.seeds.min(), table.seeds.max()
+            seeds = f"{most if fewest == most else f'{fewest} to {most}'} calibration seed(s)"
             text = f"{dataset}, n = {table.n_test.max():,} test images; nearest rounding, means of "
             text += f"{seeds}; lines: paired 95 % interval"
             figures[dataset] = lowbit.networks_by_bits(table, text)
