@@ -11,6 +11,7 @@ import collections
 import copy
 import functools
 import itertools
+import math
 import shutil
 import statistics
 import time
@@ -22,6 +23,7 @@ from quantlab.calibration import collect
 from quantlab.config import QuantConfig
 from quantlab.improving.reconstruct import ReconstructConfig, iteration_cost
 from quantlab.inplace import written_in_place
+from quantlab.integer.fast import native
 from quantlab.integer.network import IntegerRun, to_integer
 from quantlab.networks.architectures import build
 from quantlab.ptq import quantize
@@ -130,16 +132,18 @@ def bench_integer(model, images, rounds, compiled):
     except (ImportError, UserError) as error:
         print(f"ONNX Runtime: {error}")
     frame = compare("integer", "float", networks, images, rounds)
-    parts = time_by_operation(networks["integer only W8A8"], images, rounds)
-    said = ", ".join(f"{kind} {fraction:.0%}" for kind, fraction in parts.items())
-    print(f"integer only W8A8, where the time goes: {said}")
+    parts = operation_times(networks["integer only W8A8"], images, rounds)
+    print(said_of_times(parts))
     for row in networks["integer only W8A8"].kernels().value_counts(["kernel", "why"]).items():
         print(f"integer only W8A8, {row[1]} operations by {row[0][0]}: {row[0][1]}")
     return frame
 
 
-def time_by_operation(imodel, images, rounds):
-    """Fraction of an IntegerModel's time that each kind of operation takes, the largest first."""
+def operation_times(imodel, images, rounds):
+    """Where an IntegerModel's time goes: a frame of layer, kind, seconds (of a batch, the mean of
+    `rounds`), products (multiplications of the batch) and peak: the share, for layers, of what the
+    processor's instruction for bytes reaches alone (NaN without one); the slowest first.
+    """
     seconds = collections.Counter()
     for turn in range(rounds + 1):
         started = time.perf_counter()
@@ -150,15 +154,37 @@ def time_by_operation(imodel, images, rounds):
         def timed(node, compute=run.run_node, spent=spent):
             started = time.perf_counter()
             value = compute(node)
-            is_module = node.op == "call_module"
-            kind = imodel.network.get_submodule(node.target).kind if is_module else "views"
-            spent[kind] += time.perf_counter() - started
+            spent[node.name] += time.perf_counter() - started
             return value
 
         run.run_node = timed
         run.run(codes)
         seconds += spent if turn else collections.Counter()  # the first is a warm-up
-    return {kind: value / seconds.total() for kind, value in seconds.most_common()}
+    report = imodel.report(images.shape[1:]).set_index("layer")
+    frame = pd.DataFrame({"seconds": pd.Series(seconds) / rounds}).rename_axis("layer")
+    frame["kind"] = report.kind.reindex(frame.index).fillna("views")
+    frame["products"] = report.macs.reindex(frame.index).fillna(0) * len(images)
+    frame["peak"] = frame.products / frame.seconds / (native.peak() or math.nan)
+    frame["peak"] = frame.peak.where(frame.products > 0)
+    return frame.sort_values("seconds", ascending=False).reset_index()
+
+
+def said_of_times(parts):
+    """`operation_times` in words: by kind, then the share of the peak in all layers together, in
+    the best one and in those that take most of the time.
+    """
+    shares = parts.groupby("kind").seconds.sum().sort_values(ascending=False) / parts.seconds.sum()
+    kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+    said = f"integer only W8A8, where the time goes: {kinds}"
+    layers = parts[parts.peak.notna()]
+    if not len(layers):
+        return said
+    whole = (layers.peak * layers.seconds).sum() / layers.seconds.sum()
+    slow = "; ".join(f"{r.layer} {r.seconds / parts.seconds.sum():.0%} of the time at {r.peak:.0%}"
+                     for r in layers.head(5).itertuples())
+    best = layers.loc[layers.peak.idxmax()]
+    return (f"{said}\ninteger only W8A8, layers reach {whole:.0%} of the products that the "
+            f"instruction for bytes reaches alone, {best.layer} {best.peak:.0%}; slowest: {slow}")
 
 
 def bench_reconstruct(model, images, rounds, compiled):

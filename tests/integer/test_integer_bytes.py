@@ -187,6 +187,24 @@ def test_16_bits_hold_what_is_claimed_of_them():
     assert not native.fits_16_bits(-ones, 255, 10) and native.fits_16_bits(-ones, 255, 9)
 
 
+def test_the_peak_counts_as_many_products_as_it_says(build):
+    if not build:
+        assert native.peak() is None
+        return
+    lanes = native.library().byte_lanes()
+    steps, rest = divmod(native.library().peak_products(), 12 * 4 * lanes)
+    assert rest == 0
+    x, y = torch.ones(2 * 4 * lanes, dtype=torch.int8), torch.zeros(2, dtype=torch.int32)
+    native.call("peak_bytes", (x, y), 2, 0, 1)
+    if build == 32:  # four ones a step, from 0 .. 11 on
+        wanted = sum(i + 4 * steps for i in range(12))
+    else:  # two ones a step in each half of 16 bits
+        half = 2 * steps % 2**16
+        wanted = sum((half + i) % 2**16 + half * 2**16 for i in range(12))
+    assert y.tolist() == [(wanted + 2**31) % 2**32 - 2**31] * 2
+    assert 0 < native.peak(rounds=1, tasks=2) < 1e14
+
+
 def test_kernels_are_chosen_by_layer_and_say_why(build):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(),

@@ -1,7 +1,12 @@
 """Speed as ratios: measured in turns, round by round."""
 
+import re
 import types
 
+import torch
+from torch import nn
+
+import quantlab as ql
 from quantlab.__main__ import main
 from quantlab.system import timing
 from quantlab.workbook import bench
@@ -53,3 +58,18 @@ def test_its_sections_run_and_others_are_refused(workbook, capsys):
     assert main(["bench", "speed"]) == 1
     said = capsys.readouterr().err
     assert "bench section 'speed' is unknown" in said and ", fakequant, int8, integer" in said
+
+
+def test_where_the_time_goes_is_all_of_it_and_the_peak_is_of_layers_alone():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+                          nn.Linear(8 * 9, 5)).eval()
+    images = torch.randn(4, 3, 8, 8)
+    imodel = ql.to_integer(ql.quantize(model, ql.collect(model, [images]), ql.QuantConfig()))
+    parts = bench.operation_times(imodel, images, rounds=1)
+    products = parts.set_index("layer").products
+    assert products.max() == 4 * 8 * 36 * 27
+    assert products.sum() == 4 * (8 * 36 * 27 + 8 * 9 * 5)
+    assert parts.peak.notna().sum() in (0, 2) and not (parts.peak <= 0).any()
+    kinds, *_ = bench.said_of_times(parts).split("\n")
+    shares = [int(text) for text in re.findall(r"(\d+)%", kinds)]
+    assert 95 <= sum(shares) <= 105

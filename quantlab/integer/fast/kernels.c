@@ -27,6 +27,29 @@ CONVOLUTION(conv_depthwise, DEPTHWISE_KERNEL)
 int64_t byte_sums(void) { return SUMS; }
 int64_t byte_lanes(void) { return LANES; }
 
+#if defined(dot)
+// What the instruction for bytes can do by itself: each task adds PEAK_STEPS times to PEAK_SUMS sums
+// that stay in registers. x: a vector of codes, then one of weights. y: a number a task.
+enum { PEAK_SUMS = 12, PEAK_STEPS = 1 << 14 };
+int peak_bytes(const int8_t *x, int32_t *y, int64_t begin, int64_t end) {
+    sums codes = load_sums(x), weights = load_sums(x + 4 * LANES);
+    for (int64_t task = begin; task < end; task++) {
+        sums sum[PEAK_SUMS];
+        int32_t lanes[LANES];
+        _Pragma("GCC unroll 12") for (int i = 0; i < PEAK_SUMS; i++) sum[i] = broadcast(i);
+        for (int64_t step = 0; step < PEAK_STEPS; step++)
+            _Pragma("GCC unroll 12") for (int i = 0; i < PEAK_SUMS; i++)
+                sum[i] = dot(sum[i], codes, weights);
+        for (int i = 0; i < PEAK_SUMS; i++) {
+            store_sums(lanes, sum[i]);
+            y[task] += lanes[0];
+        }
+    }
+    return 0;
+}
+int64_t peak_products(void) { return (int64_t)PEAK_SUMS * PEAK_STEPS * 4 * LANES; }
+#endif
+
 // ---- Passes over codes; arrays of constants are padded to a multiple of OUT ---------------------
 
 enum { CHUNK = 4 * OUT };  // elements at a time, in loops that compilers turn into vectors

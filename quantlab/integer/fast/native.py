@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import pathlib
 import platform
@@ -18,6 +19,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 import warnings
 
 import torch
@@ -141,7 +143,10 @@ def declared(library):
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
     convolutions = dict.fromkeys(("conv_words", "conv_bytes", "conv_depthwise"), "ppppppp")
     signatures = convolutions | {"requantize": "pipp", "add": "ppiippp", "affine": "piipppp"}
-    library.byte_sums.restype = library.byte_lanes.restype = ctypes.c_int64
+    signatures["peak_bytes"] = "pp"
+    for name in ("byte_sums", "byte_lanes", "peak_products"):
+        if hasattr(library, name):
+            getattr(library, name).restype = ctypes.c_int64
     for name, arguments in signatures.items():
         if hasattr(library, name):  # kernels of bytes are not everywhere
             getattr(library, name).argtypes = [types[letter] for letter in arguments + "ii"]
@@ -331,6 +336,21 @@ class Layer:
 
 
 # ---- Calls ---------------------------------------------------------------------------------------
+
+
+def peak(rounds=20, tasks=256):
+    """Products of bytes a second that the instruction itself reaches here, on as many threads as
+    torch has: the best of `rounds`; None where there is no such instruction.
+    """
+    if not library() or not library().byte_sums():
+        return None
+    x, y = torch.ones(2 * 4 * 16, dtype=torch.int8), torch.zeros(tasks, dtype=torch.int32)
+    products, best = tasks * library().peak_products(), math.inf
+    for _ in range(rounds):
+        started = time.perf_counter()
+        call("peak_bytes", (x, y), tasks, products, THREADED)
+        best = min(best, time.perf_counter() - started)
+    return products / best
 
 
 def call(name, arguments, n, work, enough):
