@@ -70,7 +70,7 @@ preset = "auto"  # smoke, full, or auto: smoke on the digits
 widths = "auto"  # weights/activations[/first and last], as in 4/4,2/2/8
 weight_symmetric = False  # True: weights of 2^b - 1 levels; False: of all 2^b
 methods = "auto"  # comma-separated; auto: all; none: draw what is published
-best_method = "QDrop + fine-tuning"  # chosen in section 4, measured for every seed
+best_method = "QDrop + long fine-tuning"  # chosen in section 4, for every seed
 rivals = "auto"  # both, pt2e, onnxruntime, none; auto: onnxruntime in a smoke run
 try_rates = True  # section 5
 try_fisher = True  # section 6
@@ -99,8 +99,9 @@ iterations = builder.iterations
 # `+ end to end` goes on with the steps, scales and biases of the whole network together, against the
 # float network's logits, every weight keeping its code, for half as many iterations. `+ fine-tuning` lets
 # the codes move as well (QFT, Finkelstein et al. 2022, arXiv:2212.02634), mirrors half of the images and
-# takes as many iterations, still on the calibration images alone and without labels. `+ Fisher` learns
-# with the other loss; `+` a correction applies it to what was learned.
+# takes as many iterations, still on the calibration images alone and without labels; `+ long
+# fine-tuning` takes three times as many. `+ Fisher` learns with the other loss; `+` a correction applies
+# it to what was learned.
 
 # %%
 full = "8/8,4/8,4/4,3/3,2/4,2/2,2/2/8"
@@ -118,7 +119,8 @@ print("widths:", "; ".join(name_of(width) for width in widths))
 #
 #     learning = ReconstructConfig.preset("qdrop", iterations=500)
 #     qmodel = reconstruct(network, stats, images, config, learning)
-#     qmodel = tune_end_to_end(network, qmodel, images, TuneConfig(learn_weights=True, flip=True))
+#     tuning = TuneConfig(iterations=1500, learn_weights=True, flip=True)
+#     qmodel = tune_end_to_end(network, qmodel, images, tuning)
 #
 # ## 2. Every method at every width
 # The headline's methods first. Nearest rounding, the best method and what it starts from are measured
@@ -130,7 +132,7 @@ start = best_method.split(" + ")[0]
 def is_measured(width, method, s):
     if study.smoke and method.split(" + ")[0] in LEARNED:
         return width == widths[-1]
-    if method in ("nearest", start, best_method):
+    if method in ("nearest", start, "QDrop + fine-tuning", best_method):
         return True
     return s == seed and (method not in LEARNED or width in ("4/4", "3/3"))
 
@@ -267,6 +269,7 @@ def divergence(qmodel):
 
 # %%
 half, whole = builder.tuning("end to end"), builder.tuning("fine-tuning")
+longest = builder.tuning("long fine-tuning")
 moving = dataclasses.replace(whole, iterations=half.iterations)
 variants = [
     half,
@@ -275,6 +278,7 @@ variants = [
     dataclasses.replace(moving, lr_weights=2e-3, flip=False),
     dataclasses.replace(moving, lr_weights=2e-3),
     dataclasses.replace(moving, lr_weights=4e-3),
+    longest,
     whole,
 ]
 variants = variants[-1:] if study.smoke else variants
@@ -337,6 +341,7 @@ for width in [w for w in widths if w in frame.width.values]:
 against = dict.fromkeys(METHODS[1:5], "nearest")  # they learn nothing
 against |= {"BRECQ": "AdaRound", "QDrop": "BRECQ", "QDrop + end to end": "QDrop"}
 against |= {"QDrop + fine-tuning": "QDrop + end to end"}
+against |= {"QDrop + long fine-tuning": "QDrop + fine-tuning"}
 single = frame[frame.seed == seed].set_index(["name", "width"])["drop"]
 for name, other in against.items():
     both = [w for w in widths if (name, w) in single and (other, w) in single]

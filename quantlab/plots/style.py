@@ -44,6 +44,7 @@ _METHODS = {
     "BatchNorm re-estimation": ("#8c6bb1", "D"), "AdaRound": ("#d95f02", "^"),
     "BRECQ": ("#2b6cb0", "P"), "QDrop": ("#1b7f3b", "*"), "QDrop + Fisher": ("#66c2a5", "<"),
     "QDrop + end to end": ("#7fbf4d", "h"), "QDrop + fine-tuning": ("#0b3d1b", "H"),
+    "QDrop + long fine-tuning": ("#2d004b", ">"),
     "mixed precision": (RED, "d"), "QAT": ("#6a3d9a", "o"),
     # roundings of the integer executor
     "single": ("#4c72b0", "o"), "double": ("#dd8452", "^"),

@@ -52,9 +52,9 @@ def name_of(width):
 class Methods:
     """Builds networks by the name of their method and measures them, for one Study.
 
-    iterations: of learning a unit and of fine-tuning; tuning end to end takes half as many. 0: 3 in
-    a smoke run, 500 in a full one. seed, everywhere: of the calibration images and of what is
-    random in learning; None: the study's.
+    iterations: of learning a unit and of fine-tuning; tuning end to end takes half as many, long
+    fine-tuning three times as many. 0: 3 in a smoke run, 500 in a full one. seed, everywhere: of
+    the calibration images and of what is random in learning; None: the study's.
     """
 
     def __init__(self, study, iterations=0):
@@ -73,11 +73,12 @@ class Methods:
             start.lower(), iterations=self.iterations, seed=self._seed(seed), loss=loss)
 
     def tuning(self, step, seed=None):
-        """The TuneConfig of a step: "end to end" or "fine-tuning"."""
+        """The TuneConfig of a step of TUNED."""
         shared = dict(batch_size=min(64, self.study.n_calibration), seed=self._seed(seed))
         if step == "end to end":
             return TuneConfig(iterations=max(self.iterations // 2, 1), **shared)
-        return TuneConfig(iterations=self.iterations, learn_weights=True, flip=True, **shared)
+        iterations = (3 if step == "long fine-tuning" else 1) * self.iterations
+        return TuneConfig(iterations=iterations, learn_weights=True, flip=True, **shared)
 
     def build(self, method, config, seed=None, state=None):
         """The QuantizedNetwork of a method. state: a path from which a killed learning resumes."""

@@ -95,6 +95,7 @@ def test_what_was_learned_is_learned_once_for_all_that_goes_on_from_it(builder, 
     assert builder.build("QDrop", config) is learned
     assert builder.build("QDrop + end to end", config) == (learned, False, 1, 32)
     assert builder.build("QDrop + fine-tuning", config) == (learned, True, 1, 32)
+    assert builder.build("QDrop + long fine-tuning", config) == (learned, True, 3, 32)
     assert seen == [("block", "mse", 0, 4)]
     builder.build("QDrop + Fisher", config)
     builder.build("AdaRound", config, seed=3)
