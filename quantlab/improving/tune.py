@@ -29,8 +29,6 @@ from quantlab.system.contract import check_function, check_origin
 from quantlab.system.errors import UserError, checked
 from quantlab.system.machine import device, exact_float
 
-BATCH = 256  # images at once for the targets
-
 
 @dataclasses.dataclass(frozen=True)
 class TuneConfig:
@@ -38,8 +36,10 @@ class TuneConfig:
 
     lr: of activation steps and weight scales (relative) and of biases (absolute). learn_weights:
     codes may move too, at lr_weights (in codes). flip: every image is mirrored with probability
-    1/2. temperature: that softens both networks' logits. flip, batch_size, temperature and seed are
-    `tune_end_to_end`'s: a `Tuner` is given batches and a loss.
+    1/2. crop: it is moved by up to so many pixels, zeros come in. mixup: fraction of the batches in
+    which every image gets up to half of another one mixed in (Zhang et al. 2018, arXiv:1710.09412).
+    temperature: that softens both networks' logits. From flip on they are `tune_end_to_end`'s: a
+    `Tuner` is given batches and a loss.
     """
 
     iterations: int = 250
@@ -47,6 +47,8 @@ class TuneConfig:
     lr_weights: float = 2e-3
     learn_weights: bool = False
     flip: bool = False
+    crop: int = 0
+    mixup: float = 0.0
     batch_size: int = 64
     temperature: float = 4.0
     seed: int = 0
@@ -56,6 +58,8 @@ class TuneConfig:
         for name in ("iterations", "lr", "lr_weights", "batch_size", "temperature"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)}: give a positive number")
+        if self.mixup > 1:
+            raise UserError(f"mixup={self.mixup} is a fraction of the batches: at most 1")
 
 
 @checked
@@ -63,8 +67,8 @@ def tune_end_to_end(model, qmodel, images, config=TuneConfig(), verbose=True):
     """A copy of qmodel with activation steps, weight scales, biases (and codes) learned together.
 
     loss = KL(softmax(z / T) || softmax(z_q / T)) T^2 between the float network's logits z and the
-    quantized one's, on random batches of `images`: float32 [N, 3, H, W] or an iterable of batches.
-    Raises UserError for fewer images than a batch.
+    quantized one's, both on the same random batches of `images`: float32 [N, 3, H, W] or an
+    iterable of batches. Raises UserError for fewer images than a batch.
     """
     images = stack_images(images, config.batch_size)
     tuner, heat = Tuner(model, qmodel, config), config.temperature
@@ -82,20 +86,33 @@ def tune_end_to_end(model, qmodel, images, config=TuneConfig(), verbose=True):
 
 
 def _soft_targets(graph, images, config):
-    """Batches without end: random images, some mirrored, and log(softmax(z / T)) of the graph."""
-    shown = (images, images.flip(-1)) if config.flip else (images,)
-    with torch.no_grad(), exact_float():
-        logits = [[graph(batch.to(device())) for batch in x.split(BATCH)] for x in shown]
-        targets = torch.stack([(torch.cat(z) / config.temperature).log_softmax(1) for z in logits])
+    """Batches without end: random images, augmented, and log(softmax(z / T)) of the graph for them.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     while True:
         index = torch.randint(len(images), (config.batch_size,), generator=generator)
-        mirrored = torch.zeros(len(index), dtype=torch.bool)
-        if config.flip:
-            mirrored = torch.rand(len(index), generator=generator, dtype=torch.float32) < 0.5
-        batch = images[index]
-        batch[mirrored] = batch[mirrored].flip(-1)
-        yield batch, targets[mirrored.long(), index]
+        batch = augmented(images[index], config, generator)
+        with exact_float(), torch.inference_mode(False), torch.no_grad():
+            targets = (graph(batch.to(device())) / config.temperature).log_softmax(1)
+        yield batch, targets
+
+
+def augmented(batch, config, generator):
+    """float32 [B, 3, H, W] -> the same: mirrored, moved, mixed, as a TuneConfig says."""
+    def draw(*shape):
+        return torch.rand(shape, generator=generator, dtype=torch.float32)
+
+    n, _, height, width = batch.shape
+    if config.flip:
+        batch = torch.where(draw(n, 1, 1, 1) < 0.5, batch.flip(-1), batch)
+    if config.crop:
+        corners = (draw(n, 2) * (2 * config.crop + 1)).long().tolist()
+        padded = nn.functional.pad(batch, [config.crop] * 4)
+        batch = torch.stack([image[:, row : row + height, column : column + width]
+                             for image, (row, column) in zip(padded, corners, strict=True)])
+    if config.mixup and draw(1) < config.mixup:
+        batch = torch.lerp(batch, batch.flip(0), draw(n, 1, 1, 1) / 2)
+    return batch
 
 
 class Tuner:

@@ -45,6 +45,7 @@ _METHODS = {
     "BRECQ": ("#2b6cb0", "P"), "QDrop": ("#1b7f3b", "*"), "QDrop + Fisher": ("#66c2a5", "<"),
     "QDrop + end to end": ("#7fbf4d", "h"), "QDrop + fine-tuning": ("#0b3d1b", "H"),
     "QDrop + long fine-tuning": ("#2d004b", ">"),
+    "QDrop + augmented fine-tuning": ("#b5179e", "8"),
     "mixed precision": (RED, "d"), "QAT": ("#6a3d9a", "o"),
     # roundings of the integer executor
     "single": ("#4c72b0", "o"), "double": ("#dd8452", "^"),

@@ -18,7 +18,7 @@ ROWS = ("auto", "local", "published")
 # Names of methods: a start and, behind " + ", steps.
 LEARNED = ("AdaRound", "BRECQ", "QDrop")  # in lower case, presets of ReconstructConfig
 CORRECTIONS = ("bias correction", "analytic bias correction", "BatchNorm re-estimation")
-TUNED = ("end to end", "fine-tuning", "long fine-tuning")
+TUNED = ("end to end", *(f"{kind}fine-tuning" for kind in ("", "long ", "augmented ")))
 METHODS = ("nearest", "equalisation", *CORRECTIONS, *LEARNED, *(f"QDrop + {t}" for t in TUNED))
 STARTS = ("nearest", "equalisation", *CORRECTIONS, *LEARNED)
 STEPS = ("Fisher", *CORRECTIONS, *TUNED)  # Fisher: the loss that is learned with

@@ -53,8 +53,8 @@ class Methods:
     """Builds networks by the name of their method and measures them, for one Study.
 
     iterations: of learning a unit and of fine-tuning; tuning end to end takes half as many, long
-    fine-tuning three times as many. 0: 3 in a smoke run, 500 in a full one. seed, everywhere: of
-    the calibration images and of what is random in learning; None: the study's.
+    and augmented fine-tuning three times as many. 0: 3 in a smoke run, 500 in a full one. seed,
+    everywhere: of the calibration images and of what is random in learning; None: the study's.
     """
 
     def __init__(self, study, iterations=0):
@@ -77,7 +77,8 @@ class Methods:
         shared = dict(batch_size=min(64, self.study.n_calibration), seed=self._seed(seed))
         if step == "end to end":
             return TuneConfig(iterations=max(self.iterations // 2, 1), **shared)
-        iterations = (3 if step == "long fine-tuning" else 1) * self.iterations
+        shared |= dict(crop=1, mixup=0.5) if step == "augmented fine-tuning" else {}
+        iterations = (1 if step == "fine-tuning" else 3) * self.iterations
         return TuneConfig(iterations=iterations, learn_weights=True, flip=True, **shared)
 
     def build(self, method, config, seed=None, state=None):

@@ -14,10 +14,13 @@ from quantlab.system.files import PACKAGE, read_csv, read_text, root, write_text
 from quantlab.workbook import results
 
 # The rows of the headline, of every network: float, the tool that loses least, integers alone, and
-# at each width one method, fixed beforehand and not picked by its accuracy on the test images.
+# at each width one method: the first of these that was measured there, in an order fixed beforehand
+# and not picked by accuracy on the test images, with all 2^b levels of a weight before 2^b - 1.
 TOOLS = ("eager int8", "PT2E int8", "ONNX Runtime int8")
 INTEGERS = "integer only W8A8, single rounding"
-LEARNED = {4: "QDrop + end to end", 3: "QDrop + end to end", 2: "QDrop + fine-tuning"}
+BITS = ("weight_bits", "act_bits")
+WIDTHS = (4, 3, 2)  # of weights and activations
+LEARNED = (*(f"QDrop + {kind}fine-tuning" for kind in ("augmented ", "long ", "")), "QDrop")
 
 
 def headline(frame, brief=False):
@@ -58,21 +61,14 @@ def _is_brief(summary):
     tools = summary[summary.method.isin(TOOLS)]
     least = tools.groupby(["dataset", "model"])["drop"].transform("min")
     chosen = summary.method.isin(["float", INTEGERS]) | summary["drop"].eq(least)
-    for bits, method in LEARNED.items():
-        widths = summary.weight_bits.eq(bits) & summary.act_bits.eq(bits)
-        learned = summary.corrections.str.startswith(f"{method},") & widths.fillna(False)
-        chosen |= learned & _most_levels(summary, learned)
+    every = results.has_config(summary, QuantConfig(weight_symmetric=False), free=BITS)
+    for _, part in summary.groupby(["dataset", "model"]):
+        for bits in WIDTHS:
+            there = part[part.weight_bits.eq(bits) & part.act_bits.eq(bits)]
+            named = [there[convention[there.index] & there.corrections.str.startswith(f"{m},")]
+                     for convention in (every, results.is_default(summary)) for m in LEARNED]
+            chosen[next((rows.index for rows in named if len(rows)), [])] = True
     return chosen
-
-
-def _most_levels(summary, among):
-    """bool Series: rows in the default convention, or in that but for all 2^b levels of a weight;
-    of a network that has such rows, chosen by `among`, these alone.
-    """
-    every = QuantConfig(weight_symmetric=False)
-    every = results.has_config(summary, every, free=("weight_bits", "act_bits"))
-    has = (every & among).groupby([summary.dataset, summary.model]).transform("any")
-    return every | results.is_default(summary) & ~has
 
 
 def original():

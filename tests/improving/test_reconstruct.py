@@ -21,6 +21,7 @@ from quantlab.improving.tune import TuneConfig, Tuner, tune_end_to_end
 from quantlab.quantized import Quantizer, find_node
 
 rc = importlib.import_module("quantlab.improving.reconstruct")  # the package has the function
+tune = importlib.import_module("quantlab.improving.tune")
 
 
 class Tiny(nn.Module):
@@ -329,6 +330,37 @@ def test_tuning_comes_closer_to_the_float_network(tiny, learned, learn_weights):
     assert max(moves) <= 1, "no further than the neighbour in so short a time"
 
 
+def test_both_networks_see_the_same_mixed_images(tiny, learned):
+    """Targets are the float network's answers for just the batch that is learned from; a mixed
+    batch holds images between two of the set, a mirrored one those seen from the other side.
+    """
+    model, _, images = tiny
+    graph, config = folded(model), TuneConfig(batch_size=16, flip=True, mixup=0.5)
+    shown = torch.cat([images, images.flip(-1)]).flatten(1)
+    kinds = {"plain": 0, "mixed": 0}
+    for batch, targets in itertools.islice(tune._soft_targets(graph, images, config), 12):
+        assert torch.allclose(targets, (model(batch) / 4).log_softmax(1), atol=1e-5)
+        weights = batch.flatten(1) @ torch.linalg.pinv(shown)  # of the set's images
+        assert (batch.flatten(1) - weights @ shown).abs().max() < 1e-3
+        most = weights.max(1).values
+        assert ((most > 0.49) & (most < 1.01)).all()
+        kinds["plain" if (most > 0.999).all() else "mixed"] += 1
+    assert min(kinds.values()) > 0
+
+
+def test_images_are_moved_by_so_many_pixels_and_no_more():
+    images = torch.randn(64, 3, 8, 8)
+    moved = tune.augmented(images, TuneConfig(crop=1), torch.Generator().manual_seed(0))
+    padded, seen = F.pad(images, [1] * 4), set()
+    for image, whole in zip(moved, padded):
+        places = itertools.product(range(3), range(3))
+        found = [p for p in places if torch.equal(
+            image, whole[:, p[0] : p[0] + 8, p[1] : p[1] + 8])]
+        seen |= set(found[:1])
+        assert len(found) == 1
+    assert len(seen) == 9
+
+
 def test_tuning_starts_from_the_network_as_it_is(tiny, learned):
     config = TuneConfig(iterations=1, batch_size=16, lr=1e-9, lr_weights=1e-9, learn_weights=True)
     tuned = tune_end_to_end(tiny[0], learned, tiny[2], config, verbose=False)
@@ -396,6 +428,7 @@ def test_bad_input(tiny):
 @pytest.mark.parametrize(("change", "message"), [
     (dict(batch_size=64), "48 calibration images do not fill a batch of 64"),
     (dict(lr=0), "lr=0"), (dict(iterations=0), "iterations=0"),
+    (dict(mixup=1.5), "mixup=1.5 is a fraction of the batches: at most 1"),
 ])
 def test_tuning_refuses(tiny, learned, change, message):
     with pytest.raises(ql.UserError, match=message):

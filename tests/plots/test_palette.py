@@ -24,7 +24,7 @@ TOGETHER = {
     "corrections": ["nearest", "equalisation", "bias correction", "analytic bias correction",
                     "BatchNorm re-estimation", "AdaRound", "BRECQ", "QDrop", "QDrop + Fisher",
                     "QDrop + end to end", "QDrop + fine-tuning", "QDrop + long fine-tuning",
-                    "PT2E int8", "ONNX Runtime int8"],
+                    "QDrop + augmented fine-tuning", "PT2E int8", "ONNX Runtime int8"],
     "Pareto": ["float", "nearest", "mixed precision"],
     "roundings": ["single", "double"],
     "the original": list(ladder.WAYS),

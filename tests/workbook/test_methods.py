@@ -87,15 +87,16 @@ def test_what_was_learned_is_learned_once_for_all_that_goes_on_from_it(builder, 
         return learned
 
     def tune(network, qmodel, images, config):
-        return qmodel, config.learn_weights, config.iterations, config.batch_size
+        return qmodel, config.learn_weights, config.iterations, config.batch_size, config.mixup
 
     monkeypatch.setattr(methods, "reconstruct", reconstruct)
     monkeypatch.setattr(methods, "tune_end_to_end", tune)
     config = config_of("4/4")
     assert builder.build("QDrop", config) is learned
-    assert builder.build("QDrop + end to end", config) == (learned, False, 1, 32)
-    assert builder.build("QDrop + fine-tuning", config) == (learned, True, 1, 32)
-    assert builder.build("QDrop + long fine-tuning", config) == (learned, True, 3, 32)
+    assert builder.build("QDrop + end to end", config) == (learned, False, 1, 32, 0)
+    assert builder.build("QDrop + fine-tuning", config) == (learned, True, 1, 32, 0)
+    assert builder.build("QDrop + long fine-tuning", config) == (learned, True, 3, 32, 0)
+    assert builder.build("QDrop + augmented fine-tuning", config) == (learned, True, 3, 32, 0.5)
     assert seen == [("block", "mse", 0, 4)]
     builder.build("QDrop + Fisher", config)
     builder.build("AdaRound", config, seed=3)

@@ -399,12 +399,12 @@ def test_digits_never_enter_a_headline_and_are_never_published(digits, workbook)
     readme.write_text("before\n<!-- table:headline -->\nold\n<!-- /table -->\nafter\n"
                       "on <!-- table:devices --><!-- /table -->.\n")
     pets = {"dataset": "pets"}
-    learned = {"corrections": "QDrop + end to end, 5 iterations"}
+    learned = {"corrections": "QDrop + fine-tuning, 5 iterations"}
     results.record([some_row(digits, seed, changes=pets, **learned) for seed in (0, 1)])
     assert tables.publish() == 2
     text = read_text(readme)
     assert text.startswith("before\n") and "\nafter\non <!-- table:devices -->a machine<!" in text
-    assert "| pets | resnet20 | W4A4 histogram, weights lp(p=3), QDrop + end to end, 5" in text
+    assert "| pets | resnet20 | W4A4 histogram, weights lp(p=3), QDrop + fine-tuning, 5" in text
     assert "| 80.00 ± 0.00 |" in text and "digits" not in text and "old" not in text
     before = read_text(results.published_path())
     assert tables.publish() == 2 and read_text(results.published_path()) == before
@@ -457,8 +457,7 @@ def test_a_headline_has_six_rows_a_network_the_largest_first(digits, workbook):
     kinds = [text.replace(" histogram, weights lp(p=3)", "") for text in table.Quantization[:6]]
     assert kinds == [
         "float", "PT2E int8", "integer only W8A8, single rounding",
-        "W4A4, QDrop + end to end, 5 iterations", "W3A3, QDrop + end to end, 5 iterations",
-        "W2A2, QDrop + fine-tuning, 5 iterations",
+        *(f"W{b}A{b}, QDrop + fine-tuning, 5 iterations" for b in (4, 3, 2)),
     ]
     everything = tables.headline(frame)
     assert len(everything) == 2 * (1 + 2 + 2 + 16 + 2) and set(table.Quantization) <= set(
@@ -471,17 +470,14 @@ def test_rows_of_all_levels_stand_in_the_headline_for_narrow_ones(digits, workbo
     every = ql.QuantConfig(4, 4, weight_symmetric=False)
     changes = {"model": "resnet20", "dataset": "pets", "top1": 79.9, "fp32_top1": 80, "drop": 0.1}
     row = some_row(digits, changes=changes, config=every,
-                   corrections="QDrop + end to end, 5 iterations")
+                   corrections="QDrop, 5 iterations")
     frame = pd.concat([rows_of_two_networks(digits), results.record([row])])
     table = tables.headline(frame, brief=True)
     assert table.Model.tolist() == ["resnet50"] * 6 + ["resnet20"] * 6
-    learned = table.Quantization[table.Quantization.str.contains("end to end")].tolist()
-    name = "histogram, weights lp(p=3)"
-    assert learned == [
-        f"W4A4 {name}, QDrop + end to end, 5 iterations",
-        f"W3A3 {name}, QDrop + end to end, 5 iterations",
-        f"W4A4 {name}, 2^b levels, QDrop + end to end, 5 iterations",
-        f"W3A3 {name}, QDrop + end to end, 5 iterations"]
+    learned = table.Quantization[table.Quantization.str.contains("QDrop")].tolist()
+    name, tuned = "histogram, weights lp(p=3)", "QDrop + fine-tuning, 5 iterations"
+    narrow = [f"W{bits}A{bits} {name}, {tuned}" for bits in (4, 3, 2)]
+    assert learned == [*narrow, f"W4A4 {name}, 2^b levels, QDrop, 5 iterations", *narrow[1:]]
 
 
 def test_the_originals_table_has_every_network_beside_it_its_own_first(digits, workbook):
