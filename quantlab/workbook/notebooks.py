@@ -242,7 +242,7 @@ def _check_attachments(path):
 
 def render(notebook, stem):
     """(.py text, .ipynb text) of a notebook without outputs; the same input always gives the same
-    bytes.
+    bytes. Cells tagged "solution" are folded in JupyterLab, no others.
     """
     import jupytext
     import nbformat
@@ -253,9 +253,12 @@ def render(notebook, stem):
     }
     cells = []
     for i, cell in enumerate(notebook.cells):
-        tags = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        tags = cell.metadata.get("tags")
+        kept = {"tags": tags} if tags else {}
+        if "solution" in (tags or ()):
+            kept["jupyter"] = {"source_hidden": True}
         make = makers[cell.cell_type]
-        cells.append(make(cell.source, metadata=tags, id=f"{stem[:2]}-{i:03d}"))
+        cells.append(make(cell.source, metadata=kept, id=f"{stem[:2]}-{i:03d}"))
     clean = nbformat.v4.new_notebook(cells=cells, metadata=KERNEL)
     clean.metadata["jupytext"] = {
         "notebook_metadata_filter": "kernelspec,-jupytext", "cell_metadata_filter": "tags",
