@@ -54,6 +54,7 @@ seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 epochs = 0  # 0: as many as the recipe says
 retrain = False  # True: train even where a checkpoint exists, and replace it
+solutions = False  # True: the exercises' solutions are run
 
 # %% [markdown]
 # ## 1. The images
@@ -297,6 +298,140 @@ sizes = ", ".join(f"{size * bits / 32e6:.2f} at {bits}" for bits in (8, 4, 3))
 print(
     f"- Its weights take {size / 1e6:.2f} MB in float32; by bits they would take "
     f"{sizes}."
+)
+
+# %% [markdown]
+# ## Exercises
+# Write each function in place of its `...`, run its cell, then the one with the check, which says what is
+# wrong. The solution is folded between the two; with `solutions = True` at the top all of them run.
+#
+# **1. How sure is an accuracy?** Of $n$ images $k$ are named right. Return top-1 in percent and the two ends
+# of its 95 % interval in percent, with $z = 1.959964$, after Wilson:
+#
+# $$\frac{k + z^2/2 \;\pm\; z\sqrt{k\,(n - k)/n + z^2/4}}{n + z^2}$$
+
+# %%
+from math import comb, sqrt
+
+from quantlab.evaluate import Evaluation
+from quantlab.workbook.exercises import check
+from scipy import stats as statistics
+from torch.utils.flop_counter import conv_flop_count
+
+
+# %% tags=["exercise"]
+def top1_interval(predictions, labels):
+    """(top-1, lower end, upper end) in percent; predictions, labels: int64 [n]."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def top1_interval(predictions, labels):
+        k, n, z = (predictions == labels).sum().item(), len(labels), 1.959964
+        half = z * sqrt(k * (n - k) / n + z**2 / 4)
+        ends = [(k + z**2 / 2 + side) / (n + z**2) for side in (-half, half)]
+        return 100 * k / n, 100 * ends[0], 100 * ends[1]
+
+
+# %% tags=["check"]
+def counted_right(k, n):
+    """A case of n images, k of them named right: ql's top-1, scipy's interval."""
+    labels = torch.arange(n) % 10
+    predictions = torch.where(torch.arange(n) < k, labels, labels + 1)
+    top1 = Evaluation.of(predictions, labels, 1.0, "cpu").top1
+    ends = statistics.binomtest(k, n).proportion_ci(0.95, "wilson")
+    return (predictions, labels), (top1, 100 * ends.low, 100 * ends.high)
+
+check(
+    top1_interval,
+    (*counted_right(10, 10), "Ten right of ten are 100 %, and prove it to a width."),
+    (*counted_right(870, 1000), "Here k is 870 and n is 1,000; all three in percent."),
+    (*counted_right(1, 5), "One right of five: both z^2 / 2 and z^2 / 4 matter."),
+)
+
+
+# %% [markdown]
+# **2. What does a convolution cost?** Speed is often stated as multiplications. Count those of a `Conv2d` on
+# one image of so many rows and columns: how many values has its output, and how many weights does each of
+# them meet? Remember stride, padding, dilation and groups. (For `Conv2d(3, 16, 3, padding=1)`, the first layer of
+# ResNet-20, they are 442,368 on 32 x 32 pixels.)
+
+# %% tags=["exercise"]
+def multiplications(conv, height, width):
+    """Those of a torch.nn.Conv2d on one image [in_channels, height, width]: an int."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def multiplications(conv, height, width):
+        values = conv.out_channels
+        for i, size in enumerate((height, width)):
+            reach = conv.dilation[i] * (conv.kernel_size[i] - 1) + 1
+            values *= (size + 2 * conv.padding[i] - reach) // conv.stride[i] + 1
+        return values * conv.weight[0].numel()  # in_channels / groups * kernel
+
+
+# %% tags=["check"]
+def counted(height, width, *channels, **how):
+    """A case: torch counts a multiplication and an addition each."""
+    conv = torch.nn.Conv2d(*channels, **how)
+    image = torch.zeros(1, conv.in_channels, height, width)
+    flops = conv_flop_count(image.shape, conv.weight.shape, conv(image).shape)
+    return (conv, height, width), flops / 2
+
+first = torch.nn.Conv2d(3, 16, 3, padding=1), 32, 32
+check(
+    multiplications,
+    (first, 442_368, "An output of 16 x 32 x 32 values meets 3 x 3 x 3 weights each."),
+    (*counted(9, 7, 4, 8, 3, stride=2), "Stride 2 without padding: 8 x 4 x 3 values."),
+    (*counted(8, 8, 6, 6, 3, groups=6), "A value meets only its own group's channels."),
+    (*counted(9, 9, 2, 2, (1, 3), dilation=2), "Dilation 2: 3 taps reach over 5."),
+)
+
+
+# %% [markdown]
+# **3. Is the other network worse?** Two networks on the *same* images: where both are right, or both wrong,
+# nothing is learned about which is better. Only the $m$ images count on which they disagree; were both
+# equally good, a fair coin would decide each. Return the points that the second one loses, and the
+# probability $p$ that $m$ fair coins fall at least as unevenly, to either side (1 where $m = 0$).
+
+# %% tags=["exercise"]
+def disagreement(correct_a, correct_b):
+    """(points that b loses against a, p); correct_a, correct_b: bool [n]."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def disagreement(correct_a, correct_b):
+        lost = (correct_a & ~correct_b).sum().item()
+        gained = (~correct_a & correct_b).sum().item()
+        m, fewer = lost + gained, min(lost, gained)
+        p = 2 * sum(comb(m, i) for i in range(fewer + 1)) / 2**m
+        return 100 * (lost - gained) / len(correct_a), min(p, 1)
+
+
+# %% tags=["check"]
+def compared(both, lost, gained, neither):
+    """A case of so many images of each kind: ql's points, scipy's p."""
+    sizes = torch.tensor([both, lost, gained, neither])
+    a = torch.tensor([True, True, False, False]).repeat_interleave(sizes)
+    b = torch.tensor([True, False, True, False]).repeat_interleave(sizes)
+    m = lost + gained
+    p = statistics.binomtest(lost, m).pvalue if m else 1.0
+    return (a, b), (ql.paired_drop(a, b)[0], p)
+
+
+# %% tags=["check"]
+check(
+    disagreement,
+    (*compared(90, 6, 1, 3), "Six lost and one gained of 100; p counts both sides."),
+    (*compared(900, 6, 1, 93), "1,000 images, the same 7 of them count: p stays."),
+    (*compared(50, 1, 5, 0), "It gains: points below zero, and p does not mind."),
+    (*compared(9, 2, 2, 0), "As even as can be: p is 1, never more."),
+    (*compared(9, 0, 0, 1), "They never disagree: nothing lost, and p is 1."),
 )
 
 # %% [markdown]

@@ -55,6 +55,7 @@ checkpoint = "auto"  # auto, or the path of a .safetensors file
 seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
+solutions = False  # True: the exercises' solutions are run
 
 # %% [markdown]
 # ## 1. Which back ends there are
@@ -353,6 +354,179 @@ for name, e in list(evaluations.items())[1:]:
         f"- {name}: {e.top1:.2f} %, {drop:+.2f} points lost [{low:+.2f}, {high:+.2f}], "
         f"{ratio:.1f} times smaller on disk."
     )
+
+# %% [markdown]
+# ## Exercises
+# Write each function in place of its `...`, run its cell, then the one with the check, which says what is
+# wrong. The solution is folded between the two; with `solutions = True` at the top all of them run.
+#
+# **1. What `int_repr` means.** A `quint8` tensor holds bytes; `int_repr()` shows them, `q_scale()` and
+# `q_zero_point()` say which real numbers they stand for. Turn bytes into those numbers, as `dequantize()`
+# does. Mind the type that they arrive in.
+
+# %%
+from fractions import Fraction
+
+from quantlab.workbook.exercises import check
+
+# tensors of codes are deprecated, too
+warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
+
+
+# %% tags=["exercise"]
+def real_values(codes, scale, zero_point):
+    """float32, the shape of codes (uint8); scale: a float, zero_point: an int."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def real_values(codes, scale, zero_point):
+        return scale * (codes.int() - zero_point)  # a byte has no -1
+
+# %% tags=["check"]
+q = ql.QParams(torch.tensor(0.125), torch.tensor(80, dtype=torch.int32), 0, 255)
+above = torch.tensor([80, 88, 255], dtype=torch.uint8)
+below = torch.tensor([[79], [0]], dtype=torch.uint8)
+if hasattr(torch, "quantize_per_tensor"):  # until torch removes it
+    for codes in (above, below):
+        values = ql.dequantize(codes.int(), q)
+        stored = torch.quantize_per_tensor(values, 0.125, 80, torch.quint8)
+        assert stored.int_repr().equal(codes) and stored.dequantize().equal(values)
+
+expected = [ql.dequantize(codes.int(), q) for codes in (above, below)]
+why = "Code 80 is zero, 88 is 8 steps of 0.125 above it: 1.0."
+wraps = "Codes below the zero-point: a uint8 wraps around, 79 - 80 is 255 there."
+check(real_values, ((above, 0.125, 80), expected[0], why),
+      ((below, 0.125, 80), expected[1], wraps))
+
+
+# %% [markdown]
+# **2. Why 7 bits?** Without VNNI, x86 multiplies bytes by `vpmaddubsw`: unsigned codes of activations times
+# signed codes of weights, neighbours added in twos, each sum kept in 16 bits. What does not fit *saturates*:
+# it becomes the largest or the smallest int16. Write the instruction: from $2n$ codes each to $n$ sums.
+
+# %% tags=["exercise"]
+def pair_sums(x_q, w_q):
+    """int [n]: x0 w0 + x1 w1, x2 w2 + x3 w3, ...; x_q: uint8 [2n], w_q: int8 [2n]."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def pair_sums(x_q, w_q):
+        products = x_q.int() * w_q.int()
+        return products.view(-1, 2).sum(1).clamp(-(2**15), 2**15 - 1)
+
+
+# %% tags=["check"]
+def pairs(x, w):
+    """A case, in Python's integers, which have no width."""
+    terms = [a * b for a, b in zip(x, w)]
+    twos = map(sum, zip(terms[::2], terms[1::2]))
+    sums = [max(-32768, min(two, 32767)) for two in twos]
+    return (torch.tensor(x, dtype=torch.uint8), torch.tensor(w, dtype=torch.int8)), sums
+
+
+# %% tags=["check"]
+seven = ql.choose_qparams(0, 1, 7)  # codes 0..127, what the qconfig above chooses
+x = ql.quantize_tensor(torch.linspace(0, 1, 64), seven).tolist()
+safe = "With 7 bits, 127 * -128 * 2 = -32,512 fits: nothing may saturate."
+check(
+    pair_sums,
+    (*pairs([1, 2, 3, 4], [1, 1, 1, -1]), "Neighbours in twos: 1 + 2, and 3 - 4."),
+    (*pairs([255] * 2, [127] * 2), "64,770 needs 17 bits: saturated, it is 32,767."),
+    (*pairs([255] * 2, [-128] * 2), "-65,280 saturates at the other end, -32,768."),
+    (*pairs(x + [127] * 2, [-128] * 66), safe),
+)
+
+
+# %% [markdown]
+# **3. One layer, from its codes.** A converted convolution reads codes and writes codes. Everything between
+# is in `x.int_repr()`, `x.q_scale()`, `x.q_zero_point()`, `layer.weight().int_repr()`, its `weight_scales`,
+# `layer.bias()`, `layer.scale` and `layer.zero_point`. Compute the output's codes from these, in float64
+# (no sum is too large for it). Padding adds *zeros*; the bias joins the sum at the scale of the products,
+# rounded; a `quint8` ends at 0 and 255.
+
+# %% tags=["exercise"]
+def weight_scales(weight):
+    """float64 [C] of a quantized weight: one a channel, on ARM the same for all."""
+    if weight.qscheme() == torch.per_channel_affine:
+        return weight.q_per_channel_scales()
+    return torch.full((len(weight),), weight.q_scale(), dtype=torch.float64)
+
+def output_codes(x, layer):
+    """int [B, C, H, W]: what layer(x).int_repr() gives; x: quint8 [B, C_in, H, W]."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def output_codes(x, layer):
+        scale = x.q_scale() * weight_scales(layer.weight())  # of the products, [C]
+        sums = torch.nn.functional.conv2d(
+            x.int_repr().double() - x.q_zero_point(),
+            layer.weight().int_repr().double(),
+            torch.round(layer.bias() / scale), layer.stride, layer.padding)
+        steps = torch.round(sums * (scale / layer.scale).view(-1, 1, 1))
+        return (steps + layer.zero_point).clamp(0, 255).int()
+
+
+# %% tags=["check"]
+def tiny_layer():
+    """(images as codes, a convolution with its BatchNorm and ReLU in int8)."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 2, 6, 6, generator=generator)
+    conv, bn = torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.BatchNorm2d(4)
+    with torch.no_grad():
+        for parameter in (conv.weight, conv.bias, bn.running_mean):
+            parameter.normal_(generator=generator)
+    net = torch.nn.Sequential(conv, bn, torch.nn.ReLU()).eval()
+    quantized = builtin.eager_int8(net, [images])
+    return quantized.quant(images), quantized.module.get_submodule("0")
+
+
+# %% tags=["check"]
+def exact_code(x, layer):
+    """The code in row 2, column 2 of image 0, channel 0, in exact fractions."""
+    z, weight = x.q_zero_point(), layer.weight()
+    patch = x.int_repr()[0, :, 1:4, 1:4].flatten().tolist()
+    taps = weight.int_repr()[0].flatten().tolist()
+    scale = Fraction(x.q_scale()) * Fraction(weight_scales(weight)[0].item())
+    total = sum((code - z) * tap for code, tap in zip(patch, taps))
+    total += round(Fraction(layer.bias()[0].item()) / scale)
+    code = round(total * scale / Fraction(layer.scale)) + layer.zero_point
+    return max(0, min(code, 255))
+
+
+# %% tags=["check"]
+def as_the_kernel(x, layer):
+    """What is wrong with codes, beside the kernel's and the one in exact fractions."""
+    codes, exact = layer(x).int_repr().int(), exact_code(x, layer)
+
+    def fault(found):
+        off = (found - codes).abs()
+        if found.shape == codes.shape and off.max() <= 1 and (off > 0).sum() <= 2:
+            one = found[0, 0, 2, 2]  # float32, as kernels have it, may miss a tie
+            return "" if one == exact else f"{one} where fractions give {exact}"
+        return f"{(off > 0).sum()} of {codes.numel()} codes are not the kernel's"
+
+    return fault
+
+
+# %% tags=["check"]
+if ready["eager"]:
+    x, layer = tiny_layer()
+    nothing = torch.quantize_per_tensor(
+        torch.zeros(x.shape), x.q_scale(), x.q_zero_point(), torch.quint8)
+    finer = copy.deepcopy(layer)
+    finer.scale = layer.scale / 4
+    alone = "An input of zeros leaves the bias, divided by the products' scale."
+    middle = "Subtract the zero-point before the convolution: padding adds zeros."
+    ends = "A finer output scale: what lies beyond ends at code 255."
+    cases = (nothing, layer, alone), (x, layer, middle), (x, finer, ends)
+    with torch.no_grad():
+        check(output_codes, *(((x, la), as_the_kernel(x, la), w) for x, la, w in cases))
 
 # %% [markdown]
 # Next: [03_quantize_by_hand](03_quantize_by_hand.ipynb), the same with our own arithmetic, and then fewer

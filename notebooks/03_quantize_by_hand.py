@@ -73,6 +73,7 @@ observer = "histogram"  # minmax, percentile or histogram
 n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
 # calibration seeds in section 9; 0: one in a smoke run, three in a full one
 n_seeds = 0
+solutions = False  # True: the exercises' solutions are run
 
 # %%
 study = Study(
@@ -881,6 +882,133 @@ print(f"in float they take {in_float / 1e3:,.0f} kB.")
 # | 4 | 2.14 [1.64, 2.63] | 2.32 [1.83, 2.82] | 4.31 [3.72, 4.90] |
 # | 3 | 12.70 [11.88, 13.51] | 13.74 [12.91, 14.57] | 43.74 [42.66, 44.81] |
 # <!-- /findings -->
+
+# %% [markdown]
+# ## Exercises
+# Write each function in place of its `...`, run its cell, then the one with the check, which says what is
+# wrong. The solution is folded between the two; with `solutions = True` at the top all of them run.
 #
+# **1. A range of any sign.** `scale_and_zero_point` above asks for $a \le 0 \le b$. Values may also lie in
+# $[0.5, 3]$ or $[-2, -0.5]$, and zero must still have a code. Return scale and zero-point for the codes
+# $0 \dots 2^b - 1$.
+
+# %%
+from fractions import Fraction
+
+from quantlab.workbook.exercises import check
+
+
+# %% tags=["exercise"]
+def any_range(low, high, bits):
+    """(scale, zero-point): a float and an int, of the codes 0..2^bits - 1."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def any_range(low, high, bits):
+        low, high = min(low, 0), max(high, 0)
+        scale = (high - low) / (2**bits - 1)
+        return scale, round(-low / scale)
+
+
+# %% tags=["check"]
+def exact_range(low, high, bits):
+    """A case, in exact fractions; ql must agree."""
+    a, b = min(Fraction(low), 0), max(Fraction(high), 0)
+    scale = (b - a) / (2**bits - 1)
+    zero_point = round(-a / scale)
+    q = ql.choose_qparams(low, high, bits)
+    assert q.zero_point == zero_point and math.isclose(q.scale, scale, rel_tol=1e-6)
+    return (low, high, bits), (float(scale), zero_point)
+
+check(
+    any_range,
+    (*exact_range(-1, 3, 4), "As in section 1: 15 steps from -1 to 3, z rounded."),
+    (*exact_range(0.5, 3, 4), "All above zero: widen the range to [0, 3] first."),
+    (*exact_range(-2, -0.5, 8), "All below zero: widen to [-2, 0], zero is code 255."),
+)
+
+
+# %% [markdown]
+# **2. A scale for every channel.** Fake quantization to the narrow codes
+# $-(2^{b-1} - 1) \dots 2^{b-1} - 1$ with zero-point 0, where every channel along `axis` has a scale of its own.
+# PyTorch lines shapes up from the *right*: give the scales the shape in which each meets its own channel. A
+# linear layer's weight has two dimensions, a convolution's four, a transposed convolution's channels lie on
+# axis 1.
+
+# %% tags=["exercise"]
+def fake_quantize_channels(x, scales, axis, bits):
+    """float32, the shape of x; scales: float32 [C], C = x.shape[axis]."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def fake_quantize_channels(x, scales, axis, bits):
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        s, top = scales.view(shape), 2 ** (bits - 1) - 1
+        return torch.round(x * (1 / s)).clamp(-top, top) * s
+
+
+# %% tags=["check"]
+def channels(axis, bits, *shape):
+    """A case: torch's kernel, and ql must agree; the range is narrow, so some clip."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(axis))
+    scales = torch.arange(1, shape[axis] + 1) / 2**bits
+    zeros, top = torch.zeros(len(scales), dtype=torch.int32), 2 ** (bits - 1) - 1
+    kernel = torch.fake_quantize_per_channel_affine(x, scales, zeros, axis, -top, top)
+    ours = ql.fake_quantize(x, ql.QParams(scales, zeros, -top, top, axis))
+    assert torch.equal(ours, kernel)
+    return (x, scales, axis, bits), kernel
+
+square = "A square matrix: [3] alone meets the columns, rows are the channels here."
+check(fake_quantize_channels, (*channels(0, 4, 3, 3), square),
+      (*channels(0, 8, 2, 3, 3, 3), "A convolution's weight, channels in front."),
+      (*channels(1, 3, 2, 4, 3, 3), "Axis 1, 3 bits: the codes are -3 to 3."))
+
+
+# %% [markdown]
+# **3. Requantize in integers.** Section 6 rounds $a\,m / 2^k$ by adding half of the last place before the
+# shift, which rounds ties *up*. gemmlowp's last step, and ARM's, round ties *away from zero*, so that $-a$
+# gives the negative of $a$. Write that, with integers only: $a\,m$ needs up to 62 bits, more than a float64
+# has. [09](09_integer_only.ipynb) has both.
+
+# %% tags=["exercise"]
+def requantize(a, m, k):
+    """a * m / 2^k to nearest, ties away from zero; a: int64 [N], ints m > 0, k >= 1."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def requantize(a, m, k):
+        product = a * m
+        return product.sign() * ((product.abs() + (1 << (k - 1))) >> k)
+
+
+# %% tags=["check"]
+def away_from_zero(a, m, k):
+    """A case, in exact fractions; where there is no tie, section 6 must agree."""
+    exact = [Fraction(value) * m / 2**k for value in a]
+    away = [math.floor(abs(v) + Fraction(1, 2)) * (1 if v >= 0 else -1) for v in exact]
+    a = torch.tensor(a)
+    for v, up, found in zip(exact, (a * m + (1 << (k - 1))) >> k, away):
+        assert up == found or v % 1 == Fraction(1, 2)
+    return (a, m, k), away
+
+
+# %% tags=["check"]
+near = 3 * 2**28 + 3  # times 2^31 - 8 it is 3 * 2^59 - 24
+check(
+    requantize,
+    (*away_from_zero([7, 8, -7, 100], 3, 3), "7 * 3 / 8 = 2.625 is nearest to 3."),
+    (*away_from_zero([5, 3, 1], 1, 1), "A tie: 2.5 goes up to 3, not to the even 2."),
+    (*away_from_zero([-5, -3, -1, 0], 1, 1), "A tie: -2.5 goes down to -3."),
+    (*away_from_zero([near, -near], 2**31 - 8, 60), "Just below 1.5: no floats."),
+)
+
+# %% [markdown]
 # Next: [04_observers](04_observers.ipynb), why one range is better than another, and which layer breaks
 # first.

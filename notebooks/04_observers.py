@@ -63,6 +63,7 @@ clip_share = 1.0  # of that observer's range, in section 8; 0.1 to 1.5
 n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
 # of sections 4 and 5; 0: one calibration seed in a smoke run, three in a full one
 n_seeds = 0
+solutions = False  # True: the exercises' solutions are run
 
 # %%
 study = Study(
@@ -402,6 +403,171 @@ weight = 0.99 ** (len(values) - 1)
 print(
     f"- After {len(values)} batches the first holds {weight:.0%} of a moving average, "
     "c = 0.01."
+)
+
+# %% [markdown]
+# ## Exercises
+# Write each function in place of its `...`, run its cell, then the one with the check, which says what is
+# wrong. The solution is folded between the two; with `solutions = True` at the top all of them run.
+#
+# **1. A percentile from a histogram.** Bin $i$ counts the values in $(i\,w, (i + 1)\,w]$. Where is the end
+# below which a given fraction of all values lies? Inside the bin in which the fraction is reached, count
+# its values as evenly spread.
+
+# %%
+from fractions import Fraction
+
+from quantlab.workbook.exercises import check
+
+
+# %% tags=["exercise"]
+def upper_end(counts, width, fraction):
+    """A float; counts: int64 [N], of bins `width` wide from 0 on; 0 < fraction <= 1."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def upper_end(counts, width, fraction):
+        wanted = fraction * counts.sum().item()
+        below = 0
+        for i, count in enumerate(counts.tolist()):
+            if below + count >= wanted:
+                return (i + (wanted - below) / count) * width
+            below += count
+
+# %% tags=["check"]
+skewed = torch.rand(5000, generator=torch.Generator().manual_seed(0)) ** 3
+seen_here = EdgeStats().update(skewed)
+by_ql = observers.percentile(seen_here, 8, q=99)[1]
+assert abs(by_ql - skewed.quantile(0.99)) <= 2 * seen_here.width, "torch: to a bin"
+
+table = torch.tensor([5, 3, 2, 0])
+whole = seen_here.histogram()[1]
+check(
+    upper_end,
+    ((table, 2.0, 0.5), 2.0, "5 of 10 lie in the first bin: its end, 2."),
+    ((table, 2.0, 0.9), 5.0, "The third bin's 2 are spread: half of them end at 5."),
+    ((table, 2.0, 1.0), 6.0, "All lie below 6: the last bin is empty."),
+    ((whole, seen_here.width, 0.99), by_ql, "A histogram of 5,000: ql's percentile."),
+)
+
+
+# %% [markdown]
+# **2. The error of a candidate range.** From a histogram's middles and counts, the mean squared error of the
+# range $[0, b]$ in its two parts: *clipping*, what values beyond $b$ lose, each its whole way down to $b$, and
+# *rounding*, what all others lose on their way to the nearest code. The mean is over all values.
+
+# %% tags=["exercise"]
+def two_errors(middles, counts, high, bits):
+    """(clipping, rounding) of codes 0..2^bits - 1; middles: float64, counts: int64."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def two_errors(middles, counts, high, bits):
+        step = high / (2**bits - 1)
+        nearest = (torch.round(middles / step) * step).clamp(max=high)
+        squares = (nearest - middles).square() * counts / counts.sum()
+        return squares[middles > high].sum(), squares[middles <= high].sum()
+
+
+# %% tags=["check"]
+def exact_errors(stats, high, bits):
+    """A case, in exact fractions, value by value; split_error must agree."""
+    middles, counts = stats.histogram()
+    step, parts = Fraction(high) / (2**bits - 1), [0, 0]
+    for x, n in zip(map(Fraction, middles.tolist()), counts.tolist()):
+        nearest = min(round(x / step), 2**bits - 1) * step
+        parts[x <= high] += n * (nearest - x) ** 2 / stats.count
+    by_ql = split_error(stats, [0.0], [high], bits)
+    expected = torch.tensor([float(part) for part in parts])
+    assert torch.allclose(torch.cat(by_ql).float(), expected, rtol=1e-3, atol=1e-9)
+    return (middles, counts, high, bits), expected
+
+
+# %% tags=["check"]
+crowded = torch.rand(200, generator=torch.Generator().manual_seed(2)) ** 3
+few = EdgeStats().update(crowded)
+everything = "The whole range at 3 bits: nothing is clipped, all is rounded."
+narrow = "A narrow range: beyond it a value goes to the last code, which is clipping."
+check(
+    two_errors,
+    (*exact_errors(few, few.maximum + few.width, 3), everything),
+    (*exact_errors(few, 0.25, 3), narrow),
+    (*exact_errors(few, 0.5, 2), "At 2 bits there are three steps from 0 to high."),
+)
+
+
+# %% [markdown]
+# **3. A search with both ends free.** `error(low, high)` tells the error of a range; the whole range is given.
+# Find one whose error is at most 0.05 % above that of *ql's histogram*, and ask at most 300 times: every pair of
+# 18 ends is already more. (Section 3's landscape helps: where is it flat, and why is it no good to walk
+# inwards and to stop at the first rise?)
+
+# %% tags=["exercise"]
+def best_range(error, low, high):
+    """(low, high), inside low <= 0 <= high; error: a function (low, high) -> float."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def best_range(error, low, high):
+        best, step = (0.5, 0.5), 0.5  # fractions of the two ends, and how far to look
+        for points in (9, 7, 7, 7):
+            around = torch.linspace(-step, step, points).tolist()
+            sides = [[min(max(b + a, 0.01), 1) for a in around] for b in best]
+            pairs = itertools.product(*map(set, sides))
+            best = min(pairs, key=lambda pair: error(low * pair[0], high * pair[1]))
+            step *= 2 / (points - 1)
+        return low * best[0], high * best[1]
+
+
+# %% tags=["check"]
+def error_of(x, low, high, bits):
+    """Mean squared error of x in ranges [low, high], numbers or [R, 1]; [] or [R]."""
+    top = 2**bits - 1
+    s = (high - low) / top
+    z = (low / s).round() if isinstance(s, torch.Tensor) else round(low / s)
+    codes = (torch.round(x / s) - z).clamp(0, top)
+    return (s * (codes + z) - x).square().mean(-1)
+
+def least_of_all(x, bits):
+    """By brute force, the error of the best of all pairs of 25 ends."""
+    ends = torch.arange(1, 26).double() / 25
+    low, high = torch.cartesian_prod(x.min() * ends, x.max() * ends).unbind(1)
+    return error_of(x, low[:, None], high[:, None], bits).min()
+
+
+# %% tags=["check"]
+def searched(x, bits):
+    """A case: what is wrong with a range for x, beside ql's and brute force."""
+    asked, by_ql = [], observers.histogram(EdgeStats().update(x), bits)
+    most = error_of(x, *by_ql, bits)
+    assert most <= 1.001 * least_of_all(x, bits), "ql's is no worse than brute force"
+    def error(low, high):
+        asked.append((low, high))
+        return error_of(x, low, high, bits).item()
+    def fault(found):
+        ratio = error_of(x, *found, bits) / most
+        if len(asked) > 300:
+            return f"error was asked {len(asked):,} times"
+        return "" if ratio <= 1.0005 else f"{ratio:.4f} times the error of ql's range"
+    return (error, x.min().item(), x.max().item()), fault
+
+
+# %% tags=["check"]
+normal = torch.randn(2000, generator=torch.Generator().manual_seed(1)).double()
+some, outlier = normal[:300], torch.cat([normal, torch.tensor([40.0])])
+unequal = "More lies above zero than below: the ends want different fractions."
+rises = "One value lies at 40: on the way in the error rises before it falls."
+check(
+    best_range,
+    (*searched(some, 4), "At 4 bits both ends move in: coarsely first, then finely."),
+    (*searched(some - some.min() * 0.7, 3), unequal),
+    (*searched(outlier, 3), rises),
 )
 
 # %% [markdown]

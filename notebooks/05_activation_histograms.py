@@ -55,6 +55,7 @@ n_calibration = 0  # 0: 256 in a smoke run, 1,024 in a full one
 # images of section 4, with 20 ranges a channel; 0: 32 in a smoke run, 128 in a full one
 n_costs = 0
 n_panels = 20  # layers in section 2, evenly chosen where there are more
+solutions = False  # True: the exercises' solutions are run
 
 # %%
 study = Study(
@@ -336,6 +337,142 @@ print(
 print(
     f"most in {worst.layer}: {worst.gain_db:.1f} dB. For weights: "
     f"{gains['weights']:.1f} dB."
+)
+
+# %% [markdown]
+# ## Exercises
+# Write each function in place of its `...`, run its cell, then the one with the check, which says what is
+# wrong. The solution is folded between the two; with `solutions = True` at the top all of them run.
+#
+# **1. Signal to noise.** Return $10 \log_{10} \big(\sum x^2 / \sum (\hat x - x)^2\big)$ in decibels, one number
+# for a tensor of any shape; infinite where nothing is lost.
+
+# %%
+import copy
+import math
+
+from quantlab.workbook.exercises import check
+
+
+# %% tags=["exercise"]
+def sqnr(x, x_hat):
+    """A float, in dB; x, x_hat: float32 of the same shape."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def sqnr(x, x_hat):
+        signal, noise = x.square().sum(), (x_hat - x).square().sum()
+        return 10 * torch.log10(signal / noise).item()
+
+
+# %% tags=["check"]
+def with_noise(x, x_hat):
+    """A case: ql's decibels of sums in Python's floats."""
+    pairs = list(zip(x.flatten().tolist(), x_hat.flatten().tolist()))
+    signal = math.fsum(a * a for a, _ in pairs)
+    return (x, x_hat), decibels(signal, math.fsum((b - a) ** 2 for a, b in pairs))
+
+x = torch.tensor([[6.0, 8.0], [0.0, 0.0]])
+x_hat = torch.tensor([[6.0, 9.0], [0.0, 0.0]])
+check(
+    sqnr,
+    ((x, x_hat), 20.0, "Signal 100, noise 1: a hundredfold power is 20 dB."),
+    (*with_noise(x, x + 0.5), "Four errors of 0.5: a noise of 1, not 0.25."),
+    (*with_noise(x[0], x_hat[0] - 9), "Sums of squares; no mean is taken off."),
+    ((x, x), math.inf, "Nothing is lost: the ratio has no bound."),
+)
+
+
+# %% [markdown]
+# **2. What zero swallows.** Weights and activations crowd around zero. Of the values that are *not* zero, which
+# fraction gets zero's code at a given scale (ties to even)? At 2 or 3 bits it is most of them, and a layer
+# that loses its small values loses more than its decibels tell.
+
+# %% tags=["exercise"]
+def swallowed(x, scale):
+    """A float from 0 to 1, 0 where x holds nothing but zeros; x: float32."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def swallowed(x, scale):
+        values = x[x != 0]
+        gone = (torch.round(values * (1 / scale)) == 0).sum().item()
+        return gone / max(len(values), 1)
+
+
+# %% tags=["check"]
+def by_torch(x, scale):
+    """A case: torch's kernel and ql's codes, zero-point 8 of 16."""
+    kernel = torch.fake_quantize_per_tensor_affine(x, scale, 8, 0, 15)
+    q = ql.QParams(torch.tensor(scale), torch.tensor(8, dtype=torch.int32), 0, 15)
+    assert torch.equal(kernel == 0, ql.quantize_tensor(x, q) == 8)
+    gone, values = ((kernel == 0) & (x != 0)).sum().item(), (x != 0).sum().item()
+    return (x, scale), gone / max(values, 1)
+
+
+# %% tags=["check"]
+normal = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+check(
+    swallowed,
+    ((torch.tensor([0.1, -0.2, 0.6, -3.0]), 1.0), 0.5, "0.1 and -0.2 of four."),
+    (*by_torch(normal.relu(), 0.5), "Zeros are not swallowed: leave them out."),
+    ((torch.tensor([0.5, -0.5, 1.5]), 1.0), 2 / 3, "0.5 is a tie: to the even 0."),
+    (*by_torch(torch.zeros(3), 1.0), "Nothing but zeros: 0, no division by zero."),
+)
+
+
+# %% [markdown]
+# **3. A histogram behind BatchNorm.** In evaluation a channel's values $x$ become
+# $\gamma\,(x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta$: its histogram is moved and stretched, and no value
+# leaves its bin. That is what folding does to a range. Given the middles of the bins in front and their
+# counts, return those behind, the middles ascending as before. Which signs may $\gamma$ have?
+
+# %% tags=["exercise"]
+def behind_batchnorm(middles, counts, bn, channel):
+    """float64 [2, N]: middles and counts; middles ascending, counts: float64 [N]."""
+    ...
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+if solutions:
+    def behind_batchnorm(middles, counts, bn, channel):
+        scale = bn.weight[channel] / (bn.running_var[channel] + bn.eps).sqrt()
+        moved = (middles - bn.running_mean[channel]) * scale + bn.bias[channel]
+        behind = torch.stack([moved, counts]).detach()
+        return behind.flip(1) if scale < 0 else behind
+
+# %% tags=["check"]
+bn = torch.nn.BatchNorm2d(3, eps=0.01).double().eval()
+with torch.no_grad():
+    bn.weight.copy_(torch.tensor([2.0, -0.5, 1.0]))
+    bn.bias.copy_(torch.tensor([0.0, 0.25, -1.0]))
+    bn.running_mean.copy_(torch.tensor([0.0, 1.0, 0.5]))
+    bn.running_var.copy_(torch.tensor([0.99, 3.99, 0.0]))
+middles, counts = torch.linspace(-1, 2, 7).double(), torch.arange(1.0, 8).double()
+conv = torch.nn.Conv2d(3, 3, 1, bias=False)  # so that there is something to fold into
+conv.weight.data.copy_(torch.eye(3).view(3, 3, 1, 1))
+together = folded(torch.nn.Sequential(conv, copy.deepcopy(bn).float()).eval())
+
+
+# %% tags=["check"]
+def through_torch(channel):
+    """A case: every value through BatchNorm itself, then counted; ql folds alike."""
+    values = middles.repeat_interleave(counts.long()).expand(1, 3, 1, -1)
+    with torch.no_grad():
+        behind, ours = bn(values)[0, channel], together(values.float())[0, channel]
+    assert torch.allclose(ours.double(), behind, atol=1e-5)
+    counted = torch.stack(behind.unique(return_counts=True))
+    return (middles, counts, bn, channel), counted
+
+check(
+    behind_batchnorm,
+    (*through_torch(0), "Subtract the mean, multiply by gamma over the deviation."),
+    (*through_torch(2), "The variance is 0 here: epsilon stands below the root."),
+    (*through_torch(1), "Here gamma is negative: the histogram is mirrored."),
 )
 
 # %% [markdown]

@@ -94,7 +94,8 @@ def _executed(tmp_path_factory):
             patch.delenv(name, raising=False)
         shutil.rmtree(place / "checkpoint")
         first, *others = notebooks.notebooks()
-        trained = run.run([first], {"data": "digits", "epochs": "1"}, time_limit=400)
+        given = {"data": "digits", "epochs": "1", "solutions": "True"}
+        trained = run.run([first], given, time_limit=400)
         assert trained.status[0] == "done", trained.message[0]
         card = json.loads(read_text(place / "checkpoint" / "resnet20-digits.json"))
         copy_checkpoint(place)
@@ -105,8 +106,8 @@ def _executed(tmp_path_factory):
 @pytest.fixture
 def executed(_executed, monkeypatch):
     """(workbook, frame of `run`, card): every notebook run once, in the smoke preset. The first
-    found no checkpoint and trained for an epoch, which the card states; the others have the digits
-    checkpoint.
+    found no checkpoint and trained for an epoch, which the card states, and ran its exercises'
+    solutions; the others have the digits checkpoint and empty exercises.
     """
     monkeypatch.setenv("QUANTLAB_ROOT", str(_executed[0]))
     return _executed

@@ -102,7 +102,7 @@ def test_parameters_may_be_written_as_papermill_runs_them(workbook, line, name, 
     edit(workbook, "03_quantize_by_hand", append)
     notebook = find("03")
     assert not notebook.problem and notebook.parameters[name] == default
-    assert len(notebook.parameters) == 10 + ("sides" in line)
+    assert len(notebook.parameters) == 11 + ("sides" in line)
     assert check_parameter(notebook, "n_calibration", "64") == 64
 
 

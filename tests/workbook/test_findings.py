@@ -20,7 +20,10 @@ def texts():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_opens_and_ends_with_what_publish_would_write(texts, name):
     cells = jupytext.read(CHECKOUT / "notebooks" / f"{name}.py").cells
-    for cell, place in ((cells[0], "opening"), (cells[-1], "closing")):
+    (closing,) = (cell for cell in cells if "<!-- findings:closing -->" in cell.source)
+    below = [cell.source for cell in cells[cells.index(closing) + 1 :]]
+    assert not below or below[0].startswith("## Exercises")
+    for cell, place in ((cells[0], "opening"), (closing, "closing")):
         assert cell.cell_type == "markdown"
         assert cell.source.count(f"<!-- findings:{place} -->") == 1
         written = findings.with_findings(cell.source, texts, name)

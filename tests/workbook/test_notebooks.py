@@ -64,6 +64,16 @@ def test_all_notebooks_run_without_a_warning(executed):
         assert not [t for t in stderr if "Warning" in t], stderr
 
 
+def test_exercises_are_right_where_solutions_ran_and_else_not_written_yet(executed):
+    runs = executed[0] / "results" / "runs"
+    for name in [path.stem for path in NOTEBOOKS[:5]]:
+        (out,) = runs.glob(f"{name}-*.ipynb")
+        outputs = [o for c in cells_of(out)
+                   if "check" in c.metadata.get("tags", []) for o in c.outputs]
+        said = "right" if name == "01_train" else "not written yet"
+        assert [o.text.partition(": ")[2] for o in outputs] == [f"{said}\n"] * 3
+
+
 def test_every_notebook_that_records_has_rows_and_each_configuration_is_there_once(executed):
     runs = executed[0] / "results" / "runs"
     rows = results.load()
