@@ -376,6 +376,8 @@ for row in fisher.itertuples():
 # | QDrop | 0.06 [-0.09, 0.21] | 0.59 [0.24, 0.95] | 2.00 [1.51, 2.50] | 9.45 [8.70, 10.19] | 7.58 [6.87, 8.29] |
 # | QDrop + end to end |  | 0.53 [0.18, 0.88] | 1.76 [1.28, 2.24] | 8.42 [7.69, 9.14] | 7.03 [6.35, 7.72] |
 # | QDrop + fine-tuning |  |  | 1.65 [1.17, 2.13] | 6.76 [6.07, 7.45] | 6.30 [5.62, 6.97] |
+# | QDrop + long fine-tuning |  |  |  |  |  |
+# | QDrop + augmented fine-tuning |  |  |  |  |  |
 # <!-- /findings -->
 #
 # Next: [08_mixed_precision](08_mixed_precision.ipynb), which layer needs its bits, and why papers

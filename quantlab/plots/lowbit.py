@@ -207,18 +207,25 @@ def conventions(frame, text):
 
 @styled
 def networks_by_bits(table, text):
-    """Points lost by width, the networks beside each other.
+    """Points lost by width, the networks beside each other, a panel a method.
 
-    table: width (W4A8, ...), model, drop, drop_low, drop_high (points).
+    table: method, width (W4A8, ...), model, drop, drop_low, drop_high (points).
     """
-    widths, models = distinct(table.width), distinct(table.model)
-    figure, (axes,) = panels(1, 7.5, 0.4 * len(widths) * len(models) + 1.2)
+    methods, models = distinct(table.method), distinct(table.model)
+    most = table.groupby("method").width.nunique().max()
+    size = 6 * len(methods) + 1.5, 0.4 * most * len(models) + 1.2
+    figure, grid = panels(len(methods), *size)
     height = 0.8 / len(models)
-    for i, (model, colour) in enumerate(zip(models, VARIANT_COLOURS)):
-        own = table[table.model == model]
-        rows = [widths.index(width) + (i - (len(models) - 1) / 2) * height for width in own.width]
-        bars(axes, rows, own["drop"], whiskers(own), colour, height, label=model)
-    name_rows(axes, widths)
-    axes.set(xlabel="points lost against the float network", title="Small against large")
-    axes.legend(loc="upper right")
+    for axes, method in zip(grid, methods, strict=True):
+        part = table[table.method == method]
+        widths = distinct(part.width)
+        for i, (model, colour) in enumerate(zip(models, VARIANT_COLOURS)):
+            own = part[part.model == model]
+            place = (i - (len(models) - 1) / 2) * height
+            rows = [widths.index(width) + place for width in own.width]
+            bars(axes, rows, own["drop"], whiskers(own), colour, height, label=model)
+        name_rows(axes, widths)
+        axes.set(xlabel="points lost against the float network", title=method)
+    grid[0].legend(loc="upper right")
+    figure.suptitle("Small against large", fontsize=11)
     return caption(figure, text)

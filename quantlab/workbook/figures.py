@@ -120,33 +120,49 @@ def waterfall(rows):
     return ladder.waterfall(pd.concat(steps), pd.concat(seeds), _caption(rows, text))
 
 
-def networks_by_width(frame, dataset, widths=("8/8", "4/8", "4/4", "3/3")):
-    """Our plain rows of all networks on one data set, means over seeds: a frame of width (W4A8),
-    model, drop, drop_low, drop_high, bytes, seeds, n_test; widths in order, the largest network
-    first.
+LEARNED_WIDTHS = ("4/8", "4/4", "3/3", "2/4", "2/2")
+
+
+def networks_by_width(frame, dataset, widths=("8/8", "4/8", "4/4", "3/3"), method=""):
+    """Rows of one method ("": nearest) of all networks on one data set, means over seeds: a frame
+    of width (W4A8), model, drop, drop_low, drop_high, bytes, seeds, n_test, levels (of weights, in
+    words); widths in order, the largest network first. All 2^b levels where every network has such
+    rows.
     """
     summary = results.summarize(frame[frame.dataset == dataset])
-    summary = summary[summary.corrections.eq("")]
-    parts = [summary[results.has_config(summary, config_of(width))].assign(width=name_of(width))
-             for width in widths]
-    rows = pd.concat(parts).sort_values("model", ascending=False, kind="stable")
-    return rows[["width", "model", "drop", "drop_low", "drop_high", "bytes", "seeds", "n_test"]]
+    summary = summary[summary.corrections.str.fullmatch(method and rf"{method}, \d+ iterations")]
+    tables = []
+    for symmetric in (False, True):
+        found = [(w, results.has_config(summary, config_of(w, weight_symmetric=symmetric)))
+                 for w in widths]
+        tables.append(pd.concat([summary[same].assign(width=name_of(w)) for w, same in found]))
+    lacking = set(tables[1].model) - set(tables[0].model)
+    rows = tables[bool(lacking)].assign(levels="2^b - 1 levels" if lacking else "2^b levels")
+    rows = rows.sort_values("model", ascending=False, kind="stable")
+    columns = ["width", "model", "drop", "drop_low", "drop_high", "bytes", "seeds", "n_test"]
+    return rows[[*columns, "levels"]]
 
 
 def small_against_large(frame):
-    """{data set: figure} of `networks_by_width`, where two networks or more have been measured.
+    """{data set: figure} of `networks_by_width`, nearest and learned, where two networks or more
+    have been measured.
 
     frame: rows of `results.current`.
     """
     figures = {}
     for dataset in frame.dataset.unique():
-        table = networks_by_width(frame, dataset)
-        if table.model.nunique() > 1:
+        nearest = networks_by_width(frame, dataset)
+        methods = {f"nearest rounding, {level}": nearest for level in nearest.levels[:1]}
+        learned = networks_by_width(frame, dataset, LEARNED_WIDTHS, "QDrop")
+        if learned.model.nunique() > 1:
+            methods[f"learned by QDrop, {learned.levels.iloc[0]}"] = learned
+        if nearest.model.nunique() > 1:
+            table = pd.concat([part.assign(method=name) for name, part in methods.items()])
             fewest, most = table.seeds.min(), table.seeds.max()
             seeds = f"{most if fewest == most else f'{fewest} to {most}'} calibration seed(s)"
-            text = f"{dataset}, n = {table.n_test.max():,} test images; nearest rounding, means of "
-            text += f"{seeds}; lines: paired 95 % interval"
-            figures[dataset] = lowbit.networks_by_bits(table, text)
+            text = f"{dataset}, n = {table.n_test.max():,} test images; means of {seeds}; "
+            figures[dataset] = lowbit.networks_by_bits(
+                table, text + "lines: paired 95 % interval")
     return figures
 
 
@@ -172,7 +188,8 @@ def what_a_bit_buys(rows):
         return None
     marks = {name: ms[what] for name, what in (("float", "float"), ("built-in int8", "eager int8"))
              if what in ms}
-    text = f"nearest rounding; time: batch 64, {times.device.iloc[-1]}"
+    text = f"nearest rounding, weights of {table.levels.iloc[0]}; time: batch 64, "
+    text += times.device.iloc[-1]
     return plots.what_a_bit_buys(table, marks, _caption(rows, text))
 
 
