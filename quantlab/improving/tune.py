@@ -28,6 +28,7 @@ from quantlab.system.arguments import check_settings
 from quantlab.system.contract import check_function, check_origin
 from quantlab.system.errors import UserError, checked
 from quantlab.system.machine import device, exact_float
+from quantlab.system.timing import take_turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,32 @@ def tune_end_to_end(model, qmodel, images, config=TuneConfig(), verbose=True):
     quantized one's, both on the same random batches of `images`: float32 [N, 3, H, W] or an
     iterable of batches. Raises UserError for fewer images than a batch.
     """
+    tuner, steps = _begin(model, qmodel, images, config)
+    for _ in tqdm(steps, "tune", config.iterations, leave=False, disable=not verbose):
+        pass
+    return tuner.quantized()
+
+
+def iteration_cost(model, qmodel, images, config=TuneConfig(), repeats=20):
+    """Seconds of `repeats` iterations, targets included, and of as many plain forward and backward
+    passes of the float network on a batch of the same size, in turns: a dict of two lists, learning
+    and plain.
+    """
+    tuner, steps = _begin(model, qmodel, images, dataclasses.replace(config, iterations=10**6))
+    plain = copy.deepcopy(tuner.graph).requires_grad_(True)
+    batch = stack_images(images, config.batch_size)[: config.batch_size].to(device())
+    batch = batch.contiguous(memory_format=torch.channels_last)
+
+    def run():
+        plain.zero_grad()
+        with exact_float(), torch.inference_mode(False), torch.enable_grad():
+            plain(batch).square().sum().backward()
+
+    return take_turns({"learning": lambda: next(steps), "plain": run}, repeats, warm_up=3)
+
+
+def _begin(model, qmodel, images, config):
+    """(Tuner, its iterations: a generator of losses)."""
     images = stack_images(images, config.batch_size)
     tuner, heat = Tuner(model, qmodel, config), config.temperature
     check_function(model, folded(model), images)
@@ -79,10 +106,7 @@ def tune_end_to_end(model, qmodel, images, config=TuneConfig(), verbose=True):
         kl = nn.functional.kl_div(softened, targets, log_target=True, reduction="batchmean")
         return heat**2 * kl
 
-    steps = tuner.steps(_soft_targets(tuner.graph, images, config), divergence)
-    for _ in tqdm(steps, "tune", config.iterations, leave=False, disable=not verbose):
-        pass
-    return tuner.quantized()
+    return tuner, tuner.steps(_soft_targets(tuner.graph, images, config), divergence)
 
 
 def _soft_targets(graph, images, config):

@@ -1,6 +1,6 @@
 """How fast: every claim of speed as a ratio, both sides measured in turns in one run.
 
-    python -m quantlab bench [collect fakequant int8 integer reconstruct] [--model resnet50]
+    python -m quantlab bench [collect fakequant int8 integer reconstruct tune] [--model resnet50]
                              [--batch 64]
 
 Weights are random, images are noise: neither changes what is computed. All networks run on the CPU
@@ -22,6 +22,8 @@ import torch
 from quantlab.calibration import collect
 from quantlab.config import QuantConfig
 from quantlab.improving.reconstruct import ReconstructConfig, iteration_cost
+from quantlab.improving.tune import TuneConfig
+from quantlab.improving.tune import iteration_cost as tuning_cost
 from quantlab.inplace import written_in_place
 from quantlab.integer.fast import native
 from quantlab.integer.network import IntegerRun, to_integer
@@ -195,22 +197,40 @@ def bench_reconstruct(model, images, rounds, compiled):
     stats, settings = collect(model, [images]), ReconstructConfig()
     cost = iteration_cost(model, stats, images, QuantConfig(4, 4), settings, repeats=4 * rounds)
     ratios = {"plain": cost.plain / cost.plain, "learning": cost.learning / cost.plain}
-    rows = []
-    for what, column in (("float units", "plain"), ("learning units", "learning")):
-        seconds = cost[column].sum()
-        rows.append({
-            "section": "reconstruct", "what": what, "against": "float units",
-            "images_per_s": settings.batch_size / seconds,
-            "time_ratio": seconds / cost.plain.sum(),
-            "time_ratio_least": ratios[column].min(), "time_ratio_most": ratios[column].max(),
-            "throughput_ratio": cost.plain.sum() / seconds,
-        })
-    return pd.DataFrame(rows)
+    seconds = {"float units": cost.plain.sum(), "learning units": cost.learning.sum()}
+    ratios = {"float units": ratios["plain"], "learning units": ratios["learning"]}
+    return _costs("reconstruct", seconds, ratios, settings.batch_size)
+
+
+def bench_tune(model, images, rounds, compiled):
+    """An iteration of fine-tuning the whole network (W4A4, on augmented images, targets included)
+    against its plain float forward and backward pass.
+    """
+    images = images.repeat(-(-64 // len(images)), 1, 1, 1)
+    qmodel = quantize(model, collect(model, [images]), QuantConfig(4, 4))
+    settings = TuneConfig(learn_weights=True, flip=True, crop=1, mixup=0.5)
+    times = tuning_cost(model, qmodel, images, settings, repeats=2 * rounds)
+    times = {"float network": times["plain"], "learning the network": times["learning"]}
+    ratios = {what: pd.Series(t) / times["float network"] for what, t in times.items()}
+    seconds = {what: statistics.median(t) for what, t in times.items()}
+    return _costs("tune", seconds, ratios, settings.batch_size)
+
+
+def _costs(section, seconds, ratios, batch):
+    """Rows of what learning costs, against the first of `seconds`; ratios: of times, by name."""
+    first, *_ = seconds
+    return pd.DataFrame([{
+        "section": section, "what": what, "against": first, "images_per_s": batch / seconds[what],
+        "time_ratio": seconds[what] / seconds[first], "time_ratio_least": ratios[what].min(),
+        "time_ratio_most": ratios[what].max(),
+        "throughput_ratio": seconds[first] / seconds[what],
+    } for what in seconds])
 
 
 SECTIONS = {
     "collect": bench_collect, "fakequant": bench_fakequant, "int8": bench_int8,
     "integer": bench_integer, "reconstruct": bench_reconstruct,
+    "tune": bench_tune,
 }
 
 

@@ -47,11 +47,11 @@ def test_integers_are_measured_on_three_networks_one_image_and_many(workbook, mo
 
 
 def test_its_sections_run_and_others_are_refused(workbook, capsys):
-    sections = ["collect", "fakequant", "integer", "reconstruct"]
+    sections = ["collect", "fakequant", "integer", "reconstruct", "tune"]
     frame = bench.bench(sections, model="resnet20", batch=2, rounds=1, compiled=False)
     assert set(frame.section) == set(sections)
-    assert {"float", "collect", "fake-quant", "learning units", "integer only W8A8",
-            "integer only W4A8", "integer only W4A4", "integer only W2A2"} <= set(frame.what)
+    assert {"float", "collect", "fake-quant", "learning units", "learning the network",
+            *(f"integer only W{w}A{a}" for w, a in bench.WIDTHS)} <= set(frame.what)
     said = capsys.readouterr().out
     assert (workbook / "results" / "bench.csv").exists() and "time against float" in said
     assert "where the time goes: " in said
