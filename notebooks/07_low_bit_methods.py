@@ -77,6 +77,7 @@ try_fisher = True  # section 6
 iterations = 0  # of learning a unit; 0: 3 in a smoke run, 500 in a full one
 n_calibration = 0  # 0: 64 in a smoke run, 1,024 in a full one
 n_seeds = 0  # calibration seeds; 0: one in a smoke run, three in a full one
+keep = "none"  # widths whose networks by the best method go into checkpoint/
 
 # %%
 study = Study(
@@ -326,6 +327,19 @@ fisher = pd.DataFrame()
 if try_fisher and methods:
     fisher = pd.DataFrame([fisher_gain(width) for width in compared])
     show(fisher.round(2))
+
+# %% [markdown]
+# ## 7. Networks to take along
+# A network that was learned is kept beside its row, in `results/rows`. With `keep`, as in `4/4,2/2`, those
+# of the best method and the first seed go into `checkpoint/`, packed and with their cards; then
+# `ql.load_quantized(path)` gives them in a second, without the float network.
+
+# %%
+for width in [] if keep == "none" else keep.split(","):
+    config = config_of(width, **convention)
+    path = builder.keep(builder.measure(best_method, config))
+    ready = study.evaluate(ql.load_quantized(path))
+    print(f"{path.name}: {path.stat().st_size / 1000:,.0f} kB, {ready.top1:.2f} %")
 
 # %% [markdown]
 # ## What we learned

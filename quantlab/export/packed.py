@@ -2,6 +2,7 @@
 
     save_quantized(qmodel, "model.safetensors")
     qmodel = load_quantized("model.safetensors", model)     # the float network, any weights
+    qmodel = load_quantized("checkpoint/resnet20-cifar10-jpeg-w4a4.safetensors")    # with a card
 
     tensors    LAYER.weight        uint8, codes - qmin as one stream of bits (bits.py)
                LAYER.weight_scale  float32 [] or [C]
@@ -29,6 +30,8 @@ from quantlab.config import QuantConfig
 from quantlab.export import packed_schema as schema
 from quantlab.export.bits import pack, unpack
 from quantlab.graph import folded
+from quantlab.networks.architectures import build
+from quantlab.networks.cards import card_path, load_card
 from quantlab.observers import OBSERVERS, observer_name
 from quantlab.plan import Plan, make_plan
 from quantlab.quantized import (
@@ -144,14 +147,16 @@ def _checksum(tensors, about):
 
 @checked
 @torch.no_grad()
-def load_quantized(path, model):
+def load_quantized(path, model=None):
     """The QuantizedNetwork of a packed file, bit for bit the one that was saved.
 
     model: the float network it was made from; its architecture is needed, its weights are not used.
-    The result lies on its device. Raises UserError for a file that is damaged, of a newer version,
-    no packed checkpoint, of another architecture, or with values that no quantized network has.
+    None: that of the card beside the file (networks/cards.py). The result lies on its device.
+    Raises UserError for a file that is damaged, of a newer version, no packed checkpoint, of
+    another architecture, or with values that no quantized network has.
     """
     tensors, about = _read(path)
+    model = _named_by_card(path) if model is None else model
     graph = folded(model)
     device = next(graph.parameters()).device
     graph.cpu()
@@ -172,6 +177,15 @@ def load_quantized(path, model):
         if hasattr(layer, "weight_qparams"):
             layer.weight_qparams = layer.weight_qparams.to(device)
     return network.to(device)
+
+
+def _named_by_card(path):
+    """A network, untrained, of the architecture that the card of a packed file names."""
+    if not card_path(path).is_file():
+        raise UserError(f"{path} has no card that names its network; give the float network, too: "
+                        "load_quantized(path, model)")
+    card = load_card(path)
+    return build(card.architecture, card.num_outputs).float().eval()
 
 
 def _build(graph, tensors, about, config):

@@ -125,6 +125,7 @@ def _check_deviations(value):
 TEXTS = {  # parameter -> (its check, in words)
     "methods": (_check_list(_check_method, "auto", "none"), "auto, none, or methods, with commas"),
     "widths": (_check_list(split_width, "auto"), "auto, or widths as in 4/4,2/2/8"),
+    "keep": (_check_list(split_width, "none"), "none, or widths as in 4/4,2/2"),
     "best_method": (_check_method, "a method"), "pareto_method": (_check_method, "a method"),
     "convention_method": (_check_method, "a method"),
     "mean": (_check_channels, "three numbers"), "std": (_check_deviations, "three numbers above 0"),

@@ -42,7 +42,8 @@ def _weights(named, model):
     if named != "auto":
         return sha256(named) if pathlib.Path(str(named)).is_file() else None
     files = (root() / "checkpoint").glob(f"{model}-*.safetensors")
-    return sorted([f.name, sha256(f)] for f in files if not f.stem.endswith(".training"))
+    other = re.compile(r".*(\.training|-w\da\d)")  # states of training, quantized networks
+    return sorted([f.name, sha256(f)] for f in files if not other.fullmatch(f.stem))
 
 
 # ---- Which rooms --------------------------------------------------------------------------------

@@ -8,18 +8,24 @@ A name is a start (ranges, equalisation or learning) and, behind " + ", what is 
 """
 
 import dataclasses
+import json
+import shutil
 
 import pandas as pd
 import torch
 
 from quantlab.calibration import collect
 from quantlab.config import QuantConfig
+from quantlab.export.packed import save_quantized
 from quantlab.improving.corrections import correct_bias, correct_bias_analytic, reestimate_batchnorm
 from quantlab.improving.equalization import equalize
 from quantlab.improving.reconstruct import ReconstructConfig, reconstruct
 from quantlab.improving.tune import TuneConfig, tune_end_to_end
+from quantlab.networks.cards import card_path
 from quantlab.ptq import quantize
 from quantlab.quantized import weight_bytes
+from quantlab.system.errors import UserError
+from quantlab.system.files import atomic_path, root, sha256, write_text
 from quantlab.workbook import results
 from quantlab.workbook.allowed import (
     CORRECTIONS,
@@ -120,9 +126,38 @@ class Methods:
             "learning": [dataclasses.asdict(part) for part in learning], "columns": columns}
 
         def measure(state):
-            return self.row(build(state), method, config, seed, **columns)
+            qmodel = build(state)
+            row = self.row(qmodel, method, config, seed, **columns)
+            if learning:
+                kept = state.with_suffix(".network.safetensors")
+                save_quantized(qmodel, kept)
+                row["network"] = kept.name
+            return row
 
         return self.study.once(settings, measure)
+
+    def keep(self, row):
+        """Put the network of a learned row into checkpoint/, with its card; the path.
+
+        MODEL-DATA-w4a4.safetensors: packed, for `load_quantized`. UserError where it is not there.
+        """
+        kept = root() / "results" / "rows" / (row.get("network") or "none")
+        if not kept.is_file():
+            raise UserError(f"{kept} is not there; delete results/rows and it is learned again")
+        name = f"{row['model']}-{row['dataset']}-w{row['weight_bits']}a{row['act_bits']}"
+        path = root() / "checkpoint" / f"{name}.safetensors"
+        with atomic_path(path) as temporary:
+            shutil.copyfile(kept, temporary)
+        about = ("method", "corrections", "weight_bits", "act_bits", "levels", "residual_bits",
+                 "input_bits", "n_calibration", "seed", "fp32_top1", "drop", "drop_low",
+                 "drop_high", "commit")
+        card = dataclasses.replace(
+            self.study.card, recipe={name: row[name] for name in about}, history=(),
+            test_top1=row["top1"], n_test=row["n_test"], heldout_top1=row["heldout"],
+            sha256=sha256(path), software={"torch": row["torch"]}, hardware=row["device"],
+            created=row["created"], source=f"quantized from {self.study.card.sha256[:12]}")
+        write_text(card_path(path), json.dumps(dataclasses.asdict(card), indent=1) + "\n")
+        return path
 
     def row(self, qmodel, method, config, seed=None, **columns):
         """A row of results.csv as a dict and with it, for learned methods, `units` (what learning

@@ -7,6 +7,7 @@ import torch
 
 import quantlab as ql
 from quantlab.improving import corrections
+from quantlab.networks.cards import card_path, load_card
 from quantlab.workbook import results
 from quantlab.workbook.methods import METHODS, Methods, config_of, name_of
 from quantlab.workbook.study import Study
@@ -118,6 +119,26 @@ def test_a_row_is_measured_once_and_says_which_images_are_wrong(builder, monkeyp
     assert builder.measure("nearest", config_of("2/2"))["top1"] == row["top1"]
     with pytest.raises(pytest.fail.Exception):
         builder.measure("nearest", config_of("2/2"), seed=1)
+
+
+def test_a_learned_network_is_kept_and_read_again_by_its_card_alone(builder, workbook):
+    config = config_of("4/4", weight_symmetric=False)
+    row = builder.measure("AdaRound", config)
+    path = builder.keep(row)
+    assert path.name == f"resnet20-{row['dataset']}-w4a4.safetensors"
+    network = ql.load_quantized(path)
+    assert builder.study.evaluate(network).top1 == row["top1"]
+    assert torch.equal(codes(network), codes(builder.build("AdaRound", config)))
+    card = load_card(path)
+    assert (card.test_top1, card.n_test, card.heldout_top1) == (
+        row["top1"], row["n_test"], row["heldout"])
+    assert card.recipe["corrections"] == row["corrections"] and card.recipe["levels"] == 16
+    card_path(path).unlink()
+    with pytest.raises(ql.UserError, match="has no card that names its network; give the float"):
+        ql.load_quantized(path)
+    assert ql.load_quantized(path, builder.study.network).config == config
+    with pytest.raises(ql.UserError, match="is not there; delete results/rows"):
+        builder.keep(builder.measure("nearest", config))
 
 
 def test_no_wrong_image_is_no_wrong_image():
