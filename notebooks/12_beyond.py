@@ -67,6 +67,7 @@ checkpoint = "auto"  # auto, or the path of a .safetensors file
 seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 qat_bits = 3  # 2 to 8, of weights and activations in section 2
+weight_symmetric = False  # True: weights of 2^b - 1 levels there; False: of all 2^b
 # in section 2, over the training images; 0: one in a smoke run, three in a full one
 qat_epochs = 0.0
 qat_lr = 0.001  # of steps, scales and biases
@@ -270,7 +271,7 @@ print(f"gradient of s: {grad_s:.3f}, {own_s:.3f} as learned from")
 
 # %%
 started = time.perf_counter()
-config = ql.QuantConfig(weight_bits=qat_bits, act_bits=qat_bits)
+config = ql.QuantConfig(qat_bits, qat_bits, weight_symmetric=weight_symmetric)
 ptq_model = ql.quantize(network, study.stats, config)
 ptq_seconds = time.perf_counter() - started
 ptq = study.evaluate(ptq_model)
@@ -385,7 +386,9 @@ show(table.round(2))
 levels = {
     "float": heldout_top1(network), f"PTQ, {qat_bits} bits": heldout_top1(ptq_model)
 }
-text = f"held-out images; W{qat_bits}A{qat_bits}, residual stream and image 8 bits"
+n_levels = 2**qat_bits - weight_symmetric
+text = f"held-out images; W{qat_bits}A{qat_bits}, weights of {n_levels} levels, "
+text += "residual stream and image 8 bits"
 text = study.caption(n_heldout, f"{text}, {recipe}, one seed")
 study.save(beyond.fine_tuning(pd.DataFrame(history), levels, text), "12_qat")
 
