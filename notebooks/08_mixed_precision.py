@@ -54,6 +54,7 @@ from tqdm.auto import tqdm
 # %%
 from quantlab import ptq
 from quantlab.analysis import mixed
+from quantlab.analysis.search import search
 from quantlab.graph import folded
 from quantlab.plan import make_plan
 from quantlab.plots import lowbit
@@ -245,6 +246,21 @@ text = f"test images, {named}, weights of {levels} levels, "
 text += f"{study.n_calibration:,} calibration images, seed {seed}"
 text = study.caption(len(study.test), text)
 study.save(lowbit.pareto(points, text), "08_pareto")
+
+# %% [markdown]
+# **The other way round**: not what loses least within a budget, but what is cheapest and loses at most so
+# much. `search` bisects the budget; the sensitivities say what to try, held-out images what it loses. As a
+# command, for any network, with learned rounding and resumable:
+# `python -m quantlab search resnet20 --lose 1.0 --cost bitops --learned --data PATH`.
+
+# %%
+some_widths = (8, 3) if study.smoke else options
+found = search(
+    network, study.stats, pictures, images.heldout, lose=2.0, widths=some_widths,
+    configs={f"{levels} levels": eight}, limit=limit,
+)
+assert found.lost <= 2
+print(found.reasons)
 
 
 # %% [markdown]

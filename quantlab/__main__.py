@@ -19,8 +19,9 @@ from quantlab.system.paper import COLUMNS, ask_notebooks, check_paper
 from quantlab.workbook import allowed, notebooks
 from quantlab.workbook.request import TIME_LIMIT, check_data, requested
 
+SEARCH_COSTS = ("bytes", "bitops")
 TABLES = ("headline", "original", "speed", "all")
-BENCH_SECTIONS = ("collect", "fakequant", "int8", "integer", "reconstruct")
+BENCH_SECTIONS = ("collect", "fakequant", "int8", "integer", "reconstruct", "tune")
 
 
 def main(arguments=None):
@@ -75,6 +76,7 @@ def parser():
                                                       "with a card, executing nothing in it"))
     _bench_options(add("bench", _bench, "measure speed: ratios, side by side, in one run"))
     _inspect_options(add("inspect", _inspect, "analyse a network of your own: one HTML file"))
+    _search_options(add("search", _search, "the cheapest network that loses at most so much"))
     _address_options(add("address", _address, "set the address of this repository, or show it"))
     add("sync", _sync, "bring .ipynb, .py, README and badges into step, without outputs")
     return top
@@ -173,6 +175,27 @@ def _inspect_options(inspected):
         help="calibration images, and as many test images (default: %(default)s)")
     add("--unlabelled", action="store_true", help="folders are no classes: leave accuracy out")
     add("--out", help="HTML file to write (default: results/inspect-FUNCTION.html)")
+
+
+def _search_options(searched):
+    add = searched.add_argument
+    add("target", help=f"{', '.join(NETWORKS)}, or MODULE:FUNCTION that builds the network")
+    add("--data", default="auto", help="auto, cifar10, digits, images, or a folder or archive of "
+        "train/CLASS and test/CLASS (default: %(default)s)")
+    add("--lose", type=float, default=1.0,
+        help="points of accuracy, on held-out images (default: %(default)s)")
+    add("--cost", choices=SEARCH_COSTS, default="bytes",
+        help="of weights, or bit operations of an image (default: %(default)s)")
+    add("--learned", action="store_true", help="try learned rounding below what nearest reaches")
+    add("--iterations", type=int, default=500, help="of learning (default: %(default)s)")
+    add("--limit", type=int, help="held-out and test images to look at (default: all)")
+    add("-n", type=int, default=1024, help="calibration images (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of calibration images (default: %(default)s)")
+    add("--weights", help="a .safetensors file or a state dict (.pt); nothing in it is executed")
+    add("--size", type=int, help="side in pixels that images are resized and cropped to")
+    add("--mean", type=float, nargs=3, help="of the three channels, in 0..1")
+    add("--std", type=float, nargs=3, help="of the three channels")
+    add("--out", help="packed network to write (default: results/search-NAME.safetensors)")
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -329,6 +352,27 @@ def _inspect(options):
     settings = ("size", "mean", "std", "bits", "n", "weights", "unlabelled")
     given = {name: getattr(options, name) for name in settings}
     print(inspect(options.target, options.data, out, **given))
+
+
+def _search(options):
+    check_data(options.data)
+    _check_file(options.weights)
+    for name, value in (("--iterations", options.iterations), ("-n", options.n),
+                        ("--limit", options.limit)):
+        _check_least(name, value)
+    if options.target not in NETWORKS and ":" not in options.target:
+        raise UserError(f"{options.target!r} is no network; name one of {', '.join(NETWORKS)}, or "
+                        "module:function that builds yours")
+
+    from quantlab.workbook.searching import run_search
+
+    name = f"search-{options.target.split(':')[-1]}.safetensors"
+    out = pathlib.Path(options.out or root() / "results" / name)
+    settings = ("lose", "cost", "learned", "limit", "seed", "iterations", "size", "mean", "std",
+                "weights")
+    given = {name: getattr(options, name) for name in settings}
+    print(run_search(options.target, options.data, out, n_calibration=options.n, **given), end="")
+    print(f"written: {out}, {out.with_suffix('.png').name}, {out.with_suffix('.txt').name}")
 
 
 def _address(options):

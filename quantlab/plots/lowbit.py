@@ -192,6 +192,31 @@ def pareto(frame, text):
 
 
 @styled
+def search_front(tried, chosen, lose, unit, text):
+    """What a search tried: frame of stage ("uniform", "nearest", "learned"), cost, lost, low, high
+    (points). chosen: (cost, lost). lose: what was allowed. unit: of the cost, in words.
+    """
+    figure, (axes,) = panels(1, 7.5, 4.4)
+    stages = {"uniform": ("one width for all layers", "nearest"),
+              "nearest": ("a width for each layer", "mixed precision"),
+              "learned": ("a width for each layer, learned", "QDrop")}
+    for stage, (name, method) in stages.items():
+        part = tried[tried.stage == stage].sort_values("cost")
+        if len(part):
+            look = method_style(method) | ({} if stage == "uniform" else {"linestyle": ""})
+            lengths = whiskers(part, "lost", "low", "high")
+            axes.errorbar(part.cost, part.lost, yerr=lengths, label=name, elinewidth=0.8, **look)
+    axes.plot(*chosen, "o", markersize=15, fillstyle="none", color=RED, label="chosen")
+    axes.axhline(lose, label=f"{lose:g} points allowed", **DASHED)
+    axes.set(xscale="log", xlabel=f"{unit} (log scale)", ylabel="points lost against float")
+    lost_scale(axes.yaxis, min(0, tried.low.min()), max(tried.high.max(), 1))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    plain(axes.xaxis)
+    axes.legend(loc="upper right", fontsize=8)
+    return caption(figure, text)
+
+
+@styled
 def conventions(frame, text):
     """frame: width, convention, gain, gain_low, gain_high (points) by one change of convention."""
     names, columns = distinct(frame.convention), ["gain", "gain_low", "gain_high"]
