@@ -76,6 +76,8 @@ def parser():
                                                       "with a card, executing nothing in it"))
     _bench_options(add("bench", _bench, "measure speed: ratios, side by side, in one run"))
     _inspect_options(add("inspect", _inspect, "analyse a network of your own: one HTML file"))
+    zipped = add("zip", _zip, "results and figures in one file, to download")
+    zipped.add_argument("out", nargs="?", default="workbook.zip", help="default: %(default)s")
     _search_options(add("search", _search, "the cheapest network that loses at most so much"))
     _address_options(add("address", _address, "set the address of this repository, or show it"))
     add("sync", _sync, "bring .ipynb, .py, README and badges into step, without outputs")
@@ -352,6 +354,13 @@ def _inspect(options):
     settings = ("size", "mean", "std", "bits", "n", "weights", "unlabelled")
     given = {name: getattr(options, name) for name in settings}
     print(inspect(options.target, options.data, out, **given))
+
+
+def _zip(options):
+    from quantlab.workbook.bundle import bundle
+
+    path, count = bundle(options.out)
+    print(f"{path}: {count} files, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def _search(options):

@@ -1,0 +1,29 @@
+"""Results and figures in one zip file, to take home from a machine that is gone tomorrow.
+
+    !python -m quantlab zip              # in Colab; then download workbook.zip
+"""
+
+import pathlib
+import zipfile
+
+from quantlab.system.errors import UserError
+from quantlab.system.files import atomic_path, root
+
+KEPT = ("results/*.csv", "results/*.html", "results/runs/*.ipynb", "results/figures/*",
+        "results/tables/*", "results/search-*", "results/rows/*.network.safetensors", "pic/*",
+        "checkpoint/*")
+
+
+def bundle(out):
+    """Write all that runs have made, by its place in the workbook, into the zip file `out`;
+    (path, number of files). UserError where nothing was made yet.
+    """
+    found = sorted({path for kind in KEPT for path in root().glob(kind) if path.is_file()})
+    made = [path for path in found if path.parent.name == "runs"]
+    if not made:
+        raise UserError("no notebook has been run here yet; python -m quantlab run")
+    with atomic_path(pathlib.Path(out)) as temporary, zipfile.ZipFile(
+            temporary, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in found:
+            file.write(path, path.relative_to(root()))
+    return pathlib.Path(out), len(found)
