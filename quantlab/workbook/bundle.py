@@ -11,7 +11,7 @@ from quantlab.system.files import atomic_path, root
 
 KEPT = ("results/*.csv", "results/*.html", "results/runs/*.ipynb", "results/figures/*",
         "results/tables/*", "results/search-*", "results/rows/*.network.safetensors", "pic/*",
-        "checkpoint/*")
+        "checkpoint/*-w?a?.*")
 
 
 def bundle(out):
