@@ -54,6 +54,7 @@ from quantlab.images.datasets import Calibration
 from quantlab.images.files import SOURCES
 from quantlab.images.folder import load_folder
 from quantlab.system.machine import device
+from quantlab.workbook.diagnosis import diagnose
 from quantlab.workbook.inspection import check_folder, check_outputs, import_model
 from quantlab.workbook.study import show
 
@@ -220,6 +221,17 @@ by_weight = pd.DataFrame(rows, columns=columns)
 show(by_weight.round(2))
 
 # %% [markdown]
+# ## 7. Cause and remedy
+# What looks wrong, in words and with its number, and every remedy **tried** on this network: decibels
+# gained at the logits (mean over the calibration images) and, where the folders are classes, points of
+# accuracy. Remedies of one name are one network: they mend all such places at once.
+
+# %%
+labelled = ql.limited(test, n) if classes else None
+remedies = diagnose(model, stats, [*batches][:2], qmodel.config, labelled)
+show(remedies.round(2) if len(remedies) else "Nothing looks wrong at this width.")
+
+# %% [markdown]
 # ## What we learned
 
 # %%
@@ -238,6 +250,10 @@ weakest = by_weight.loc[by_weight.sqnr.idxmin()]
 show(f"- The weights of {weakest.layer} keep least: {weakest.sqnr:.1f} dB.")
 names = dict.fromkeys(what for what, _ in operations)
 show(f"- Computed in float: {', '.join(names) or 'nothing'}.")
+if len(remedies):
+    best = remedies.iloc[0]
+    show(f"- Worth most: {best.remedy}, {best.gain_db:+.1f} dB at the logits; "
+         f"{best['where']}: {best.fault}, {best.evidence}.")
 
 # %% [markdown] tags=["intro"]
 # What to do about it: `QuantConfig(layer_weight_bits=…, layer_act_bits=…, observer=…)` takes these
