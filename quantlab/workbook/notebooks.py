@@ -44,9 +44,11 @@ class Notebook:
 
 
 def notebooks():
-    """All notebooks of the workbook by name, in order; also those with a problem."""
+    """All notebooks of the workbook by name, in order, the report last, as it reads what the others
+    record; also those with a problem.
+    """
     folder = root() / "notebooks"
-    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"), key=lambda p: ("report" in p.stem, p.name))
     if not paths:
         raise UserError(f"no notebooks in {folder}; run this in a checkout of the workbook, "
                         "or set QUANTLAB_ROOT to one")

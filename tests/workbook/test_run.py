@@ -15,6 +15,7 @@ from quantlab.__main__ import main
 from quantlab.system.errors import UserError
 from quantlab.system.files import atomic_path
 from quantlab.workbook import notebooks, results, run
+from quantlab.workbook.request import requested
 
 RECORDING = """
 import time
@@ -157,6 +158,14 @@ def test_the_report_is_found_by_its_name(workbook, monkeypatch):
     monkeypatch.setattr(run, "_run_one", lambda notebook, *_: started.append(notebook) or ("", ""))
     assert main(["report"]) == 0
     assert [notebook.path.stem for notebook in started] == ["13_report"]
+
+
+def test_the_report_is_run_last_whatever_its_number(workbook):
+    """It reads what the others record: those with higher numbers too, a reader's own for example.
+    """
+    write_notebook(workbook, "1")
+    names = [notebook.path.stem for notebook, _ in requested()]
+    assert names[-1] == "13_report" and names[:-1] == sorted(names[:-1]) and "98_tiny" in names
 
 
 # ---- Notebooks that people edit ------------------------------------------------------------------
