@@ -1,7 +1,10 @@
 """Notebooks whose cells run in the test's own process, to look at what they define."""
 
+import ast
+
 import jupytext
-from conftest import CHECKOUT
+import torch
+from conftest import CHECKOUT, read_text
 
 
 def run_cells(name, **parameters):
@@ -14,3 +17,12 @@ def run_cells(name, **parameters):
                 assert parameters.keys() <= space.keys()
                 space |= parameters
     return space
+
+
+def functions(name, wanted, **names):
+    """Functions and classes that a notebook defines, alone, among the names they need."""
+    tree = ast.parse(read_text(CHECKOUT / "notebooks" / f"{name}.py"))
+    tree.body = [node for node in tree.body if getattr(node, "name", None) in wanted]
+    names |= {"torch": torch}
+    exec(compile(tree, name, "exec"), names)
+    return [names[each] for each in wanted]

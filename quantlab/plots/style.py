@@ -53,6 +53,9 @@ _METHODS = {
     "the original's": (INK, "X"), "ours, its way": (RED, "D"),
     "ours, the right way": (GREEN, "o"),
     "hist": (RED, "s"), "fake-hist": ("#de8f05", "d"), "ours": (GREEN, "H"),
+    # number formats
+    "integers": ("#029e73", "^"), "minifloat": ("#0173b2", "v"), "MX": ("#de8f05", "o"),
+    "NV": ("#cc78bc", "s"),
     # what a network is calibrated on
     "real images": (GREEN, "8"), "distilled images": ("#d55e00", "D"),
     "noise images": ("#0173b2", "s"),

@@ -1,6 +1,5 @@
 """What notebooks 01, 03 and 11 write by hand, against exact arithmetic and plain loops."""
 
-import ast
 import fractions
 import itertools
 import types
@@ -9,7 +8,8 @@ import jupytext
 import numpy as np
 import pytest
 import torch
-from conftest import CHECKOUT, read_text
+from cells import functions
+from conftest import CHECKOUT
 from torch import nn
 
 import quantlab as ql
@@ -18,15 +18,6 @@ import quantlab as ql
 def code_cells(name):
     cells = jupytext.read(CHECKOUT / "notebooks" / f"{name}.py").cells
     return [cell for cell in cells if cell.cell_type == "code"]
-
-
-def functions(name, wanted, **names):
-    """Functions that a notebook defines, alone, among the names they need."""
-    tree = ast.parse(read_text(CHECKOUT / "notebooks" / f"{name}.py"))
-    tree.body = [node for node in tree.body if getattr(node, "name", None) in wanted]
-    names |= {"torch": torch}
-    exec(compile(tree, name, "exec"), names)
-    return [names[each] for each in wanted]
 
 
 @pytest.fixture(scope="module")

@@ -1,37 +1,14 @@
 """The ONNX project's own vectors, which its package generates, against our arithmetic."""
 
-import importlib
-
 import numpy as np
-import pytest
 import torch
+from onnx_vectors import vectors
 from torch import nn
 
 from quantlab.affine import QParams, dequantize, quantize_tensor
 from quantlab.integer import operations as ops
 
-onnx = pytest.importorskip("onnx", reason="pip install onnx")
 WIDTHS = {"uint8": 8, "int8": 8, "uint4": 4, "int4": 4, "uint2": 2, "int2": 2}
-
-
-def vectors(operator):
-    """[name, attributes, inputs, output] of an operator, as the package's functions make them."""
-    module = importlib.import_module(f"onnx.backend.test.case.node.{operator.lower()}")
-    found, before = [], module.expect
-    module.expect = lambda node, inputs, outputs, name, **_: found.append(
-        (name, {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute},
-         [array(value) for value in inputs], array(outputs[0])))
-    try:
-        owner = getattr(module, operator)
-        for name in [name for name in dir(owner) if name.startswith("export")]:
-            getattr(owner, name)()
-    finally:
-        module.expect = before
-    return found
-
-
-def array(value):
-    return onnx.numpy_helper.to_array(value) if hasattr(value, "data_type") else np.asarray(value)
 
 
 def parameters(scale, zero_point, axis):

@@ -17,7 +17,7 @@ import quantlab as ql
 from quantlab import plots
 from quantlab.edgestats import EdgeStats
 from quantlab.observers import OBSERVERS
-from quantlab.plots import beyond, integer, ladder, lowbit, page, panel, questions
+from quantlab.plots import beyond, formats, integer, ladder, lowbit, page, panel, questions
 from quantlab.system.errors import UserError
 
 TEXT = ("cifar10-jpeg, resnet20, n = 10,000; test images, 1,024 calibration images, 3 calibration "
@@ -329,6 +329,32 @@ def source_map(count=9):
     return beyond.source_map(dict.fromkeys(("torch.ao 2.13.0", "torchao"), (table, edges)), TEXT)
 
 
+SCHEMES = [(name, bits) for bits, names in {
+    8: ["integers, 8 bits", "minifloat E4M3", "MXINT8", "MXFP8 E4M3", "MXFP8 E5M2"],
+    6: ["integers, 6 bits", "minifloat E2M3", "MXFP6 E2M3"],
+    4: ["integers, 4 bits", "minifloat E2M1", "MXFP4", "NVINT4", "NVFP4"]}.items()
+    for name in names]
+
+
+def value_grids(names=("INT8", "E4M3", "E5M2", "INT6", "E2M3", "E3M2", "INT4", "E2M1")):
+    grid = pd.DataFrame({"bits": 8, "value": 2.0 ** np.arange(-16, 16)})
+    grid["subnormal"] = grid.value < 2.0**-14
+    return formats.value_grids(pd.concat(grid.assign(format=name) for name in names), TEXT)
+
+
+def error_map(schemes, columns=("normal", "Laplace", "behind a ReLU", "before an add", "weights")):
+    rows = [{"format": name, "bits": bits, "distribution": column, "sqnr": 6.0 * bits - i,
+             "gain": 10 * (i - 1) * (-1) ** bits} for (name, bits), (i, column) in
+            itertools.product(schemes, enumerate(columns))]
+    return formats.error_map(pd.DataFrame(rows), TEXT)
+
+
+def lost_by_format(schemes):
+    rows = [{"format": name, "bits": bits, "drop": 0.02 + i * (9 - bits) ** 2 / 10}
+            for i, (name, bits) in enumerate(schemes)]
+    return formats.lost_by_format(with_interval(rows), TEXT)
+
+
 def curves(epochs=60):
     history = pd.DataFrame({"epoch": range(1, epochs + 1), "loss": 2.0 / np.arange(1, epochs + 1),
                             "train_top1": 60.0, "heldout_top1": 70.0})
@@ -412,6 +438,10 @@ FIGURES = {
     "clipped": lambda: clipped(edge()), "error_by_range": error_by_range,
     "variants": variants, "variants_one": lambda: variants([4]), "heatmap": heatmap,
     "two_values": two_values, "fine_tuning": fine_tuning, "sources": sources,
+    "value_grids": value_grids, "value_grids_one": lambda: value_grids(["E2M1"]),
+    "error_map": lambda: error_map(SCHEMES), "error_map_one": lambda: error_map(SCHEMES[:1]),
+    "lost_by_format": lambda: lost_by_format(SCHEMES),
+    "lost_by_format_one": lambda: lost_by_format(SCHEMES[:1]),
     "source_map": source_map, "source_map_two": lambda: source_map(2),
     "range_figure": lambda: range_figure(edge(), 4, 0.8),
     "range_figure_signed": lambda: range_figure(edge(2, False), 8, 0.3),

@@ -29,6 +29,7 @@ TOGETHER = {
     "roundings": ["single", "double"],
     "the original": list(ladder.WAYS),
     "its ranges": ["hist", "fake-hist", "ours"],
+    "number formats": ["integers", "minifloat", "MX", "NV"],
     "calibrated on": ["real images", "distilled images", "noise images"],
 }
 
@@ -70,6 +71,8 @@ def test_every_published_row_has_a_style():
     ("percentile(q=99.9)", "percentile"), ("integer only W8A8, double rounding", "double"),
     ("W4A4, calibrated on 128 noise images", "noise images"), ("a setter of my own", None),
     ("original: 4bit fake-hist", "fake-hist"), ("W3A3 QAT, learned steps", "QAT"),
+    ("integers, 4 bits", "integers"), ("minifloat E4M3", "minifloat"), ("MXFP8 E5M2", "MX"),
+    ("NVINT4", "NV"),
 ])
 def test_a_label_finds_its_method(label, name):
     assert find_method(label) == name
@@ -94,7 +97,8 @@ print(json.dumps([dict(COLOURS), dict(MARKERS), dict(matplotlib.rcParams) == bef
 
 
 def test_the_order_of_imports_changes_nothing():
-    rooms = "training ranges questions panel lowbit ladder integer distributions beyond accuracy"
+    rooms = "training ranges questions panel lowbit ladder integer formats distributions beyond "
+    rooms += "accuracy"
     run = [sys.executable, "-c", IMPORTED, rooms]
     answer = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     assert json.loads(answer) == [dict(COLOURS), dict(MARKERS), True]

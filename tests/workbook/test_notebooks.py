@@ -13,7 +13,7 @@ import pytest
 from conftest import CHECKOUT, read_text
 
 from quantlab.workbook import notebooks as files
-from quantlab.workbook import results, run
+from quantlab.workbook import results, run, tables
 
 ALL = sorted((CHECKOUT / "notebooks").glob("*.ipynb"))
 NOTEBOOKS = [path for path in ALL if path.name[:2].isdigit()]
@@ -88,6 +88,19 @@ def test_every_notebook_that_records_has_rows_and_each_configuration_is_there_on
     pairs = ["config_key", "seed"]
     assert set(together[pairs].itertuples(index=False)) == set(rows[pairs].itertuples(index=False))
     assert set(rows.run) <= set(together.run)
+
+
+def test_rows_of_other_number_formats_are_apart_and_in_no_headline(executed):
+    rows = results.load()
+    own = rows[rows.notebook == "14_number_formats"]
+    formats = own[own.method != "by hand"]
+    assert len(own) > len(formats) > 8 and formats.config_key.is_unique
+    labels = {results.label(row) for _, row in formats.iterrows()}
+    assert labels == set(formats.method), "each has a label of its own"
+    assert set(formats.levels) == {15, 247, 253, 255} and formats.bytes.max() < 3e5
+    assert labels <= set(tables.headline(rows).Quantization), "all that has been measured"
+    assert labels.isdisjoint(tables.headline(rows, brief=True).Quantization)
+    assert labels.isdisjoint(results.equal_widths(rows).method)
 
 
 def test_every_figure_that_a_notebook_saves_is_a_picture_in_both_formats(executed):
