@@ -640,4 +640,4 @@ for name, table in topics.items():
     )
 
 # %% [markdown]
-# Next: [13_report](13_report.ipynb), everything measured so far on one page.
+# Next: [14_number_formats](14_number_formats.ipynb), whether integers are the right grid.

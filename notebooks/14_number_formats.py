@@ -430,7 +430,7 @@ def rounding(scheme, edge):
         return functools.partial(nv, f=f, whole=max(-edge.minimum, edge.maximum))
     if scheme.scales == "zero-point":
         q = ql.choose_qparams(*observers.histogram(edge, f.bits), f.bits)
-        return functools.partial(ql.fake_quantize, q=q)
+        return lambda x: ql.fake_quantize(x, q.to(x.device))
     scale = scale_of_edge(edge, f)
     return lambda x: round_to(x / scale, f) * scale
 
@@ -543,15 +543,15 @@ errors = pd.DataFrame(rows)
 # %%
 groups = errors.groupby(["bits", "distribution"])
 errors["gain"] = errors.sqnr - groups.sqnr.transform("first")  # integers
-text = f"calibration images; weights of {name}; ideal: {ideal['normal'].numel():,} "
-text = study.caption(n_sample, text + "values each")
+text = "calibration images; " + ", ".join(f"{k}: {v}" for k, v in chosen.items())
+text += f"; weights of {name}; ideal: {ideal['normal'].numel():,} values each"
+text = study.caption(n_sample, text)
 study.save(figures.error_map(errors, text), "14_errors")
 
 # %% [markdown]
-# A float errs in proportion to the value, so that neither the distribution nor a scale for every block
-# changes much of what an 8-bit float loses. Integers lose little where values fill the range and much
-# where most of it is for a few. With four bits the two grids are nearly one, and what counts is how
-# fine a block's scale is:
+# A float errs in proportion to the value: E4M3 loses the same whatever the tail. Integers lose little
+# where values fill the range and much where most of it is for a few. With four bits the two grids are
+# nearly one, and what counts is how fine a block's scale is:
 
 # %%
 db = errors.pivot(index="format", columns="distribution", values="sqnr")

@@ -18,7 +18,7 @@ def value_grids(table, text):
         part = table[table.format == name]
         fraction = part.value / part.value.max()
         for colour, shown in ((BLUE, ~part.subnormal), (RED, part.subnormal)):
-            axes.vlines(fraction[shown], row - 0.33, row + 0.33, color=colour, linewidth=0.9)
+            axes.vlines(fraction[shown], row - 0.33, row + 0.33, color=colour, linewidth=0.7)
         words = f"{len(part)} from {part.value.min():.3g} to {part.value.max():,g}"
         note(axes, words, 1, row, points=8)
     for colour, label in ((BLUE, "normal"), (RED, "subnormal: one step, as integers")):
