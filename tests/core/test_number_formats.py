@@ -13,15 +13,17 @@ from cells import functions
 from onnx_vectors import vectors
 from torch.nn import functional as F
 
+from quantlab.edgestats import EdgeStats
+
 NAME = "14_number_formats"
 (Format,) = functions(NAME, ["Format"], dataclasses=dataclasses)
 E4M3, E5M2, E2M1 = Format("E4M3", 4, 3), Format("E5M2", 5, 2), Format("E2M1", 2, 1)
 FORMATS = [E4M3, E5M2, E2M1, Format("E2M3", 2, 3), Format("E3M2", 3, 2), Format("INT8", 0, 7),
            Format("INT4", 0, 3)]
 names = dict(functools=functools, math=math, F=F, E4M3=E4M3)
-by_hand = ["round_to", "values_of", "best_scale", "mx", "nv", "value_of", "power_of_two",
-           "largest_of", "in_blocks", "mx_scale", "nv_scale"]
-round_to, values_of, best_scale, mx, nv, *_ = functions(NAME, by_hand, **names)
+by_hand = ["round_to", "values_of", "best_scale", "scale_of_edge", "mx", "nv", "value_of",
+           "power_of_two", "largest_of", "in_blocks", "mx_scale", "nv_scale"]
+round_to, values_of, best_scale, scale_of_edge, mx, nv, *_ = functions(NAME, by_hand, **names)
 
 
 def nearest(x, values):
@@ -110,3 +112,10 @@ def test_the_scale_of_least_error_is_the_least_of_many(f):
     least = torch.stack([error(part * whole) for part in torch.linspace(0.05, 1, 100)]).amin(0)
     found = error(best_scale(x, f, p=3.0, counts=counts))
     assert found[2] == 0 and (found[:2] <= 1.02 * least[:2]).all()
+
+
+def test_the_scale_of_an_edge_is_that_of_its_values_and_a_dead_edge_has_one():
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) ** 3
+    found = scale_of_edge(EdgeStats().update(x), E2M1)
+    assert found == pytest.approx(best_scale(x[None], E2M1).item(), rel=0.02)
+    assert scale_of_edge(EdgeStats().update(torch.zeros(9)), E2M1) > 0
