@@ -28,9 +28,9 @@ if "google.colab" in sys.modules and not os.path.isdir("quantlab"):
         subprocess.run(clone, capture_output=True)
     if not os.path.isfile("workbook/quantlab/affine.py"):
         sys.exit(f"{address!r} is not this workbook; python -m quantlab address URL")
-    subprocess.check_call("pip install -q -e workbook", shell=True)
     os.chdir("workbook")
     sys.path.insert(0, os.getcwd())
+    subprocess.check_call([sys.executable, "-m", "quantlab.system.missing"])
 
 # %%
 import copy
