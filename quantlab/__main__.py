@@ -16,7 +16,7 @@ from quantlab.networks.recipe import NETWORKS, RECIPES, TrainConfig, parse_phase
 from quantlab.system.errors import UserError, check_name
 from quantlab.system.files import root
 from quantlab.system.paper import COLUMNS, ask_notebooks, check_paper
-from quantlab.workbook import allowed, notebooks
+from quantlab.workbook import allowed, grid, notebooks
 from quantlab.workbook.request import TIME_LIMIT, check_data, requested
 
 SEARCH_COSTS = ("bytes", "bitops")
@@ -64,6 +64,9 @@ def parser():
     add("publish", _publish,
         "move local results of real data sets into published.csv, the README's tables and "
         "what the notebooks say they found")
+    _sweep_options(add("sweep", _sweep, "execute one notebook with every combination of lists of "
+                                        "parameters, on this machine or on several; started again, "
+                                        "it goes on"))
     _paper_options(add("figures", _figures, "draw figures for a report: from the published rows, "
                                             "or by running the notebooks named"), COLUMNS, ("pdf",))
     _paper_options(add("tables", _tables, "write the tables of published rows as LaTeX (booktabs) "
@@ -93,6 +96,24 @@ def _run_options(run):
     add("--force", action="store_true", help="run again what is complete")
     add("--time-limit", type=int, default=TIME_LIMIT, metavar="SECONDS",
         help="per notebook (default: %(default)s)")
+
+
+def _sweep_options(sweep):
+    add = sweep.add_argument
+    add("notebook", metavar="NN", help="number or name of a notebook, or a YAML file with "
+                                       "notebook: NN, parameters: {NAME: [V1, V2]}, seeds, data")
+    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "V1,V2"), dest="parameters",
+        help="a parameter's values; with semicolons where a value has commas: '4/4,3/3;2/2'")
+    add("--seeds", metavar="N", help="values 0 to N - 1 of the parameter seed")
+    add("--data", help=f"{', '.join(SOURCES)} or a path")
+    add("--dry-run", action="store_true", help="show the runs and how long they will take")
+    add("--workers", type=int, metavar="N",
+        help="runs at a time on this machine, its cores divided between them (default: one a "
+             "core as far as memory goes; on an accelerator one)")
+    add("--scheduler", metavar="tcp://HOST:PORT",
+        help="send the runs to the workers of a Dask scheduler")
+    add("--time-limit", type=int, default=TIME_LIMIT, metavar="SECONDS",
+        help="per run (default: %(default)s)")
 
 
 def _paper_options(command, widths, formats):
@@ -213,6 +234,33 @@ def _run(options):
     frame = run(options.numbers, parameters, source=options.data, force=options.force,
                 time_limit=options.time_limit)
     print("\n" + status_table(frame))
+    return int((frame.status == "failed").any())
+
+
+def _sweep(options):
+    _check_least("--time-limit", options.time_limit)
+    _check_least("--workers", options.workers)
+    if options.workers and options.scheduler:
+        raise UserError("--workers divides this machine; with --scheduler, start as many workers "
+                        "as are to run at a time: dask worker ADDRESS --nworkers N")
+    asked = grid.ask(options.notebook, options.parameters, options.seeds, options.data)
+    combinations = grid.multiplied(asked)
+
+    from quantlab.workbook.engines import Dask, Local, default_workers
+    from quantlab.workbook.sweep import forecast, plan, status_text, sweep, table
+
+    runs = plan(combinations, asked.swept, options.time_limit)
+    if options.scheduler:
+        engine = Dask(options.scheduler)
+    else:
+        engine = Local(min(options.workers or default_workers(), len(runs)))
+    print(forecast(runs, len(engine.cores())))
+    if options.dry_run:
+        engine.close()
+        print(table(runs).drop(columns=["where", "message"]).to_string(index=False, na_rep=""))
+        return 0
+    frame = sweep(runs, engine)
+    print("\n" + status_text(frame))
     return int((frame.status == "failed").any())
 
 

@@ -37,6 +37,7 @@ NAMES = {
     "model": NETWORKS, "preset": PRESETS, "observer": OBSERVERS, "method": LEARNED,
     "rivals": RIVALS, "source": ROWS,
 }
+LISTS = ("widths", "methods")  # parameters whose own values have commas
 
 
 def check(**parameters):

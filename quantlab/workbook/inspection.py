@@ -12,8 +12,9 @@ import sys
 
 from quantlab.images.files import SOURCES
 from quantlab.system.errors import UserError
-from quantlab.system.files import root
+from quantlab.system.files import root, sha256
 from quantlab.workbook import allowed
+from quantlab.workbook.contents import digest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOTEBOOK = "inspect_network.ipynb"
@@ -55,7 +56,9 @@ def split_target(target):
 
 
 def find_module(module):
-    """UserError unless `module` can be imported from the working directory; imports nothing."""
+    """The spec of a module that can be imported from the working directory, else UserError; imports
+    nothing but the packages that it lies in.
+    """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -64,6 +67,18 @@ def find_module(module):
         found = None
     if found is None:
         raise _not_found(module, module)
+    return found
+
+
+def module_hash(target):
+    """Hash of the sources of the module, or the whole top package, of "module:attribute"."""
+    module = split_target(target)[0]
+    find_module(module)
+    top = find_module(module.split(".")[0])
+    files = [pathlib.Path(top.origin)] if top.origin else []
+    for folder in map(pathlib.Path, top.submodule_search_locations or ()):
+        files += folder.rglob("*.py")
+    return digest(sorted([file.name, sha256(file)] for file in files if file.is_file()))
 
 
 def _not_found(name, module):

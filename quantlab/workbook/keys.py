@@ -10,40 +10,77 @@ import pathlib
 import re
 
 from quantlab.images import datasets
+from quantlab.images.files import is_cifar10, is_image_set
 from quantlab.system.files import PACKAGE, read_text, root, sha256
 from quantlab.workbook.contents import code_hash, digest
+from quantlab.workbook.inspection import module_hash
+
+ENVIRONMENT = ("QUANTLAB_SIZE", "DATA_NAME")  # variables that decide what images are
+OUTSIDE = ("data", "checkpoint", "weights", "target")  # parameters that name something
 
 
 def run_key(notebook, parameters):
     """Sixteen hex digits of everything that decides what a notebook computes.
 
-    parameters: those that differ from the notebook's own. `data` counts as the data's fingerprint,
-    `checkpoint` as the weights; what has no `data` reads the recorded rows, in any order.
+    parameters: those that differ from the notebook's own.
+    """
+    return digest(settings_of(notebook, parameters), facts(notebook, parameters))
+
+
+def settings_of(notebook, parameters):
+    """Name -> value of what counts as it is written: parameters that name nothing outside."""
+    settings = {**notebook.parameters, **parameters}
+    settings["environment"] = [os.environ.get(name) for name in ENVIRONMENT]
+    return {name: value for name, value in settings.items() if name not in OUTSIDE}
+
+
+def facts(notebook, parameters):
+    """Name -> hash of what lies outside the parameters and may differ between machines: notebook,
+    package, and what the parameters in OUTSIDE name, by its contents.
+
+    What has no `data` reads the recorded rows, in any order.
     """
     settings = {**notebook.parameters, **parameters}
-    settings["environment"] = [os.environ.get(name) for name in ("QUANTLAB_SIZE", "DATA_NAME")]
-    if "checkpoint" in settings:
-        settings["checkpoint"] = _weights(settings["checkpoint"], settings.get("model", ""))
+    found = {"notebook": digest(notebook.cells), "package": _package(notebook)}
+    if re.fullmatch(r"[\w.]+:\w+", str(settings.get("target"))):
+        found["network"] = module_hash(settings["target"])
+    for name in ("checkpoint", "weights"):
+        if name in settings:
+            found[name] = _weights(str(settings[name]), settings.get("model", ""))
     if "data" in settings:
-        settings["data"] = datasets.find_fingerprint(settings["data"])
+        found["data"] = images_hash(str(settings["data"]))
     else:
         files = sorted((root() / "results").glob("[a-z]*.csv"))
-        settings["rows"] = [sorted(read_text(file).splitlines()) for file in files]
+        found["rows"] = digest([sorted(read_text(file).splitlines()) for file in files])
+    return found
+
+
+def _package(notebook):
     code = "\n".join(source for kind, source in notebook.cells if kind == "code")
     try:
         rooms = rooms_reached(code)
     except SyntaxError:  # magics: what they reach is not known
         rooms = [place.name for place in PACKAGE.iterdir() if place.is_dir()]
-    return digest(notebook.cells, settings, code_hash(rooms))
+    return code_hash(rooms)
 
 
 def _weights(named, model):
     """sha256 of the checkpoint at a path; for "auto", of all that the notebook may choose from."""
     if named != "auto":
-        return sha256(named) if pathlib.Path(str(named)).is_file() else None
+        file = next((f for f in (pathlib.Path(named), root() / named) if f.is_file()), None)
+        return file and sha256(file)
     files = (root() / "checkpoint").glob(f"{model}-*.safetensors")
     other = re.compile(r".*(\.training|-w\da\d)")  # states of training, quantized networks
-    return sorted([f.name, sha256(f)] for f in files if not other.fullmatch(f.stem))
+    return digest(sorted([f.name, sha256(f)] for f in files if not other.fullmatch(f.stem)))
+
+
+def images_hash(source):
+    """The fingerprint of a data set; of a folder that is none, what its files hold."""
+    path = pathlib.Path(source)
+    if not path.is_dir() or is_image_set(path) or is_cifar10(path):
+        return datasets.find_fingerprint(source)
+    files = (file for file in path.rglob("*") if file.is_file())
+    return digest(sorted([f.relative_to(path).as_posix(), sha256(f)] for f in files))
 
 
 # ---- Which rooms --------------------------------------------------------------------------------

@@ -140,11 +140,13 @@ def _literal(node):
 
 
 def find(name):
-    """A notebook by number or name ("3", "03", "03_quantize_by_hand", "quantize_by_hand"), or
-    UserError with those there are, or with its problem.
+    """A notebook by number or name ("3", "03", "03_quantize_by_hand", "quantize_by_hand"), one
+    without a number by its whole name; UserError with those there are, or with its problem.
     """
     known, wanted = notebooks(), str(name).removesuffix(".ipynb")
     found = [stem for stem in known if wanted in (stem, stem[3:]) or wanted.zfill(2) == stem[:2]]
+    if not found and (other := root() / "notebooks" / f"{wanted}.ipynb").is_file():
+        known, found = {wanted: read(other)}, [wanted]  # such as inspect_network
     if not found:
         hint = did_you_mean(name, known, 0.5)
         raise UserError(f"notebook {name!r} is unknown{hint}; there are: {', '.join(known)}")

@@ -2,7 +2,6 @@
 kill, end with a table and a report.
 """
 
-import json
 import os
 import platform
 import re
@@ -11,15 +10,11 @@ import time
 import pandas as pd
 
 from quantlab.system.errors import UserError
-from quantlab.system.files import atomic_path, data_folder, root, write_text
-from quantlab.workbook import notebooks, results
+from quantlab.system.files import data_folder, root, write_text
+from quantlab.workbook import results
+from quantlab.workbook.execute import execute, undrawn
 from quantlab.workbook.keys import run_key
 from quantlab.workbook.request import TIME_LIMIT, requested
-
-KERNEL_OPTIONS = [
-    "--log-level=ERROR",  # or every one warns that it talks over the loopback device unencrypted
-    "--matplotlib=inline",  # figures become pictures, whatever MPLBACKEND says
-]
 
 
 def runs_folder():
@@ -78,8 +73,8 @@ def _run_one(notebook, parameters, force, time_limit):
     try:
         key = run_key(notebook, parameters)
         out = runs_folder() / f"{notebook.path.stem}-{key}.ipynb"
-        rows = out.with_suffix(".csv")  # what the run recorded; there when it is complete
-        complete = out.exists() and rows.exists() and not force and not _undrawn(out)
+        rows = out.with_suffix(".csv")
+        complete = not force and is_complete(out)
         if complete:
             results.count_again(rows)  # results.csv may have been moved away, or be of other code
         else:
@@ -93,62 +88,9 @@ def _run_one(notebook, parameters, force, time_limit):
         return "failed", str(error)
 
 
-def execute(source, out, parameters, time_limit=TIME_LIMIT, folder=None):
-    """Run one notebook with papermill into `out`; UserError with the notebook's own last line when
-    a cell fails or time is up. folder: its working directory, by default the workbook.
-    """
-    import papermill
-    from jupyter_client.kernelspec import NoSuchKernel, get_kernel_spec
-    from nbclient.exceptions import CellTimeoutError
-
-    kernel, language = notebooks.kernel(source)
-    try:
-        get_kernel_spec(kernel)
-    except NoSuchKernel:
-        raise UserError(f"{source.name} wants the kernel {kernel!r}, which is not installed here; "
-                        "choose Python 3 (ipykernel) for it in JupyterLab") from None
-    deadline = time.monotonic() + time_limit
-    _set_up_kernels()
-    failed = out.parent / f"{source.stem}.failed.ipynb"
-    with atomic_path(out) as temporary:
-        try:
-            papermill.execute_notebook(
-                str(source), str(temporary), parameters=parameters, cwd=str(folder or root()),
-                progress_bar=True, log_output=False, kernel_name=kernel, language=language,
-                timeout_func=lambda cell: max(1, int(deadline - time.monotonic())),  # what is left
-                extra_arguments=KERNEL_OPTIONS,
-            )
-            why = _undrawn(temporary)
-        except papermill.PapermillExecutionError as error:
-            said = error.evalue.splitlines()[0] if error.evalue else ""
-            why = f"{error.ename}: {said} (cell {error.exec_count})"
-        except CellTimeoutError:
-            why = f"time limit of {time_limit} s reached (--time-limit)"
-        except RuntimeError as error:  # at its start or later
-            why = f"the kernel died (out of memory?): {str(error).splitlines()[0]}"
-        if not why:
-            failed.unlink(missing_ok=True)
-            return
-        os.replace(temporary, failed)
-        raise UserError(f"{why}; see {failed.name}")
-
-
-def _undrawn(executed):
-    """What to say of an executed notebook in which figures are texts, not pictures; else ""."""
-    cells = json.loads(executed.read_text(encoding="utf-8")).get("cells", [])
-    shown = [o.get("data", {}) for cell in cells for o in cell.get("outputs", [])]
-    figure = re.compile(r"<Figure size .* with [1-9]")  # one without axes has no picture anyway
-    figures = [data for data in shown if figure.match("".join(data.get("text/plain", "")))]
-    missing = sum(not any(kind.startswith("image/") for kind in data) for data in figures)
-    what = f"{missing} of {len(figures)} figures have no picture"
-    return f"{what}: leave matplotlib's backend to the notebook" if missing else ""
-
-
-def _set_up_kernels():
-    """What kernels find in their environment, where the user has not chosen otherwise."""
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # or each prints a debugger's note
-    # threads that spin while they wait slow a busy machine by 20 times
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+def is_complete(out):
+    """Whether an executed notebook is there, all its figures, and what the run recorded."""
+    return out.exists() and out.with_suffix(".csv").exists() and not undrawn(out)
 
 
 # nothing is fetched when the page is opened: no scripts for widgets and formulas
