@@ -14,7 +14,7 @@ results: setup  ## of one network on one data set: make results MODEL=resnet50 D
 test: lint  ## at most ten minutes on two quiet cores
 	$(BIN)/python -m pytest
 
-test-long: lint  ## the same tests with 20 times as many drawn examples
+test-long: lint  ## the same tests with 20 times as many drawn examples, and those that take long
 	$(BIN)/python -m pytest --hypothesis-profile=long
 
 lint: setup

@@ -47,6 +47,17 @@ def pytest_xdist_make_scheduler(config, log):
     return OneProcessRunsTheNotebooks(config, log)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: only in make test-long")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--hypothesis-profile") != "long":
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes long: make test-long"))
+
+
 def fuzz(examples):
     """Hypothesis settings of a test: that many examples, 20 times as many in the profile "long"."""
     quick = settings.get_profile("quick").max_examples

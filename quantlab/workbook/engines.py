@@ -5,6 +5,7 @@ cores each gives it; submit(place, task, cores) returns a future of an Outcome; 
 """
 
 import concurrent.futures
+import dataclasses
 import os
 import threading
 
@@ -12,10 +13,12 @@ import psutil
 
 from quantlab.system.errors import UserError, one_line
 from quantlab.system.machine import device
-from quantlab.workbook.task import Outcome, carry_out
+from quantlab.workbook.task import Outcome, Task, carry_out
 
 ANSWER = 10  # seconds in which a scheduler must
 MEMORY = 3 * 2**30  # bytes that a run may need
+# Not a function: a worker looks it up while it reads a message, and ends where there is none.
+ON_WORKER = "__import__('quantlab.workbook.engines').workbook.engines.on_worker(given, cores)"
 START = "start one with: dask scheduler"
 
 
@@ -85,19 +88,21 @@ class Dask:
                             "command goes on from here") from None
 
     def submit(self, place, task, cores):
-        return self._client.submit(_on_worker, task, cores, workers=[place], pure=False)
+        given = {"given": dataclasses.asdict(task), "cores": cores}
+        return self._client.submit(eval, ON_WORKER, given, workers=[place], pure=False)
 
     def close(self):
         self._client.close(timeout=ANSWER)
 
 
-def _on_worker(task, cores):
+def on_worker(given, cores):
+    """What a worker of Dask does: the Outcome of a Task, given by its fields."""
     from distributed import get_worker
 
     worker = get_worker()
     own = worker.state.tasks[worker.get_current_task()]
     # no longer when the client has gone or has given this run to another worker
-    return carry_out(task, cores, lambda: own.state == "executing")
+    return carry_out(Task(**given), cores, lambda: own.state == "executing")
 
 
 def outcome_of(future):

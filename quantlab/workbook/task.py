@@ -72,7 +72,7 @@ def carry_out(task, cores, wanted):
     when this process dies.
     """
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="quantlab-run-", ignore_cleanup_errors=True) as folder:
         place = pathlib.Path(folder).resolve()
         _lay_out(place, task)
         parameters, other = _here(place, task)
@@ -175,7 +175,7 @@ def _here(place, task):
     """
     from quantlab.images.files import find_cifar10, find_images
 
-    parameters, whys = dict(task.parameters), []
+    parameters, others = dict(task.parameters), []
     for name in ("checkpoint", "weights"):
         named = pathlib.Path(str(parameters.get(name, "")))
         if named.is_absolute() and not named.exists():
@@ -183,17 +183,20 @@ def _here(place, task):
     sources = dict.fromkeys([parameters["data"], find_cifar10(), find_images()])
     for source in filter(None, sources):
         try:
-            why = _difference(task, place, parameters | {"data": source})
+            name, told = _difference(task, place, parameters | {"data": source})
         except UserError as error:
-            why = str(error)
-        if not why:
+            name, told = "data", str(error)
+        if not name:
             return parameters | {"data": _called(place, parameters["data"], source)}, ""
-        whys.append(why)
-    return None, whys[0]
+        others.append((name == "data", told))
+    # of the images it is said only where all the rest is the same
+    return None, next((told for is_data, told in others if not is_data), others[-1][1])
 
 
 def _difference(task, place, parameters):
-    """What decides the numbers and is another here than a Task wants; "" where nothing is."""
+    """What decides the numbers and is another here than a Task wants, and a line about it; "", ""
+    where nothing is.
+    """
     import torch
 
     from quantlab.workbook import keys, notebooks
@@ -203,8 +206,8 @@ def _difference(task, place, parameters):
     for name, wanted in task.facts.items():
         if ours.get(name) != wanted:
             told = f"another {name} ({str(ours.get(name))[:12]}, not {str(wanted)[:12]})"
-            return f"{told}; {REMEDIES.get(name, 'install the same versions there')}"
-    return ""
+            return name, f"{told}; {REMEDIES.get(name, 'install the same versions there')}"
+    return "", ""
 
 
 def _called(place, wanted, source):
