@@ -257,7 +257,8 @@ def _sweep(options):
     print(forecast(runs, len(engine.cores())))
     if options.dry_run:
         engine.close()
-        print(table(runs).drop(columns=["where", "message"]).to_string(index=False, na_rep=""))
+        shown = table(runs).drop(columns=["seconds", "where", "message"])
+        print(shown.to_string(index=False, na_rep="", float_format="{:.0f}".format))
         return 0
     frame = sweep(runs, engine)
     print("\n" + status_text(frame))

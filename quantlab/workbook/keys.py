@@ -42,7 +42,7 @@ def facts(notebook, parameters):
     """
     settings = {**notebook.parameters, **parameters}
     found = {"notebook": digest(notebook.cells), "package": _package(notebook)}
-    if re.fullmatch(r"[\w.]+:\w+", str(settings.get("target"))):
+    if names_network(notebook, parameters):
         found["network"] = module_hash(settings["target"])
     for name in ("checkpoint", "weights"):
         if name in settings:
@@ -53,6 +53,14 @@ def facts(notebook, parameters):
         files = sorted((root() / "results").glob("[a-z]*.csv"))
         found["rows"] = digest([sorted(read_text(file).splitlines()) for file in files])
     return found
+
+
+def names_network(notebook, parameters):
+    """Whether `target` is a network of one's own, MODULE:FUNCTION; in others' notebooks it may be
+    anything.
+    """
+    target = parameters.get("target", notebook.parameters.get("target"))
+    return bool(re.fullmatch(r"[\w.]+:\w+", str(target)))
 
 
 def _package(notebook):

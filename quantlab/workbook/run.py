@@ -13,7 +13,7 @@ from quantlab.system.errors import UserError
 from quantlab.system.files import data_folder, root, write_text
 from quantlab.workbook import results
 from quantlab.workbook.execute import execute, undrawn
-from quantlab.workbook.keys import run_key
+from quantlab.workbook.keys import names_network, run_key
 from quantlab.workbook.request import TIME_LIMIT, requested
 
 
@@ -80,7 +80,9 @@ def _run_one(notebook, parameters, force, time_limit):
         else:
             print(f"\n{notebook.path.stem}: {notebook.title}", flush=True)
             with results.rows_of_run(key, rows):
-                execute(notebook.path, out, parameters, time_limit)
+                # a network of one's own is meant as it is found where the command was typed
+                folder = os.getcwd() if names_network(notebook, parameters) else None
+                execute(notebook.path, out, parameters, time_limit, folder)
         if "report" in notebook.path.stem:
             export_html(out, report_path())
         return ("skipped", f"complete: {out.name}") if complete else ("done", out.name)

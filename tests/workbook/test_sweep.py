@@ -420,12 +420,22 @@ def test_a_scheduler_that_does_not_answer_gets_one_line(tiny, monkeypatch, capsy
 # ---- In make test-long ---------------------------------------------------------------------------
 
 
-def start_client(place, folder, *more):
-    command = [sys.executable, "-m", "quantlab", "sweep", "98", "-p", "n", "1,2,3", "-p", "folder",
-               str(folder), "--seeds", "2", "--data", str(place / "data" / "pets"), *more]
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
-    return subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.STDOUT)
+@pytest.fixture
+def start_client(tiny):
+    """start(folder, *options): the command, a sweep of six runs; its process."""
+    clients, environment = [], os.environ | {"PYTHONPATH": str(CHECKOUT)}
+
+    def start(folder, *options):
+        command = [sys.executable, "-m", "quantlab", "sweep", "98", "-p", "n", "1,2,3", "--seeds",
+                   "2", "-p", "folder", str(folder), "--data", str(tiny / "data/pets"), *options]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        clients.append(subprocess.Popen(command, cwd=tiny, env=environment, **pipes))
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        client.kill()
+        client.wait()
 
 
 EVERY = sorted(itertools.product(("k1", "k2", "k3"), (0, 1)))  # rows of an undisturbed run
@@ -452,14 +462,14 @@ def is_gone(process):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("where", ["local", "dask"])
 def test_a_client_stopped_and_started_again_ends_with_the_table_of_an_undisturbed_run(
-    tiny, tmp_path, cluster, how, where
+    tiny, tmp_path, cluster, start_client, how, where
 ):
     cluster("a"), cluster("b")
     folder = tmp_path / "signals"
     folder.mkdir()
     write_notebook(tiny, RECORDING + WAITING)
     on = ["--scheduler", address_of(cluster)] if where == "dask" else ["--workers", "2"]
-    client = start_client(tiny, folder, *on)
+    client = start_client(folder, *on)
     kernels = wait_for(lambda: len(found := all_started(folder)) == 2 and found)
     client.send_signal(how)
     said, _ = client.communicate(timeout=60)
@@ -468,15 +478,15 @@ def test_a_client_stopped_and_started_again_ends_with_the_table_of_an_undisturbe
     wait_for(lambda: all(map(is_gone, kernels)), 10)
     assert not (tiny / "results" / "results.csv").exists()
     (folder / "go").touch()
-    again = start_client(tiny, folder, *on)
+    again = start_client(folder, *on)
     said, _ = again.communicate(timeout=300)
     assert again.returncode == 0 and "6 done" in said, said
     assert rows_of(results.load()) == EVERY
     disturbed = table_of(tiny)
     shutil.rmtree(tiny / "results")
-    assert start_client(tiny, folder, "--workers", "1").wait(300) == 0
+    assert start_client(folder, "--workers", "1").wait(300) == 0
     assert table_of(tiny) == disturbed
-    assert start_client(tiny, folder).communicate(timeout=60)[0].count("complete") >= 6
+    assert start_client(folder).communicate(timeout=60)[0].count("complete") >= 6
 
 
 @pytest.mark.long
@@ -537,12 +547,12 @@ def test_a_notebook_that_hangs_fails_and_the_others_are_done(tiny, tmp_path, mon
 
 
 @pytest.mark.long
-def test_a_scheduler_that_goes_in_the_middle_gets_one_line(tiny, tmp_path, cluster):
+def test_a_scheduler_that_goes_in_the_middle_gets_one_line(tiny, tmp_path, cluster, start_client):
     cluster("a")
     folder = tmp_path / "signals"
     folder.mkdir()
     write_notebook(tiny, RECORDING + WAITING)
-    client = start_client(tiny, folder, "--scheduler", address_of(cluster))
+    client = start_client(folder, "--scheduler", address_of(cluster))
     wait_for(lambda: started(folder))
     cluster.scheduler.kill()
     said, _ = client.communicate(timeout=60)
