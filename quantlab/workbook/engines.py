@@ -19,6 +19,7 @@ ANSWER = 10  # seconds in which a scheduler must
 MEMORY = 3 * 2**30  # bytes that a run may need
 # Not a function: a worker looks it up while it reads a message, and ends where there is none.
 ON_WORKER = "__import__('quantlab.workbook.engines').workbook.engines.on_worker(given, cores)"
+LOST = ("CancelledError", "FutureCancelledError", "KilledWorker")  # names: Dask may be absent
 START = "start one with: dask scheduler"
 
 
@@ -112,7 +113,9 @@ def outcome_of(future):
     try:
         return future.result()
     except Exception as error:  # whatever a worker of another version says
-        said = f"{type(error).__name__}: {one_line(error)}"
-        if isinstance(error, concurrent.futures.CancelledError) or "KilledWorker" in said:
+        if type(error).__name__ in LOST:
             return Outcome("lost")
+        if isinstance(error, (UserError, OSError)):  # a full disk
+            return Outcome("refused", one_line(error))
+        said = f"{type(error).__name__}: {one_line(error)}"
         return Outcome("refused", f"{said}; install the same versions of quantlab and Python there")

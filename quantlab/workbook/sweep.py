@@ -26,8 +26,9 @@ from quantlab.workbook.engines import outcome_of
 from quantlab.workbook.notebooks import Notebook
 from quantlab.workbook.request import TIME_LIMIT
 from quantlab.workbook.run import is_complete, remove_temporaries, runs_folder
-from quantlab.workbook.task import Task
+from quantlab.workbook.task import Outcome, Task
 
+LOOK = 0.2  # seconds between two looks at what runs
 ALLOWED_LOSSES = 3  # workers that may be lost while they carry out one run
 ALIKE = ("data", "model", "preset")  # parameters that decide how long a notebook takes
 
@@ -47,6 +48,7 @@ class Run:
     where: str = ""
     message: str = ""
     losses: int = 0
+    began: float = 0.0  # of time.monotonic
 
     @property
     def out(self):
@@ -98,36 +100,71 @@ def sweep(runs, engine):
     return table(runs)
 
 
-def _carry_out(waiting, engine, progress):
-    waiting, running, refused = collections.deque(waiting), {}, collections.defaultdict(dict)
-    while waiting or running:
+def _carry_out(runs, engine, progress):
+    queue = _Queue(runs, engine, progress)
+    while queue.waiting or queue.running:
         cores = engine.cores()
-        for place, (run, future) in [*running.items()]:
+        queue.gather(cores)
+        queue.hand_out(cores)
+        if cores and not queue.running:
+            queue.give_up(cores)
+        progress.show(queue.running, len(cores))
+        time.sleep(LOOK)
+
+
+class _Queue:
+    """The runs that wait, those that run (place -> (Run, future)), and what places have refused
+    (place -> facts of runs -> why). cores: what `engine.cores` gives.
+    """
+
+    def __init__(self, runs, engine, progress):
+        self.waiting, self.running = collections.deque(runs), {}
+        self.refused = collections.defaultdict(dict)
+        self.engine, self.progress = engine, progress
+
+    def gather(self, cores):
+        """Take what has ended, and what has gone with its place."""
+        for place, (run, future) in [*self.running.items()]:
             if place in cores and not future.done():
                 continue
-            del running[place]
-            outcome = outcome_of(future) if place in cores else None
-            if outcome is None or outcome.status == "lost":
-                _lose(run, waiting, progress)
-            elif outcome.status == "refused":
-                refused[place][_facts(run)] = outcome.message
-                progress.say(f"refused: {outcome.message}")
-                waiting.appendleft(run)
+            del self.running[place]
+            outcome = outcome_of(future) if place in cores else Outcome("lost")
+            if outcome.status == "refused":
+                self.refused[place][_facts(run)] = outcome.message
+                self.progress.say(f"refused: {outcome.message}")
+                self.waiting.appendleft(run)
+            elif outcome.status == "lost":
+                self._lose(run)
             else:
-                _finish(run, outcome, place, progress)
-        for place in cores.keys() - running.keys():
-            run = next((r for r in waiting if _facts(r) not in refused[place]), None)
+                _finish(run, outcome, place)
+                self.progress.end(run)
+
+    def _lose(self, run):
+        run.losses += 1
+        if run.losses < ALLOWED_LOSSES:
+            self.progress.say(f"lost with its worker, runs again: {run}")
+            self.waiting.appendleft(run)
+        else:
+            run.status = "failed"
+            run.message = f"{run.losses} workers were lost while it ran (out of memory?)"
+            self.progress.end(run)
+
+    def hand_out(self, cores):
+        """Give every free place the first run that it has not refused."""
+        for place in cores.keys() - self.running.keys():
+            run = next((r for r in self.waiting if _facts(r) not in self.refused[place]), None)
             if run is not None:
-                waiting.remove(run)
-                running[place] = run, engine.submit(place, run.task, cores[place])
-        if cores and waiting and not running:  # every place was asked
-            for run in waiting:
-                run.status, run.message = "failed", "; ".join(
-                    {refused[place][_facts(run)]: place for place in cores})
-                progress.end(run)
-            return
-        progress.show({place: run for place, (run, _) in running.items()}, len(cores))
-        time.sleep(0.1)
+                self.waiting.remove(run)
+                run.began = time.monotonic()
+                self.running[place] = run, self.engine.submit(place, run.task, cores[place])
+
+    def give_up(self, cores):
+        """Fail what waits while nothing runs: every place has refused it."""
+        while self.waiting:
+            run = self.waiting.popleft()
+            whys = dict.fromkeys(self.refused[place][_facts(run)] for place in cores)
+            run.status, run.message = "failed", "; ".join(whys)
+            self.progress.end(run)
 
 
 def _facts(run):
@@ -135,25 +172,13 @@ def _facts(run):
     return digest(run.task.facts)
 
 
-def _lose(run, waiting, progress):
-    run.losses += 1
-    if run.losses < ALLOWED_LOSSES:
-        progress.say(f"lost with its worker, runs again: {run}")
-        waiting.appendleft(run)
-        return
-    run.status = "failed"
-    run.message = f"{run.losses} workers were lost while it ran (out of memory?)"
-    progress.end(run)
-
-
-def _finish(run, outcome, place, progress):
+def _finish(run, outcome, place):
     run.status, run.message, run.where = outcome.status, outcome.message, place
     run.seconds = outcome.seconds
     try:
         _keep(run, outcome)
     except UserError as error:
         run.status, run.message = "failed", str(error)
-    progress.end(run)
 
 
 def _keep(run, outcome):
@@ -276,13 +301,14 @@ class _Progress:
         self.bar.close()
 
     def show(self, running, places):
-        """running: place -> Run."""
-        where = "; ".join(f"{place}: {run}" for place, run in running.items())
-        left = ""
-        if self.seconds and places:
-            mean = sum(self.seconds) / len(self.seconds)
-            left = f"about {duration(mean * (self.bar.total - self.bar.n) / places)} left; "
-        self.bar.set_postfix_str(left + (where or "waiting for a worker"))
+        """running: place -> (Run, its future). places: how many can run at a time."""
+        where = "; ".join(f"{place}: {run}" for place, (run, _) in running.items())
+        left, count = "", self.bar.total - self.bar.n
+        if self.seconds and count and places:
+            mean, now = sum(self.seconds) / len(self.seconds), time.monotonic()
+            work = mean * count - sum(min(mean, now - run.began) for run, _ in running.values())
+            left = f"about {duration(work / min(count, places))} left; "
+        self.bar.set_postfix_str(left + (where or "no worker" * bool(count)))
 
     def say(self, line):
         tqdm.write(line)
