@@ -74,7 +74,8 @@ def test_the_import_loads_no_torch_and_torchvision_is_repaired_when_it_is_import
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--help"], ["run", "--help"], ["figures", "--help"], ["train", "--help"], ["list"],
+    ["--help"], ["run", "--help"], ["sweep", "--help"], ["figures", "--help"], ["train", "--help"],
+    ["list"],
 ], ids=" ".join)
 def test_help_and_list_load_nothing_heavy(arguments):
     output, errors = python(COMMAND, *arguments)
@@ -137,6 +138,7 @@ def test_an_unknown_command_option_or_number_loads_nothing_heavy(arguments, mess
     (["train", "--start-from", "missing.safetensors"], "missing.safetensors not found"),
     (["import-checkpoint", "missing.pt"], "missing.pt not found"),
     (["import-checkpoint", "missing.pt", "--model", "vgg"], "model 'vgg' is unknown"),
+    (["sweep", "03", "-p", "weight_bits", "4,9"], "weight_bits=9: a width is an integer"),
     (["data", "images"], "no image set in"),
     (["data", "nowhere"], "data 'nowhere' not found"),
     (["bench", "integers"], "did you mean integer?"),
