@@ -36,20 +36,29 @@ import pandas as pd
 import quantlab as ql
 from IPython.display import Image, Markdown
 from quantlab import plots
-from quantlab.workbook import allowed, figures, results, tables
+from quantlab.workbook import allowed, figures, findings, gallery, results, tables
 from quantlab.workbook.study import show
 
 # %% tags=["parameters"]
-# local (results.csv), published (published.csv), or auto: local where there are some
+# local (results.csv), published (published.csv), or auto: local where there are some,
+# and beside a smoke run what is published
 source = "auto"
 
 # %%
 allowed.check(source=source)
 local, published = results.load(), results.load(results.published_path())
 is_local = source == "local" or (source == "auto" and len(local) > 0)
-rows = results.current(local if is_local else published)
+own = rows = results.current(local if is_local else published)
 if not len(rows):
     raise ql.UserError("there are no results yet; run: make results")
+is_smoke = (own.dataset == results.SMOKE).all()
+beside = is_smoke and source == "auto" and len(published) > 0
+if beside:
+    rows = results.current(pd.concat([published, local]))
+real = rows[rows.dataset != results.SMOKE]
+counted = real if len(real) else rows
+
+# %%
 # the largest network first
 networks = rows[["model", "dataset"]].drop_duplicates()
 networks = networks.sort_values(["model", "dataset"], ascending=[False, True])
@@ -60,17 +69,23 @@ def rows_of(model, dataset, frame=rows):
 
 
 # %%
-where = "results/results.csv" if is_local else "results/published.csv"
+where = "`results/results.csv`, measured on this machine"
+if not is_local or beside:
+    where = f"{where}, and " * is_local + "`results/published.csv`"
 listed = ", ".join(f"{m} on `{d}` ({len(rows_of(m, d))} rows)" for m, d in networks)
 show(Markdown(
-    f"**{len(rows)} rows** from `{where}`{', measured on this machine' * is_local}: "
-    f"the newest of every configuration and seed. Networks and data sets: {listed}."
+    f"**{len(rows)} rows** from {where}: the newest of every configuration and seed. "
+    f"Networks and data sets: {listed}."
 ))
-if (rows.dataset == results.SMOKE).all():
+if is_smoke:
     show(Markdown(
-        "> **Smoke run.** These are handwritten digits: they show that everything runs "
-        "and are no benchmark."
+        "> **Smoke run.** What was measured here are handwritten digits: they show "
+        "that everything runs and are no benchmark."
+        + " All other numbers and figures are published ones." * beside
     ))
+
+# %%
+show(Markdown(findings.overview(counted)))
 
 # %% [markdown]
 # ## 1. The headline
@@ -79,9 +94,10 @@ if (rows.dataset == results.SMOKE).all():
 # beforehand and not picked by its accuracy on the test images.
 
 # %%
-real = rows[rows.dataset != results.SMOKE]
-counted = real if len(real) else rows
 show(Markdown(tables.markdown(tables.headline(counted, brief=True))))
+if beside:
+    show(Markdown("This machine's smoke run, the same rows of the digits:"))
+    show(Markdown(tables.markdown(tables.headline(own, brief=True))))
 
 # %% [markdown]
 # The original's table, as published in 2021 for ResNet-50 on the official CIFAR-10 files (10,000 test
@@ -89,9 +105,9 @@ show(Markdown(tables.markdown(tables.headline(counted, brief=True))))
 # float. Its images are not ours: read what is lost, not the accuracy itself.
 
 # %%
-beside = tables.original_table(counted)
-if len(beside):
-    show(Markdown(tables.markdown(beside)))
+repeated = tables.original_table(counted)
+if len(repeated):
+    show(Markdown(tables.markdown(repeated)))
 else:
     top1 = tables.original().top1
     lost = (top1.iloc[0] - top1).round(2)
@@ -122,12 +138,12 @@ show(*figures.small_against_large(counted).values())
 
 # %% [markdown]
 # ## 3. Built-in int8
-# Throughput compares on one processor only: a figure for each on which several methods were measured.
+# Speeds compare on one machine only: a figure for each on which several methods were measured.
 
 # %%
 tools = rows[(rows.method == "float") | rows.method.str.contains("int8")]
 tools = tools.drop_duplicates(["model", "dataset", "method"], keep="last")
-columns = ["method", "top1", "drop", "bytes", "images_per_s", "device"]
+columns = ["method", "top1", "drop", "drop_low", "drop_high", "bytes"]
 for model, dataset in networks:
     part = rows_of(model, dataset, tools)
     print(f"{model} on {dataset}")
@@ -159,15 +175,15 @@ show(Markdown(tables.markdown(tables.headline(counted))))
 
 # %% [markdown]
 # ## 6. Figures
-# As the notebooks saved them when they ran last.
+# As the notebooks saved them when they ran last; of real images also in
+# [the gallery](../pic/README.md).
 
 # %%
-counted_networks = [(m, d) for m, d in networks if d in set(counted.dataset)]
-for model, dataset in counted_networks:
-    for picture in sorted((ql.root() / "pic").glob(f"*_{model}_{dataset}.png")):
-        # photographs, and what is drawn above
-        if not picture.name.startswith(("images_", "02_builtin", "03_accuracy")):
-            show(Markdown(f"`{picture.name}`"), Image(str(picture), width=850))
+drawn_above = "02_builtin", "03_accuracy_by_bits", "13_small_against_large"
+for figure in gallery.figures(data={*counted.dataset, ""}):
+    if figure.name not in drawn_above:
+        show(Markdown(f"{gallery.ABOUT[figure.name]} `{figure.file}`"))
+        show(Image(str(ql.root() / "pic" / figure.file), width=850))
 
 # %% [markdown]
 # ## 7. Where the numbers come from

@@ -62,8 +62,8 @@ def parser():
     add("list", _list, "list the notebooks and their parameters")
     add("report", _report, "rebuild results/report.html from the results there are")
     add("publish", _publish,
-        "move local results of real data sets into published.csv, the README's tables and "
-        "what the notebooks say they found")
+        "move local results of real data sets into published.csv, the README's tables, what the "
+        "notebooks say they found and the gallery in pic/README.md")
     _sweep_options(add("sweep", _sweep, "execute one notebook with every combination of lists of "
                                         "parameters, on this machine or on several; started again, "
                                         "it goes on"))
@@ -283,12 +283,14 @@ def _report(options):
 
 
 def _publish(options):
+    from quantlab.workbook import gallery
     from quantlab.workbook.findings import update_notebooks
     from quantlab.workbook.results import published_path
     from quantlab.workbook.tables import publish
 
     print(f"{publish()} rows published to {published_path()}; README.md updated")
     print("\n".join(update_notebooks()) or "what notebooks found stands in them")
+    print(f"figures: {gallery.write()}")
 
 
 def _figures(options):
@@ -298,10 +300,12 @@ def _figures(options):
         options.parameters, options.force, options.time_limit = [], True, TIME_LIMIT
         return _run(options)
 
+    from quantlab.workbook import gallery
     from quantlab.workbook.figures import save_figures
 
     for line in save_figures(widths, formats):
         print(line, flush=True)
+    print(f"figures: {gallery.write()}")
 
 
 def _tables(options):

@@ -302,6 +302,38 @@ def original_experiment_table(rows):
     return "Top-1 in % (and points against float)", shown
 
 
+# ---- 13 -----------------------------------------------------------------------------------------
+
+
+def overview(frame):
+    """The report's opening, as Markdown: at most five sentences, of the network with most rows and
+    of the others beside it; "" without rows.
+
+    frame: rows of `results.load`.
+    """
+    if not len(frame):
+        return ""
+    rows = Rows(frame)
+    said = [*by_hand(rows)][:1] + [*methods_by_width(rows)][1:2] + [*_integers(rows)]
+    said += [*original_experiment(rows)][:1] + [*_by_size(frame, rows.dataset)]
+    return "\n".join([f"**Found** ({rows}; {MEANS}):", "", *(f"- {text}" for text in said)])
+
+
+def _integers(rows):
+    for row in rows.summary[rows.summary.method.eq(tables.INTEGERS)].itertuples():
+        yield (f"In integers alone it keeps {row.top1:.2f} % of float's {row.fp32_top1:.2f} %, its "
+               f"weights in {row.bytes / 1000:,.0f} kB.")
+
+
+def _by_size(frame, dataset):
+    frame = frame[frame.dataset == dataset]
+    networks = [Rows(part) for _, part in frame.groupby("model")][::-1]
+    found = {rows.model: rows.setter("4/4", "histogram") for rows in networks}
+    words = [f"{model} {lost(row)}" for model, row in found.items() if row is not None]
+    if len(words) > 1:
+        yield f"Points lost at 4 bits by nearest rounding, by network: {', '.join(words)}."
+
+
 # ---- README: the original's questions -----------------------------------------------------------
 
 UNDONE = "W4A4 ours minus this: "
