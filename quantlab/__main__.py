@@ -63,7 +63,7 @@ def parser():
     add("report", _report, "rebuild results/report.html from the results there are")
     add("publish", _publish,
         "move local results of real data sets into published.csv, the README's tables, what the "
-        "notebooks say they found and the gallery in pic/README.md")
+        "notebooks say they found, results/pages and the gallery in pic/README.md")
     _sweep_options(add("sweep", _sweep, "execute one notebook with every combination of lists of "
                                         "parameters, on this machine or on several; started again, "
                                         "it goes on"))
@@ -283,13 +283,15 @@ def _report(options):
 
 
 def _publish(options):
-    from quantlab.workbook import gallery
+    from quantlab.workbook import gallery, pages
     from quantlab.workbook.findings import update_notebooks
     from quantlab.workbook.results import published_path
     from quantlab.workbook.tables import publish
 
     print(f"{publish()} rows published to {published_path()}; README.md updated")
     print("\n".join(update_notebooks()) or "what notebooks found stands in them")
+    for path in pages.write():
+        print(f"page: {path}")
     print(f"figures: {gallery.write()}")
 
 
