@@ -69,6 +69,9 @@ ABOUT = {
     "11_heatmap": "Weight bits against activation bits: accuracy, and points lost.",
     "12_qat": "Quantization-aware training: loss and held-out accuracy by images seen.",
     "12_data_free": "Calibration without data: points lost, and the ranges found.",
+    "14_values": "The values of every number format on one axis.",
+    "14_errors": "Error by number format: on edges, weights and ideal distributions.",
+    "14_points_lost": "Points lost by number format at 8, 6 and 4 bits.",
     "source_map": "PyTorch's quantization source: its topics, their size, and who uses whom.",
     "13_small_against_large": "Points lost by width, the small network beside the large one.",
 }
