@@ -229,7 +229,8 @@ show(by_weight.round(2))
 # %%
 labelled = ql.limited(test, n) if classes else None
 remedies = diagnose(model, stats, [*batches][:2], qmodel.config, labelled)
-show(remedies.round(2) if len(remedies) else "Nothing looks wrong at this width.")
+with pd.option_context("display.max_colwidth", None):
+    show(remedies.round(2) if len(remedies) else "Nothing looks wrong at this width.")
 
 # %% [markdown]
 # ## What we learned
