@@ -315,7 +315,7 @@ def overview(frame):
         return ""
     rows = Rows(frame)
     said = [*by_hand(rows)][:1] + [*methods_by_width(rows)][1:2] + [*_integers(rows)]
-    said += [*original_experiment(rows)][:1] + [*_by_size(frame, rows.dataset)]
+    said += [*original_experiment(rows)][:1] + [*_by_size(frame, rows)]
     return "\n".join([f"**Found** ({rows}; {MEANS}):", "", *(f"- {text}" for text in said)])
 
 
@@ -325,9 +325,9 @@ def _integers(rows):
                f"weights in {row.bytes / 1000:,.0f} kB.")
 
 
-def _by_size(frame, dataset):
-    frame = frame[frame.dataset == dataset]
-    networks = [Rows(part) for _, part in frame.groupby("model")][::-1]
+def _by_size(frame, own):
+    parts = frame[frame.dataset == own.dataset].groupby("model")
+    networks = [own if model == own.model else Rows(part) for model, part in parts][::-1]
     found = {rows.model: rows.setter("4/4", "histogram") for rows in networks}
     words = [f"{model} {lost(row)}" for model, row in found.items() if row is not None]
     if len(words) > 1:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 from quantlab.networks.recipe import NETWORKS
-from quantlab.system.files import root, write_text
+from quantlab.system.files import atomic_path, root, write_text
 from quantlab.workbook import notebooks, results
 
 INTRODUCTION = """# Figures
@@ -137,8 +137,23 @@ def _beside(same):
 
 
 def write():
-    """Write pic/README.md; its path."""
-    path = root() / "pic" / "README.md"
+    """Write pic/README.md, and the pictures in it small; its path."""
+    folder, found = root() / "pic", figures()
+    for figure in found:
+        shrink(folder / figure.file)
     there = (root() / "results" / "pages").glob("*.md")
-    write_text(path, page(figures(), [file.name for file in there]))
-    return path
+    write_text(folder / "README.md", page(found, [file.name for file in there]))
+    return folder / "README.md"
+
+
+def shrink(path):
+    """Write a picture in the 256 colours that suit it: of a drawing, less than half of the bytes.
+    """
+    from PIL import Image
+
+    with Image.open(path) as image:
+        if image.mode == "P":
+            return
+        small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        with atomic_path(path) as temporary:
+            small.save(temporary, optimize=True, dpi=image.info.get("dpi", (72, 72)))

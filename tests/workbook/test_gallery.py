@@ -3,9 +3,13 @@
 import re
 import subprocess
 
+import numpy as np
 import pytest
 from conftest import CHECKOUT, read_text
+from matplotlib.figure import Figure
+from PIL import Image
 
+from quantlab import plots
 from quantlab.workbook import gallery
 
 
@@ -54,3 +58,23 @@ def test_networks_stand_beside_each_other_and_smoke_runs_not_at_all():
         "| [![10_ladder](10_ladder_resnet50_my_set.png)](10_ladder_resnet50_my_set.svg) | "
         "[![10_ladder](10_ladder_resnet20_my_set.png)](10_ladder_resnet20_my_set.svg) |"]
     assert gallery.page([]) == gallery.INTRODUCTION + "\n"
+
+
+def test_pictures_become_small_and_look_the_same(workbook):
+    x = np.linspace(0, 6, 100)
+    figure = Figure(figsize=(4, 3))
+    axes = figure.subplots()
+    for shift in range(4):
+        axes.plot(x, np.sin(x + shift), label=f"line {shift}")
+    axes.legend()
+    plots.save(figure, "10_ladder", "my_set", "resnet20")
+    file = workbook / "pic" / "10_ladder_resnet20_my_set.png"
+    before, size = np.asarray(Image.open(file).convert("RGB")).astype(int), file.stat().st_size
+    assert gallery.write() == workbook / "pic" / "README.md"
+    assert file.name in read_text(gallery.write())
+    after = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    assert file.stat().st_size < 0.6 * size
+    assert (abs(after - before).max(-1) > 16).mean() < 1e-3 and after.shape == before.shape
+    written = file.read_bytes()
+    gallery.write()
+    assert file.read_bytes() == written, "once"
