@@ -564,7 +564,7 @@ by_scale = {
     "NV": ["NVINT4", "NVFP4"],
 }
 show(pd.DataFrame({
-    scale: db.loc[names].mean(1).set_axis(["integers", "E2M1"])
+    scale: db.loc[names].mean(axis=1).set_axis(["integers", "E2M1"])
     for scale, names in by_scale.items()
 }).T.rename_axis("4 bits, mean of all columns, dB").round(1))
 
