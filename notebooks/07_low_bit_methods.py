@@ -72,8 +72,7 @@ weight_symmetric = False  # True: weights of 2^b - 1 levels; False: of all 2^b
 methods = "auto"  # comma-separated; auto: all; none: draw what is published
 best_method = "QDrop + augmented fine-tuning"  # chosen in section 4
 rivals = "auto"  # both, pt2e, onnxruntime, none; auto: onnxruntime in a smoke run
-try_rates = True  # section 5
-try_fisher = True  # section 6
+try_others = True  # sections 5 and 6
 iterations = 0  # of learning a unit; 0: 3 in a smoke run, 500 in a full one
 n_calibration = 0  # 0: 64 in a smoke run, 1,024 in a full one
 n_seeds = 0  # calibration seeds; 0: one in a smoke run, three in a full one
@@ -301,7 +300,7 @@ def try_tuning(config):
         "points lost": heldout.top1 - top1, "divergence": divergence(qmodel),
     }
 
-if try_rates and methods:
+if try_others and methods:
     tried = [try_tuning(config) for config in tqdm(variants, desc="rates")]
     show(pd.DataFrame(tried).round(4))
 
@@ -324,7 +323,7 @@ def fisher_gain(width):
 compared = [w for w in widths if w in ("4/4", "3/3", "2/2")]
 compared = compared[-1:] if study.smoke else compared
 fisher = pd.DataFrame()
-if try_fisher and methods:
+if try_others and methods:
     fisher = pd.DataFrame([fisher_gain(width) for width in compared])
     show(fisher.round(2))
 
