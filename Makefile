@@ -4,12 +4,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DATA ?= auto
 MODEL ?=
+WIDTHS ?=
 NOTEBOOKS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: results test test-long lint lab sync setup clean
+.PHONY: results rivals test test-long lint lab sync setup clean
 results: setup  ## of one network on one data set: make results MODEL=resnet50 DATA=PATH
 	$(BIN)/python -m quantlab run $(NOTEBOOKS) --data "$(DATA)" $(if $(MODEL),-p model $(MODEL))
+
+rivals: setup .venv-rivals/ready  ## other tools beside ours: make rivals MODEL=resnet20 DATA=PATH WIDTHS=4/4,3/3
+	$(BIN)/python -m quantlab rivals --data "$(DATA)" $(if $(MODEL),--model $(MODEL)) $(if $(WIDTHS),--widths $(WIDTHS))
 
 test: lint  ## at most ten minutes on two quiet cores
 	$(BIN)/python -m pytest
@@ -38,5 +42,11 @@ setup: .venv/ready
 	$(BIN)/python -m compileall -q -j 0 -x '/tests?/' .venv/lib >/dev/null || true  # templates fail
 	touch $@
 
+# Brevitas has an environment of its own: nothing of it is in the workbook's.
+.venv-rivals/ready: requirements-rivals.txt
+	$(PYTHON) -m venv .venv-rivals
+	.venv-rivals/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-rivals.txt
+	touch $@
+
 clean:  ## remove what was generated here, keep what is committed
-	rm -rf .venv results/runs results/report.html results/results.csv data/cache
+	rm -rf .venv .venv-rivals results/runs results/report.html results/results.csv data/cache

@@ -55,10 +55,9 @@ from tqdm.auto import tqdm
 # %%
 from quantlab.improving.tune import tune_end_to_end
 from quantlab.plots import lowbit
-from quantlab.rivals import pytorch as builtin
-from quantlab.rivals.onnxruntime import onnxruntime_int8
 from quantlab.workbook import allowed
 from quantlab.workbook.methods import LEARNED, METHODS, Methods, config_of, name_of
+from quantlab.workbook.rivals import int8_row
 from quantlab.workbook.study import Study, brief, show
 
 # %% tags=["parameters"]
@@ -155,41 +154,20 @@ for width, method, s in tqdm(grid, desc="networks"):
 measured = pd.DataFrame(rows)
 print(f"{len(measured)} networks")
 
-
 # %% [markdown]
 # **Rivals** at 8 bits, on the same checkpoint, calibration images and test images: torchao's PT2E and
-# ONNX Runtime's static quantization. Compiling the first takes long.
-
-# %%
-def pt2e():
-    (backend,) = (b for b in builtin.backends() if b.name == "pt2e")
-    if not backend.available:
-        raise ql.UserError(backend.note)
-    network = study.network.cpu()
-    return builtin.pt2e_int8(network, study.calibration(), batch_size=100)
-
-def onnxruntime():
-    return onnxruntime_int8(study.network.cpu(), study.calibration())
-
-def measure_rival(name, build, size_of):
-    converted = build()
-    result = study.evaluate(converted, on="cpu")
-    bits = dict(weight_bits=8, act_bits=8, n_calibration=study.n_calibration)
-    return study.row(result, name, bytes=size_of(converted), **bits)
-
+# ONNX Runtime's static quantization. Compiling the first takes long. Brevitas, which also has fewer bits,
+# lives in an environment of its own: `make rivals DATA=PATH`, its rows in [08](08_mixed_precision.ipynb).
 
 # %%
 rivals = study.choose(rivals, smoke="onnxruntime", full="both")
-cases = {
-    "pt2e": ("PT2E int8", pt2e, builtin.bytes_on_disk),
-    "onnxruntime": ("ONNX Runtime int8", onnxruntime, lambda network: network.bytes),
-}
-for name, case in cases.items():
+tools = {"pt2e": "PT2E int8", "onnxruntime": "ONNX Runtime int8"}
+for name, tool in tools.items():
     if rivals not in ("both", name):
         print(f"{name} is not measured here (parameter rivals)")
         continue
     try:
-        show(brief(study.record_rows([measure_rival(*case)])))
+        show(brief(study.record_rows([int8_row(study, tool)])))
     except (ImportError, ql.UserError) as error:
         print(f"{name} is skipped: {str(error).removesuffix('; skipped')}")
 
@@ -201,8 +179,8 @@ for name, case in cases.items():
 
 # %%
 frame = builder.known(widths, **convention)
-tools = builder.rows()
-tools = tools[tools.method.isin([name for name, *_ in cases.values()])]
+others = builder.rows()
+others = others[others.method.isin(tools.values())]
 if len(frame):
     lost = frame.pivot_table("drop", "name", "width", sort=False)
     counts = frame.pivot_table("drop", "name", "width", "count", sort=False)
@@ -222,7 +200,7 @@ if len(frame):
         f"{frame.seed.nunique()} seed(s)"
     )
     text = study.caption(len(study.test), text)
-    figure = lowbit.methods_by_width(drawn, tools, text)
+    figure = lowbit.methods_by_width(drawn, others, text)
     show(study.save(figure, "07_methods_by_width"))
 
 # %% [markdown]

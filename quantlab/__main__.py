@@ -78,6 +78,8 @@ def parser():
     _import_options(add("import-checkpoint", _import, "bring in a state dict (.pt) as safetensors "
                                                       "with a card, executing nothing in it"))
     _bench_options(add("bench", _bench, "measure speed: ratios, side by side, in one run"))
+    _rivals_options(add("rivals", _rivals, "measure other tools on a network of the workbook, ours "
+                                           "beside them (make rivals sets them up)"))
     _inspect_options(add("inspect", _inspect, "analyse a network of your own: one HTML file"))
     zipped = add("zip", _zip, "results and figures in one file, to download")
     zipped.add_argument("out", nargs="?", default="workbook.zip", help="default: %(default)s")
@@ -174,6 +176,18 @@ def _bench_options(bench):
         help="rounds of which the median counts (default: %(default)s)")
     add("--compiled", action=argparse.BooleanOptionalAction,
         help="also with torch.compile (default: where a C++ compiler is)")
+
+
+def _rivals_options(rivals):
+    add = rivals.add_argument
+    add("--data", default="auto", help=f"{', '.join(SOURCES)} or a path")
+    add("--model", default="resnet20", help=f"{', '.join(NETWORKS)} (default: %(default)s)")
+    add("--widths", default="8/8,4/4,3/3", help="weights/activations[/first and last layer, else "
+                                                "8], with commas (default: %(default)s)")
+    add("--methods", default="nearest", help="of ours, with commas (default: %(default)s)")
+    add("--iterations", type=int, default=0,
+        help="of learned rounding, theirs and ours (default: 500, on the digits 3)")
+    add("--seed", type=int, default=0, help="of the calibration images (default: %(default)s)")
 
 
 def _address_options(address):
@@ -392,6 +406,25 @@ def _bench(options):
     from quantlab.workbook.bench import bench
 
     bench(options.sections, options.model, options.batch, options.rounds, options.compiled)
+
+
+def _rivals(options):
+    check_name("model", options.model, NETWORKS)
+    allowed.check(seed=options.seed, iterations=options.iterations)
+    widths, methods = options.widths.split(","), allowed.check_methods(options.methods.split(","))
+    for width in widths:
+        allowed.split_width(width)
+    check_data(options.data)
+
+    from quantlab.rivals.brevitas import interpreter
+
+    interpreter()
+
+    from quantlab.workbook.rivals import compared
+    from quantlab.workbook.study import Study, brief, show
+
+    study = Study(options.data, options.model, seed=options.seed, notebook="rivals")
+    show(brief(compared(study, widths, methods, options.iterations)))
 
 
 def _inspect(options):
