@@ -30,7 +30,7 @@ def interpreter():
 
 
 def brevitas_predictions(network, model, num_outputs, calibration, test, settings):
-    """(predictions int64 [n], about: seconds and versions, text) of the network that Brevitas makes.
+    """(predictions int64 [n], about: seconds, versions) of the network that Brevitas makes.
 
     network: float, of the architecture `model`. calibration, test: batches, float32 [B, C, H, W].
     settings: method (of METHODS), weight_bits, act_bits, first_last_bits, seed, iterations.

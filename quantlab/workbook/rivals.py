@@ -9,9 +9,9 @@ float, all 2^b codes of a weight, per channel.
 
 import pandas as pd
 import torch
+from torch import nn
 
 from quantlab.evaluate import Evaluation
-from quantlab.quantized import weight_bytes
 from quantlab.rivals import brevitas, onnxruntime, pytorch
 from quantlab.system.errors import UserError
 from quantlab.system.files import sha256
@@ -103,11 +103,9 @@ def brevitas_row(builder, method, width):
         steps = [f"{iterations} iterations"] if iterations else []
         steps += ["equalisation", "bias correction", about["brevitas"]]
         note = ", ".join([name_of(with_outer(width)), *steps])
-        size = weight_bytes(builder.build("nearest", config))  # the same codes, scales and biases
-        columns = brevitas_columns(config)
         return study.row(
-            result, f"Brevitas {method}", bytes=size, corrections=note,
-            n_calibration=study.n_calibration, **columns)
+            result, f"Brevitas {method}", bytes=stored_bytes(study.network, config),
+            corrections=note, n_calibration=study.n_calibration, **brevitas_columns(config))
 
     brevitas.interpreter()
     return study.once({**settings, "tool": "Brevitas", "worker": sha256(WORKER)}, measure)
@@ -121,6 +119,15 @@ def brevitas_columns(config):
         placement="inputs", input_bits=config.first_last_bits, symmetric="weights",
         levels=2**config.weight_bits, observer="percentile(q=99.999)", weight_observer="minmax")
     return results.describe(config) | own
+
+
+def stored_bytes(network, config):
+    """Packed codes of all layers, a float32 scale and an int32 bias for each of their channels."""
+    layers = [m.weight for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    bits = [config.weight_bits] * len(layers)
+    bits[0] = bits[-1] = config.first_last_bits
+    codes = sum(-(-weight.numel() * b // 8) for weight, b in zip(layers, bits, strict=True))
+    return codes + 8 * sum(map(len, layers))
 
 
 def brevitas_losses(rows):
