@@ -330,7 +330,7 @@ show(table.round(2))
 # residual stream and all $2^b$ levels of a weight, beside ours under the same convention: mean points
 # lost and mean paired interval over the seeds. Brevitas' columns are of this very network, with the same
 # calibration and test images (`make rivals DATA=PATH` measures them: its ImageNet example's layerwise
-# target, weights symmetric per channel, activations from 0.001 % to 99.999 %, bias correction).
+# target, weights symmetric per channel, activations of least squared error, bias correction).
 
 # %%
 TOOLS = pd.DataFrame({

@@ -101,7 +101,7 @@ def brevitas_row(builder, method, width):
             predictions, study.test.labels, float(about["seconds"]),
             device_name(torch.device("cpu")))
         steps = [f"{iterations} iterations"] if iterations else []
-        steps += ["equalisation", "bias correction", about["brevitas"]]
+        steps += ["bias correction", about["brevitas"]]
         note = ", ".join([name_of(with_outer(width)), *steps])
         return study.row(
             result, f"Brevitas {method}", bytes=stored_bytes(study.network, config),
@@ -117,7 +117,7 @@ def brevitas_columns(config):
     """
     own = dict(
         placement="inputs", input_bits=config.first_last_bits, symmetric="weights",
-        levels=2**config.weight_bits, observer="percentile(q=99.999)", weight_observer="minmax")
+        levels=2**config.weight_bits, observer="mse", weight_observer="minmax")
     return results.describe(config) | own
 
 

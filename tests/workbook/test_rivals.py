@@ -41,9 +41,9 @@ def test_a_row_of_brevitas_names_its_convention(builder, asked):
     own = dict(
         method="Brevitas learned round", weight_bits=4, act_bits=3, levels=16, first_last_bits=8,
         residual_bits=None, input_bits=8, placement="inputs", granularity="channel",
-        symmetric="weights", observer="percentile(q=99.999)", weight_observer="minmax",
+        symmetric="weights", observer="mse", weight_observer="minmax",
         n_calibration=32, n_test=50, seed=1, seconds=2.0, corrections="W4A3, first/last 8, "
-        "3 iterations, equalisation, bias correction, 0.13.4")
+        "3 iterations, bias correction, 0.13.4")
     assert {name: row[name] for name in own} == own
     threes = (builder.study.test.labels == 3).double().mean().item()
     assert row["top1"] == pytest.approx(100 * threes)
