@@ -23,11 +23,11 @@ OURS = [*notebooks.notebooks().values(), notebooks.read(INSPECT)]
 def comments(notebook):
     """Parameter -> its comment, behind it or on the line above."""
     found, above = {}, ""
-    first = re.compile(r"(data|target|# .*\nsource) = ")
+    first = re.compile(r"(data|target|(# .*\n)+source) = ")
     (cell,) = (source for _, source in notebook.cells if first.match(source))
     for line in cell.splitlines():
         if line.startswith("#"):
-            above = line
+            above += line
             continue
         name, _, rest = line.partition(" = ")
         found[name], above = above + rest.partition("#")[2], ""
