@@ -247,6 +247,8 @@ edge = gain.idxmax()
 better = f"{table.loc[edge].idxmax()} gains {gain[edge]:.1f} dB on {edge}, the most"
 better = better if gain[edge] > 0.05 else "no other range gains anything"
 show(f"- Against histogram, {better}.")
+
+# %%
 weakest = by_weight.loc[by_weight.sqnr.idxmin()]
 show(f"- The weights of {weakest.layer} keep least: {weakest.sqnr:.1f} dB.")
 names = dict.fromkeys(what for what, _ in operations)

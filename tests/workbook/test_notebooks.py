@@ -113,7 +113,8 @@ def test_every_figure_that_a_notebook_saves_is_a_picture_in_both_formats(execute
     assert pictures == {f"{stem}.{suffix}" for stem in stems for suffix in ("png", "svg")}
     saved = {path.stem: re.findall(r'"(\d\d_\w+)"', read_text(path.with_suffix(".py")))
              for path in NOTEBOOKS}
-    for name in {name for names in saved.values() for name in names} - {*saved}:
+    of_two_networks = "13_small_against_large"
+    for name in {name for names in saved.values() for name in names} - {*saved, of_two_networks}:
         assert [stem for stem in stems if stem.startswith(name)], name
 
 
