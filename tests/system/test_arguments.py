@@ -24,7 +24,8 @@ MEANT = {  # what of it is none: a setting, "auto", a file's name, ...
     "lr_weights": [1.5], "lr_steps": [0, 1.5], "lr_bias": [0, 1.5], "weight_lambda": [0, 1.5],
     "temperature": [1.5], "drop": [0], "mixup": [0], "seed": [0], "max_cache_bytes": [0],
     "phases": [[]], "learning_rate": [0, 1.5], "warmup": [0], "weight_decay": [0],
-    "label_smoothing": [0], "crop": [0], "cutout": [0], "averaging": [0], "heldout_images": [0], "qmin": [-1, 0]}
+    "label_smoothing": [0], "crop": [0], "cutout": [0], "averaging": [0],
+    "heldout_images": [0], "qmin": [-1, 0]}
 
 
 @functools.cache
