@@ -24,7 +24,6 @@ LADDER = (  # of notebook 10, between the original's hist and ours
 )
 LAST_STEP = "best range of weights"
 ALSO = {"BatchNorm kept as trained": "hist, BatchNorm kept"}  # the same network, measured first
-LEARNED_WIDTHS = ("4/4", "3/3", "2/2")
 CONVENTIONS = {  # words -> what changes of the config
     "2^b - 1 levels": {"weight_symmetric": True},
     "2^b levels": {"weight_symmetric": False},
@@ -89,12 +88,13 @@ class Rows:
 
 def low_bit(summary):
     """The convention of notebooks 06 to 08 for weights, as fields of a QuantConfig: all 2^b levels,
-    where learned rows have them at each of LEARNED_WIDTHS.
+    where at least as many rows of their methods have them as have 2^b - 1.
     """
     learned = summary[summary.corrections.str.contains(" iterations")]
-    every = [results.has_config(learned, config_of(width, weight_symmetric=False)).any()
-             for width in LEARNED_WIDTHS]
-    return {"weight_symmetric": not all(every)}
+    counts = {symmetric: sum(results.has_config(learned, config_of(
+        width, weight_symmetric=symmetric)).sum() for width in WIDTHS)
+        for symmetric in (False, True)}
+    return {"weight_symmetric": counts[True] > counts[False]}
 
 
 def levels(fields):
