@@ -154,7 +154,8 @@ def small_against_large(frame):
         nearest = networks_by_width(frame, dataset)
         methods = {f"nearest rounding, {level}": nearest for level in nearest.levels[:1]}
         learned = networks_by_width(frame, dataset, LEARNED_WIDTHS, "QDrop")
-        if learned.model.nunique() > 1:
+        learned = learned[learned.groupby("width").model.transform("nunique") > 1]
+        if len(learned):
             methods[f"learned by QDrop, {learned.levels.iloc[0]}"] = learned
         if nearest.model.nunique() > 1:
             table = pd.concat([part.assign(method=name) for name, part in methods.items()])
