@@ -223,8 +223,8 @@ show(by_weight.round(2))
 # %% [markdown]
 # ## 7. Cause and remedy
 # What looks wrong, in words and with its number, and every remedy **tried** on this network: decibels
-# gained at the logits (mean over the calibration images) and, where the folders are classes, points of
-# accuracy. Remedies of one name are one network: they mend all such places at once.
+# gained at the logits (mean over two batches of calibration images) and, where the folders are classes,
+# points of accuracy. Remedies of one name are one network: they mend all such places at once.
 
 # %%
 labelled = ql.limited(test, n) if classes else None

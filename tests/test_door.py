@@ -10,7 +10,8 @@ import torch
 from conftest import CHECKOUT, read_text
 
 import quantlab as ql
-from quantlab.__main__ import BENCH_SECTIONS, main
+from quantlab.__main__ import BENCH_SECTIONS, SEARCH_COSTS, main
+from quantlab.analysis import search
 from quantlab.networks.architectures import ARCHITECTURES
 from quantlab.networks.recipe import NETWORKS
 from quantlab.system.errors import check_name
@@ -161,6 +162,7 @@ def test_a_mistake_gets_one_line_and_status_1_before_anything_heavy_is_loaded(
 
 def test_names_that_the_command_line_offers_are_those_that_there_are():
     assert tuple(ARCHITECTURES) == NETWORKS and tuple(bench.SECTIONS) == BENCH_SECTIONS
+    assert tuple(search.COSTS) == SEARCH_COSTS
 
 
 def test_a_user_error_is_one_line_also_when_torch_fx_adds_its_own(resnet20):

@@ -66,10 +66,11 @@ def search(model, stats: CalibrationStats, pictures, split, lose=1.0, cost="byte
            **options):
     """The cheapest QuantizedNetwork that loses at most `lose` points on `split`: a Found.
 
-    pictures: batches that the proxies are measured on. cost: "bytes" (activations keep 8 bits) or
-    "bitops". learn(config) -> QuantizedNetwork, for the second stage; None: none. configs: name ->
-    QuantConfig, one of them for a whole network (None: CONFIGS). widths: None for WIDTHS. rounds:
-    networks tried in each stage.
+    stats: of `collect` on `model`. split: labelled images (a Split) that training did not see.
+    pictures: batches, float32 [B, C, H, W], that the proxies are measured on. cost: "bytes"
+    (activations keep 8 bits) or "bitops". learn(config) -> QuantizedNetwork, for the second stage;
+    None: none. configs: name -> QuantConfig, one of them for a whole network (None: CONFIGS).
+    widths: None for WIDTHS. rounds: networks tried in each stage.
     memory: a dict of what was evaluated, (settings, widths, stage) -> (drop, low, high), read and
     filled, so that a search goes on where it was. options: those of `evaluate` (limit).
     UserError for a loss that no network of these widths meets, naming the nearest.
@@ -79,10 +80,10 @@ def search(model, stats: CalibrationStats, pictures, split, lose=1.0, cost="byte
     task = _Task(model, stats, pictures, split, cost, configs or CONFIGS, widths, memory, options)
     for bits in widths:
         task.uniform(bits)
-    best = _cheapest(task, lose, task.least, task.most, rounds, None, verbose)
-    if learn:
+    best = _cheapest(task, lose, task.most, True, rounds, None, verbose)
+    if learn:  # below what nearest rounding reached; where that reached nothing, from the dearest
         limit = best["cost"] if best else task.most
-        learned = _cheapest(task, lose, task.least, limit, rounds_learned, learn, verbose)
+        learned = _cheapest(task, lose, limit, not best, rounds_learned, learn, verbose)
         best = learned if learned and (not best or learned["cost"] < best["cost"]) else best
     tried = pd.DataFrame(task.rows)[["stage", "settings", "cost", "lost", "low", "high"]]
     if not best:
@@ -95,19 +96,23 @@ def search(model, stats: CalibrationStats, pictures, split, lose=1.0, cost="byte
                  best["high"], tried, task.reasons(best, lose))
 
 
-def _cheapest(task, lose, least, most, rounds, learn, verbose):
-    """The cheapest row that meets the loss, by bisection of the budget's logarithm; or None."""
-    best = None
+def _cheapest(task, lose, most, is_tried, rounds, learn, verbose):
+    """The cheapest row that meets the loss, by bisection of the budget's logarithm; or None.
+
+    is_tried: whether the dearest budget, `most`, is tried first; where it fails, all others would.
+    """
+    best, least = None, task.least
     for turn in range(rounds):
-        budget = most if turn == 0 and not learn else math.isqrt(int(least) * int(most))
+        at_most = is_tried and turn == 0
+        budget = most if at_most else math.isqrt(int(least) * int(most))
         row = task.measure(budget, learn)
         if verbose:
             print(f"{row['stage']}, {row['settings']}: {row['cost']:,} {UNITS[task.cost]} lose "
                   f"{row['lost']:.2f} [{row['low']:.2f}, {row['high']:.2f}] points", flush=True)
         if row["lost"] <= lose:
             best, most = row, min(row["cost"], most)
-        elif turn == 0 and not learn:
-            break  # the dearest is not good enough
+        elif at_most:
+            break
         else:
             least = max(budget, least)
         if most < CLOSE * least:

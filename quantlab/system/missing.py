@@ -29,7 +29,9 @@ def installed():
 
 
 def install_missing():
-    """Install what is missing, with all that is there held at its version; say what that is."""
+    """Install what is missing, with all that is there held at its version; say what that is. Where
+    pip cannot, the process ends with a line below pip's own.
+    """
     there = installed()
     have = {_plain(name) for name in there}
     missing = [name for name in needed() if _plain(name) not in have]
@@ -41,7 +43,8 @@ def install_missing():
         constraints.writelines(f"{name}=={version}\n" for name, version in there.items())
         constraints.flush()
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints.name]
-        subprocess.check_call([*pip, *missing])
+        if subprocess.call([*pip, *missing]):
+            sys.exit(f"pip could not install {', '.join(missing)} beside what is there; see above")
 
 
 def _plain(name):

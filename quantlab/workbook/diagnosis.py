@@ -54,7 +54,8 @@ class Suspect:
 def diagnose(model, stats, batches, config=QuantConfig(4, 4), split=None, most=8, **options):
     """A frame of COLUMNS, a row a suspected fault and remedy, the largest gain first; gain_points
     only with `split`. batches: float32 [B, C, H, W] each. most: remedies of single layers that are
-    tried, those of the strongest evidence. options: those of `evaluate`.
+    tried, those of the strongest evidence. options: those of `evaluate`. UserError for no batch,
+    and for statistics of another network.
     """
     batches = list(batches)
     if not batches:

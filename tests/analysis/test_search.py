@@ -107,6 +107,17 @@ def test_learned_networks_are_tried_below_the_cheapest_that_nearest_reaches(task
     assert found.cost <= nearest.cost
 
 
+def test_where_nearest_rounding_reaches_nothing_learning_starts_from_the_dearest(task):
+    """Of one width, so that there is one allocation; nearest rounding loses some of it, what is
+    learned nothing.
+    """
+    model, stats, *_ = task
+    eight = ql.quantize(model, stats, ql.QuantConfig(8, 8))
+    found = search(*task, 0.0, widths=(2,), verbose=False, learn=lambda config: eight)
+    assert found.tried.stage.tolist() == ["uniform", "nearest", "learned"]
+    assert found.tried.lost[1] > 0 >= found.lost and found.cost == found.tried.cost[1]
+
+
 def test_a_loss_that_nothing_meets_names_the_nearest(task):
     with pytest.raises(ql.UserError, match=r"loses at most -1 points; the nearest loses 0\.00 and"):
         search(*task, -1.0, widths=(8,), verbose=False)

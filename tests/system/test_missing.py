@@ -23,12 +23,13 @@ def pip(monkeypatch):
     """(arguments, constraints) of every call."""
     calls = []
 
-    def check_call(command):
+    def call(command):
         file = command[command.index("--constraint") + 1]
         with open(file, encoding="utf-8") as lines:
             calls.append((command[1:4] + command[7:], lines.read().splitlines()))
+        return "impossible" in command
 
-    monkeypatch.setattr(missing.subprocess, "check_call", check_call)
+    monkeypatch.setattr(missing.subprocess, "call", call)
     return calls
 
 
@@ -48,6 +49,12 @@ def test_what_is_missing_is_installed_and_what_is_there_is_held(pip, capsys, mon
     assert command == ["-m", "pip", "install", "papermill", "jupytext"]
     assert held == ["Torch==2.9.0+cu126", "ipykernel==6.17.1", "scikit_learn==1.6"]
     assert capsys.readouterr().out == "installs papermill, jupytext; what is there stays\n"
+
+
+def test_what_pip_cannot_install_is_said_in_a_line(pip, monkeypatch):
+    monkeypatch.setattr(missing, "needed", lambda: ["torch", "impossible"])
+    with pytest.raises(SystemExit, match="pip could not install impossible beside what is there"):
+        missing.install_missing()
 
 
 @pytest.mark.skipif(not (CHECKOUT / ".git").exists(), reason="this is no clone")

@@ -71,5 +71,6 @@ def test_where_the_time_goes_is_all_of_it_and_the_peak_is_of_layers_alone():
     assert products.sum() == 4 * (8 * 36 * 27 + 8 * 9 * 5)
     assert parts.peak.notna().sum() in (0, 2) and not (parts.peak <= 0).any()
     kinds, *_ = bench.said_of_times(parts).split("\n")
+    assert all(f"{kind} " in kinds for kind in ("conv", "linear", "images to codes"))
     shares = [int(text) for text in re.findall(r"(\d+)%", kinds)]
     assert 95 <= sum(shares) <= 105

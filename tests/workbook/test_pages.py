@@ -50,22 +50,23 @@ def execute(key="0" * 16, cells=(), given=None, says=SET, ended="2026-01-01", ro
 
 
 def test_a_page_has_conclusions_first_then_tables_texts_and_links(workbook):
+    own = workbook.parent  # a folder of this machine
     (workbook / "pic").mkdir()
     for name in ("10_ladder_resnet20_my_set.png", "10_ladder_resnet50_my_set.png"):
         (workbook / "pic" / name).touch()
     frame = pd.DataFrame({"a|b": [1.5, float("nan")], "name": ["<x>", "y"]})
     bar = nbformat.v4.new_output("display_data", data={
         "application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%|  | 0/6 [00:00<?]"})
-    warning = nbformat.v4.new_output("stream", name="stderr", text="in /home/me/x.py: slow\n")
+    warning = nbformat.v4.new_output("stream", name="stderr", text=f"in {own}/x.py: slow\n")
     cells = [
         nbformat.v4.new_markdown_cell("## 1. Rows\nLong.\n\nSee [07](07_low_bit_methods.ipynb):"),
-        code("x", printed("10%\r20%\r\nwrote /home/me/out/x.csv\n"), bar, warning),
+        code("x", printed(f"10%\r20%\r\nwrote {own}/out/x.csv\n"), bar, warning),
         code("x", shown(frame)),
         code('study.save(figure, "10_ladder")', picture()),
     ]
     rows = results.load(CHECKOUT / "results" / "published.csv")[:2]
     rows = rows.assign(n_test=10000, seed=[0, 1], device="A processor", torch="2.13")
-    execute(cells=cells, given={"data": "/home/me/my_set", "bits": 3, "preset": "full"}, rows=rows)
+    execute(cells=cells, given={"data": f"{own}/my_set", "bits": 3, "preset": "full"}, rows=rows)
     (path,) = pages.write()
     assert path == workbook / "results" / "pages" / "98_tiny-resnet20-my_set.md"
     head, learned, section = read_text(path).split("\n## ")
@@ -79,7 +80,7 @@ def test_a_page_has_conclusions_first_then_tables_texts_and_links(workbook):
         "| a&#124;b | name |\n| ---: | --- |\n| 1.5 | &lt;x&gt; |\n|  | y |",
         "![From the original's hist to ours, one change at a time: what each is worth.]"
         "(../../pic/10_ladder_resnet20_my_set.png)\n"]
-    assert "/home/me" not in read_text(path)
+    assert str(own) not in read_text(path)
 
 
 def test_a_table_with_spans_has_every_cell_in_its_place():
