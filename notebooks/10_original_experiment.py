@@ -821,7 +821,7 @@ if ablations:
 
 # %% [markdown]
 # <!-- findings:closing -->
-# **Published.** Top-1 in % (and points against float) (resnet20, cifar10-jpeg, 10,000 test images):
+# **Published.** Top-1 in % (and points against float; resnet20, cifar10-jpeg, 10,000 test images):
 #
 # | Quantization | Original | resnet20 on cifar10-jpeg, its way | resnet20 on cifar10-jpeg, right way |
 # | --- | ---: | ---: | ---: |

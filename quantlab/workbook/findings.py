@@ -9,13 +9,18 @@ import textwrap
 import pandas as pd
 
 from quantlab.system.files import root, write_text
-from quantlab.workbook import notebooks, results, tables
+from quantlab.workbook import notebooks, results, rivals, tables
 from quantlab.workbook.methods import METHODS, config_of, name_of
 
 MEANS = "means over calibration seeds, paired 95 % intervals"
 COLUMNS = 104  # of a line of text in a cell
 WIDTHS = ("8/8", "4/8", "4/4", "3/3", "2/4", "2/2", "2/2/8")
 SETTERS = ("histogram", "percentile", "minmax")
+GOALS = {  # points lost by learned networks, set before they were measured
+    "resnet20": {"8/8": 0.2, "4/8": 0.2, "4/4": 0.4, "3/3": 1.4, "2/4": 2.0, "2/2": 5.2,
+                 "2/2/8": 3.5},
+    "resnet50": {"8/8": 0.2, "4/8": 0.2, "4/4": 0.2, "3/3": 0.8, "2/4": 1.5, "2/2": 4.0},
+}
 FIRST_STEP = "the original's hist"
 LADDER = (  # of notebook 10, between the original's hist and ours
     "BatchNorm kept as trained", "ranges from the float network", "the search works",
@@ -45,7 +50,7 @@ class Rows:
     """
 
     def __init__(self, frame):
-        frame = results.current(frame)
+        self.all = frame = results.current(frame)
         self.model, self.dataset = frame.groupby(["model", "dataset"]).size().idxmax()
         self.frame = frame[(frame.model == self.model) & (frame.dataset == self.dataset)]
         self.summary = results.summarize(self.frame)
@@ -66,13 +71,27 @@ class Rows:
         weights = "minmax" if observer == "minmax" else "lp"
         return self.where(width=width, observer=observer, weight_observer=weights)
 
-    def method(self, width, method):
-        """The row of a method of notebook 07, learned for as many iterations as most are."""
+    def method(self, width, method, **convention):
+        """The row of a method of notebook 07, learned for as many iterations as most are.
+
+        convention: fields of a QuantConfig, by default the notebook's.
+        """
         learned = self.summary.corrections.str.extract(r", (\d+) iterations")[0].dropna()
         names = ["" if method == "nearest" else method]
         names += [f"{method}, {n} iterations" for n in learned.mode()]
-        found = (self.where(name, width=width, **self.low_bit) for name in names)
+        convention = convention or self.low_bit
+        found = (self.where(name, width=width, **convention) for name in names)
         return next((row for row in found if row is not None), None)
+
+    def learned(self, width, **convention):
+        """(Method, its row) of a width: the first of `tables.LEARNED` that was measured there."""
+        found = ((name, self.method(width, name, **convention)) for name in tables.LEARNED)
+        return next((pair for pair in found if pair[1] is not None), None)
+
+    def others(self):
+        """Every other network on the same data set, and this one: Rows, the largest first."""
+        parts = self.all[self.all.dataset == self.dataset].groupby("model")
+        return [self if model == self.model else Rows(part) for model, part in parts][::-1]
 
     def methods(self, width, names=METHODS):
         """method -> row, of those measured at a width, the least loss first."""
@@ -151,7 +170,7 @@ def by_hand_table(rows):
         found = {name: rows.setter(f"{bits}/{bits}", name) for name in SETTERS}
         words = {name: "" if row is None else lost(row) for name, row in found.items()}
         lines.append({"Bits of weights and activations": bits, **words})
-    return "Points lost against float, by range setter", pd.DataFrame(lines)
+    return f"Points lost against float, by range setter ({rows})", pd.DataFrame(lines)
 
 
 # ---- 06 and 07 ----------------------------------------------------------------------------------
@@ -180,9 +199,7 @@ def methods_by_width(rows):
     if found:
         words = [f"{m['nearest']['drop']:.2f} at {name_of(width)}" for width, m in found.items()]
         yield f"Nearest rounding loses {', '.join(words)} (points)."
-        best = [(name_of(width), *next(iter(methods.items()))) for width, methods in found.items()]
-        words = [f"{lost(row)} at {width} ({name})" for width, name, row in best]
-        yield f"The method that loses least loses {', '.join(words)}."
+    yield from _learned_losses(rows)
     unlearned = METHODS[1:5]
     words = [(width, *next(iter(rows.methods(width, unlearned).items()), ()))
              for width in ("4/4", "3/3")]
@@ -190,6 +207,46 @@ def methods_by_width(rows):
              for width, name, row in (w for w in words if len(w) == 3)]
     if words:
         yield f"Of those that learn nothing, the best lose {' and '.join(words)}."
+    yield from _beside_learned(rows)
+
+
+def _learned_losses(rows):
+    """What the method of a fixed order loses at each width."""
+    groups = {}
+    for width in ("4/4", "3/3", "2/2"):
+        if found := rows.learned(width):
+            name, row = found
+            groups.setdefault(f"{name}, {row.seeds} seeds", []).append(
+                f"{lost(row)} at {name_of(width)}")
+    words = [f"{', '.join(said)} ({name})" for name, said in groups.items()]
+    if words:
+        yield ("Learned by the method that held-out images chose, it loses "
+               f"{'; '.join(words)}.")
+
+
+def _beside_learned(rows):
+    """What training with labels and another tool lose at the same widths."""
+    trained = {bits: _trained(rows, bits) for bits in (3, 2)}
+    said = [f"{found.iloc[0]['drop']:.2f} at W{bits}A{bits}"
+            for bits, found in trained.items() if len(found)]
+    words = [f"training with labels loses {' and '.join(said)}"] if said else []
+    theirs = rivals.brevitas_losses(rows.summary)
+    widths = [width for width in ("4/4", "3/3", "2/2") if width in theirs.index]
+    if widths:
+        least = [f"{theirs.loc[w].min():.2f} at {name_of(w)}" for w in widths]
+        words.append("the better of Brevitas' two methods, in its own convention, "
+                     f"{', '.join(least)}")
+    if words:
+        text = "; ".join(words)
+        yield f"{text[0].upper()}{text[1:]}."
+
+
+def _trained(rows, bits):
+    """Rows of quantization-aware training (12) of a width, the shortest training first."""
+    named = rows.summary[rows.summary.method.eq(f"W{bits}A{bits} QAT, learned steps")
+                         & rows.summary.levels.eq(2**bits)]
+    steps = named.corrections.str.extract(r"LSQ, (\d+) steps")[0].astype(float)
+    return named.assign(steps=steps).sort_values("steps")
 
 
 def _methods_table(rows, names, widths):
@@ -198,7 +255,8 @@ def _methods_table(rows, names, widths):
         found = {width: rows.method(width, name) for width in widths}
         words = {name_of(w): "" if r is None else lost(r) for w, r in found.items()}
         lines.append({"Method": name, **words})
-    return f"Points lost against float, weights of {levels(rows.low_bit)}", pd.DataFrame(lines)
+    about = f"Points lost against float, weights of {levels(rows.low_bit)} ({rows})"
+    return about, pd.DataFrame(lines)
 
 
 def learned_rounding_table(rows):
@@ -208,7 +266,60 @@ def learned_rounding_table(rows):
 
 def methods_by_width_table(rows):
     """(What it shows, the table) of 07."""
-    return _methods_table(rows, METHODS, ("8/8", "4/4", "3/3", "2/2", "2/2/8"))
+    return _methods_table(rows, METHODS, WIDTHS)
+
+
+def goals_table(rows):
+    """(What it shows, the table): what was learned at every width, of every network, beside the
+    goal that was set before it was measured.
+    """
+    lines = []
+    for network in rows.others():
+        for width, goal in GOALS.get(network.model, {}).items():
+            name, row = network.learned(width) or ("", None)
+            if row is None:
+                continue
+            nearest = network.method(width, "nearest")
+            told_from_none = row.drop_low > 0 or config_of(width).act_bits < 8
+            lines.append({
+                "Network": network.model, "Width": name_of(width), "Method": name,
+                "Levels": f"{int(row.levels)}", "Seeds": f"{row.seeds}", "Points lost": lost(row),
+                "Nearest": "" if nearest is None else f"{nearest['drop']:.2f}", "Goal": f"{goal}",
+                "Reached": "no" if row["drop"] > goal and told_from_none else "yes"})
+    about = ("Learned, beside the goals set beforehand; with activations of 8 bits an interval "
+             f"that holds 0 is enough ({rows.dataset})")
+    return about, pd.DataFrame(lines)
+
+
+def others_table(rows):
+    """(What it shows, the table): other tools and training with labels beside ours."""
+    bits = (8, 4, 3, 2)
+    lines = []
+    for name in (*rivals.INT8, *rivals.BREVITAS):
+        own = rows.summary[rows.summary.method.eq(name)]
+        found = {b: own[own.weight_bits.eq(b) & own.act_bits.eq(b)] for b in bits}
+        lines.append(_losses(name, "its own", {b: r.iloc[0] for b, r in found.items() if len(r)}))
+    for name in ("nearest", *tables.LEARNED[:1]):
+        theirs = dict(weight_symmetric=False, residual_bits=None)
+        found = {b: rows.method(f"{b}/{b}/8", name, **theirs) for b in bits}
+        lines.append(_losses(f"ours, {name}", "Brevitas'", found))
+    longest = max(len(_trained(rows, b)) for b in bits)
+    for i in range(longest):
+        found = {b: _trained(rows, b)[i : i + 1] for b in bits}
+        found = {b: r.iloc[0] for b, r in found.items() if len(r)}
+        steps = "/".join(f"{row.steps:,.0f}" for row in found.values())
+        unique = "/".join(dict.fromkeys(steps.split("/")))
+        lines.append(_losses(f"trained with labels, {unique} steps", "ours", found))
+    lines = [line for line in lines if any(list(line.values())[2:])]
+    about = f"Points lost by other tools, and after training with labels ({rows})"
+    return about, pd.DataFrame(lines)
+
+
+def _losses(name, convention, found):
+    """A line of `others_table`. found: bits -> row or None."""
+    words = {b: lost(row) for b, row in found.items() if row is not None}
+    return {"": name, "Convention": convention,
+            **{f"W{b}A{b}": words.get(b, "") for b in (8, 4, 3, 2)}}
 
 
 # ---- 08 -----------------------------------------------------------------------------------------
@@ -243,12 +354,11 @@ def mixed_precision(rows):
             max(gains.items(), key=lambda item: item[1][1]),
             min(gains.items(), key=lambda item: item[1][1]))]
         yield f"Conventions alone move W4A4 and W3A3, in points: {', '.join(said)}."
-    method = "QDrop + fine-tuning, 500 iterations"
-    ours = rows.where(method, width="2/2", **rows.low_bit)
-    theirs = rows.where(method, width="2/2/8", residual_bits=None, **rows.low_bit)
-    if ours is not None and theirs is not None:
-        yield (f"The same W2A2 network, fine-tuned, loses {ours['drop']:.2f} points in our "
-               f"convention and {theirs['drop']:.2f} in that of most papers.")
+    ours = rows.learned("2/2")
+    theirs = rows.learned("2/2/8", residual_bits=None, **rows.low_bit)
+    if ours and theirs and ours[0] == theirs[0]:
+        yield (f"The same W2A2 network, {ours[0]}, loses {ours[1]['drop']:.2f} points in our "
+               f"convention and {theirs[1]['drop']:.2f} in that of most papers.")
 
 
 def mixed_precision_table(rows):
@@ -260,7 +370,7 @@ def mixed_precision_table(rows):
         if any(words.values()):
             lines.append({"Convention": name, **words})
     about = f"our convention with weights of {levels(rows.low_bit)}, nearest rounding, one seed"
-    return f"Points gained against {about}", pd.DataFrame(lines)
+    return f"Points gained against {about} ({rows})", pd.DataFrame(lines)
 
 
 # ---- 10 -----------------------------------------------------------------------------------------
@@ -299,7 +409,7 @@ def original_experiment(rows):
 def original_experiment_table(rows):
     """(What it shows, the table) of 10."""
     shown = tables.original_table(rows.frame)
-    return "Top-1 in % (and points against float)", shown
+    return f"Top-1 in % (and points against float; {rows})", shown
 
 
 # ---- 13 -----------------------------------------------------------------------------------------
@@ -315,7 +425,7 @@ def overview(frame):
         return ""
     rows = Rows(frame)
     said = [*by_hand(rows)][:1] + [*methods_by_width(rows)][1:2] + [*_integers(rows)]
-    said += [*original_experiment(rows)][:1] + [*_by_size(frame, rows)]
+    said += [*original_experiment(rows)][:1] + [*_by_size(rows)]
     return "\n".join([f"**Found** ({rows}; {MEANS}):", "", *(f"- {text}" for text in said)])
 
 
@@ -325,10 +435,8 @@ def _integers(rows):
                f"weights in {row.bytes / 1000:,.0f} kB.")
 
 
-def _by_size(frame, own):
-    parts = frame[frame.dataset == own.dataset].groupby("model")
-    networks = [own if model == own.model else Rows(part) for model, part in parts][::-1]
-    found = {rows.model: rows.setter("4/4", "histogram") for rows in networks}
+def _by_size(own):
+    found = {rows.model: rows.setter("4/4", "histogram") for rows in own.others()}
     words = [f"{model} {lost(row)}" for model, row in found.items() if row is not None]
     if len(words) > 1:
         yield f"Points lost at 4 bits by nearest rounding, by network: {', '.join(words)}."
@@ -404,7 +512,8 @@ def _link(place):
 FINDINGS = {
     "03_quantize_by_hand": (by_hand, by_hand_table),
     "06_learned_rounding": (learned_rounding, learned_rounding_table),
-    "07_low_bit_methods": (methods_by_width, methods_by_width_table),
+    "07_low_bit_methods": (
+        methods_by_width, methods_by_width_table, goals_table, others_table),
     "08_mixed_precision": (mixed_precision, mixed_precision_table),
     "10_original_experiment": (original_experiment, original_experiment_table),
 }
@@ -415,16 +524,17 @@ def findings(frame):
     """(notebook's name, "opening" or "closing") -> text, from published rows (`results.load`)."""
     texts = {}
     rows = Rows(frame) if len(frame) else None
-    for name, (sentences, make_table) in FINDINGS.items():
+    for name, (sentences, *make_tables) in FINDINGS.items():
         said = list(sentences(rows)) if rows else []
         means = MEANS
         if name in LOW_BIT and rows:
             means = f"weights of {levels(rows.low_bit)}; {MEANS}"
         opening = f"**Found** ({rows}; {means}). {' '.join(said)}" if said else ""
         texts[name, "opening"] = "\n".join(textwrap.wrap(opening, COLUMNS))
-        about, table = make_table(rows) if said else ("", pd.DataFrame())
-        shown = f"**Published.** {about} ({rows}):\n\n{tables.markdown(table.astype(str))}"
-        texts[name, "closing"] = shown if len(table) else ""
+        made = [make(rows) for make in make_tables] if said else []
+        shown = [f"{about}:\n\n{tables.markdown(table.astype(str))}"
+                 for about, table in made if len(table)]
+        texts[name, "closing"] = "**Published.** " + "\n\n".join(shown) if shown else ""
     return texts
 
 

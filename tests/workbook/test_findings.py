@@ -117,3 +117,42 @@ def test_the_published_ladder_has_every_step_at_both_widths(bits):
     found = findings.steps(frame[frame.model == "resnet20"], bits)
     assert list(found) == [findings.FIRST_STEP, *findings.LADDER, findings.LAST_STEP]
     assert all(part.seed.nunique() == 3 for part in found.values()), "three seeds of each"
+
+
+def published():
+    return pd.read_csv(CHECKOUT / "results" / "published.csv", keep_default_na=False)
+
+
+def test_goals_stand_beside_the_mean_of_the_seeds_of_the_method_fixed_beforehand(texts):
+    raw = published()
+    raw = raw[raw.model.eq("resnet20") & raw.first_last_bits.eq("")
+              & pd.to_numeric(raw.residual_bits).eq(8) & raw.corrections.eq("QDrop + augmented fine-tuning, 500 iterations")]
+    lines = texts["07_low_bit_methods", "closing"].splitlines()
+    for bits, goal in ((4, 0.4), (3, 1.4), (2, 5.2)):
+        widths = [pd.to_numeric(raw[name]).eq(bits) for name in ("weight_bits", "act_bits")]
+        own = raw[widths[0] & widths[1] & pd.to_numeric(raw.levels).eq(2**bits)]
+        low, mean, high = (own[c].astype(float).mean() for c in ("drop_low", "drop", "drop_high"))
+        (line,) = (x for x in lines if x.startswith(f"| resnet20 | W{bits}A{bits} | QDrop"))
+        assert f"| {2**bits} | {len(own)} | {mean:.2f} [{low:.2f}, {high:.2f}] |" in line
+        assert line.endswith(f"| {goal} | {'yes' if mean <= goal else 'no'} |")
+
+
+def test_a_goal_at_8_bits_is_reached_where_the_interval_holds_0_and_at_fewer_it_is_not():
+    frame = results.load(CHECKOUT / "results" / "published.csv")
+    noisy = frame.assign(drop=1.9, drop_low=-0.1, drop_high=3.9)
+    _, table = findings.goals_table(findings.Rows(noisy))
+    told = table.set_index(["Network", "Width"]).Reached
+    assert told["resnet20", "W4A8"] == "yes" and told["resnet20", "W4A4"] == "no"
+    _, table = findings.goals_table(findings.Rows(noisy.assign(drop_low=0.1)))
+    assert table.set_index(["Network", "Width"]).Reached["resnet20", "W4A8"] == "no"
+
+
+def test_other_tools_and_training_with_labels_stand_beside_ours(texts):
+    raw = published()
+    closing = texts["07_low_bit_methods", "closing"]
+    gptq = raw[raw.method.eq("Brevitas GPTQ") & raw.weight_bits.astype(str).str.match("3")]
+    trained = raw[raw.method.eq("W3A3 QAT, learned steps") & raw.levels.astype(str).str.match("8")]
+    assert len(gptq) == 1 and len(trained)
+    for row in (gptq.iloc[0], trained.iloc[0]):
+        numbers = [float(row[name]) for name in ("drop", "drop_low", "drop_high")]
+        assert "{:.2f} [{:.2f}, {:.2f}]".format(*numbers) in closing
