@@ -126,7 +126,8 @@ def published():
 def test_goals_stand_beside_the_mean_of_the_seeds_of_the_method_fixed_beforehand(texts):
     raw = published()
     raw = raw[raw.model.eq("resnet20") & raw.first_last_bits.eq("")
-              & pd.to_numeric(raw.residual_bits).eq(8) & raw.corrections.eq("QDrop + augmented fine-tuning, 500 iterations")]
+              & pd.to_numeric(raw.residual_bits).eq(8)
+              & raw.corrections.eq("QDrop + augmented fine-tuning, 500 iterations")]
     lines = texts["07_low_bit_methods", "closing"].splitlines()
     for bits, goal in ((4, 0.4), (3, 1.4), (2, 5.2)):
         widths = [pd.to_numeric(raw[name]).eq(bits) for name in ("weight_bits", "act_bits")]
