@@ -57,7 +57,7 @@ from quantlab.graph import folded
 from quantlab.plan import make_plan
 from quantlab.plots import lowbit
 from quantlab.quantized import find_node
-from quantlab.workbook.methods import METHODS, Methods, config_of, name_of
+from quantlab.workbook.methods import Methods, config_of, name_of
 from quantlab.workbook.rivals import brevitas_losses
 from quantlab.workbook.study import Study, show
 
@@ -71,7 +71,7 @@ weight_symmetric = False  # True: weights of 2^b - 1 levels; False: of all 2^b
 pareto_method = "nearest"  # a method of 07, in section 2
 convention_method = "nearest"  # a method of 07, in section 3
 widths = "auto"  # of section 3; auto: 3/3 in a smoke run, 4/4,3/3 in a full one
-best_method = "QDrop + augmented fine-tuning"  # in sections 4 and 5
+best_method = "QDrop + augmented fine-tuning"  # in section 4
 compare_tools = True  # measure it for section 4; False: take the rows that there are
 iterations = 0  # of learning a unit; 0: 3 in a smoke run, 500 in a full one
 n_calibration = 0  # 0: 64 in a smoke run, 1,024 in a full one
@@ -350,42 +350,6 @@ if len(ours):
     table = table.join(brevitas_losses(builder.rows()), on="width")
     present = [width for width in TOOLS.index if width in ours.width.values]
     show(table.reindex(present, level="width").round(2))
-
-# %% [markdown]
-# ## 5. Targets
-# Points lost in our own convention, mean over the seeds, with the mean of their paired intervals: what
-# was required, what was aimed at, and what `best_method`, what it starts from and its relatives give, in
-# the rows that [07](07_low_bit_methods.ipynb) recorded or that are published.
-
-# %%
-columns = ["model", "width", "required", "aim"]
-none = float("nan")
-targets = pd.DataFrame([
-    ("resnet20", "8/8", 0.2, 0.2), ("resnet20", "4/8", 0.2, 0.2),
-    ("resnet20", "4/4", 0.4, 0.3), ("resnet20", "3/3", 1.4, 1.0),
-    ("resnet20", "2/4", 2.0, 1.5), ("resnet20", "2/2", 5.2, 4.0),
-    ("resnet20", "2/2/8", none, 3.5),
-    ("resnet50", "8/8", 0.2, 0.1), ("resnet50", "4/8", 0.2, 0.1),
-    ("resnet50", "4/4", 0.2, 0.0), ("resnet50", "3/3", 0.8, 0.4),
-    ("resnet50", "2/4", 1.5, 0.8), ("resnet50", "2/2", 4.0, 2.5),
-], columns=columns)
-targets = targets[targets.model == model].set_index("width")[["required", "aim"]]
-
-# %%
-start = best_method.split(" + ")[0]
-relatives = [method for method in METHODS if method.split(" + ")[0] == start]
-reached = builder.known(targets.index, **convention)
-reached = reached[reached.name.isin(relatives)]
-if images.smoke:
-    print("digits: the targets are those of CIFAR-10 and mean nothing here")
-if len(reached):
-    groups = reached.groupby(["width", "name"])
-    table = groups[["drop", "drop_low", "drop_high"]].mean()
-    table = table.assign(seeds=groups.size()).join(targets, on="width")
-    table["verdict"] = "missed"
-    table.loc[table["drop"] <= table.required, "verdict"] = "required reached"
-    table.loc[table["drop"] <= table.aim, "verdict"] = "aim reached"
-    show(table.reindex(targets.index, level="width").round(2))
 
 # %% [markdown]
 # ## What we learned
