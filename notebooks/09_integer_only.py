@@ -56,6 +56,7 @@ from quantlab.plots import integer as pictures
 from quantlab.quantized import edge_name, find_node, find_quantizer
 from quantlab.rivals import onnxruntime as onnx_runtime
 from quantlab.system.comparing import decibels
+from quantlab.system.files import root
 from quantlab.system.machine import device, exact_float
 from quantlab.workbook.study import Study, show
 
@@ -593,6 +594,19 @@ again, codes = loaded.codes(few), reference.codes(few)
 assert all(torch.equal(again[name], codes[name]) for name in codes), "nothing is lost"
 print(f"{packed_path.stat().st_size / 1000:,.1f} kB as a file, of which weights,")
 print(f"scales and biases are {ql.weight_bytes(qmodel) / 1000:,.1f} kB")
+
+# %% [markdown]
+# Learned networks ([07](07_low_bit_methods.ipynb)) lie so in `checkpoint/`, each with its card: no
+# calibration, no learning, a second to load. In integers they are what their cards say.
+
+# %%
+ready = f"{model}-{study.images.name}-w*a*.safetensors"
+for path in sorted((root() / "checkpoint").glob(ready)):
+    card = ql.load_card(path)
+    learned = ql.to_integer(ql.load_quantized(path), executor="fast")
+    answers = study.evaluate(learned)
+    print(f"{path.name}: {path.stat().st_size / 1000:,.0f} kB, "
+          f"{answers.top1:.2f} % of {answers.n:,}, card {card.test_top1:.2f} %")
 
 
 # %% [markdown]

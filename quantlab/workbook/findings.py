@@ -277,10 +277,10 @@ def goals_table(rows):
     lines = []
     for network in rows.others():
         for width, (required, aim) in GOALS.get(network.model, {}).items():
-            name, row = network.learned(width) or ("", None)
+            nearest = network.method(width, "nearest")
+            name, row = network.learned(width) or ("nearest", nearest)
             if row is None:
                 continue
-            nearest = network.method(width, "nearest")
             lines.append({
                 "Network": network.model, "Width": name_of(width), "Method": name,
                 "Levels": f"{int(row.levels)}", "Seeds": f"{row.seeds}", "Points lost": lost(row),

@@ -229,12 +229,14 @@ def test_every_committed_checkpoint_matches_its_card():
         ql.load_model(card.architecture, file)
 
 
-def test_the_committed_network_of_two_bits_is_as_good_as_its_card_says(jpeg):
+@pytest.mark.parametrize(("bits", "size"), [(2, 110_000), (4, 180_000)])
+def test_a_committed_network_of_few_bits_is_as_good_as_its_card_says(bits, size, jpeg):
     """By its file alone; on 300 test images, of which 2.2 points are one standard deviation."""
-    path = CHECKOUT / "checkpoint" / "resnet20-cifar10-jpeg-w2a2.safetensors"
+    path = CHECKOUT / "checkpoint" / f"resnet20-cifar10-jpeg-w{bits}a{bits}.safetensors"
     card, network = ql.load_card(path), ql.load_quantized(path)
     codes = [network.codes(name) for name in network.layers]
-    assert all(c.min() >= 0 and c.max() <= 3 for c in codes) and path.stat().st_size < 110_000
+    assert all(c.min() >= 0 and c.max() < 2**bits for c in codes)
+    assert path.stat().st_size < size
     assert abs(ql.evaluate(network, jpeg.test, limit=300).top1 - card.test_top1) < 5
 
 
