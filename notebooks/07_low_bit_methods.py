@@ -22,9 +22,10 @@
 # **Question.** How much of what 4, 3 and 2 bits cost can be won back without training, and by which
 # method?
 #
-# **Cost.** Half a minute on the digits. The full preset learns about 30 networks of two to three minutes
-# each and tunes 35 for one to four more, on two CPU cores. Every row is recorded when it is
-# measured and not measured again, so the notebook can be stopped, continued and run in pieces (`widths`,
+# **Cost.** Half a minute on the digits. On two CPU cores learning a network unit by unit takes two to
+# three minutes, tuning it one to six more: the full preset, about 30 networks learned and 50 tuned, a
+# night; the headline's nine networks one hour and a half. Every row is recorded when it is measured
+# and not measured again, so the notebook can be stopped, continued and run in pieces (`widths`,
 # `methods`); its table and figure take the rows already published with those of this run.
 
 # %%

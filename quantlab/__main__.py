@@ -17,7 +17,7 @@ from quantlab.system.errors import UserError, check_name
 from quantlab.system.files import root
 from quantlab.system.paper import COLUMNS, ask_notebooks, check_paper
 from quantlab.workbook import allowed, grid, notebooks
-from quantlab.workbook.request import TIME_LIMIT, check_data, requested
+from quantlab.workbook.request import TIME_LIMIT, check_data, cost, headline, requested
 
 SEARCH_COSTS = ("bytes", "bitops")
 TABLES = ("headline", "original", "speed", "all")
@@ -95,6 +95,9 @@ def _run_options(run):
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters",
         help="a parameter of the notebooks")
     add("--data", help=f"{', '.join(SOURCES)} or a path, for the notebooks that use data")
+    add("--full", action="store_true", help="the full preset, also on the digits")
+    add("--headline", action="store_true",
+        help="what the README's headline needs, all on this machine; says first what it costs")
     add("--force", action="store_true", help="run again what is complete")
     add("--time-limit", type=int, default=TIME_LIMIT, metavar="SECONDS",
         help="per notebook (default: %(default)s)")
@@ -241,12 +244,22 @@ def _search_options(searched):
 def _run(options):
     parameters = dict(options.parameters)
     _check_least("--time-limit", options.time_limit)
-    requested(options.numbers, parameters, options.data)
+    if options.full:
+        parameters = {"preset": "full"} | parameters
+    parts = [(options.numbers, parameters)]
+    if options.headline:
+        if options.numbers:
+            raise UserError("--headline names its notebooks itself: leave the numbers out")
+        parts = [([number], own) for number, own in headline(parameters)]
+    for numbers, own in parts:
+        for notebook, _ in requested(numbers, own, options.data):
+            if options.headline:
+                print(f"{notebook.path.stem}: {cost(notebook) or 'a minute or two'}", flush=True)
 
-    from quantlab.workbook.run import run, status_table
+    from quantlab.workbook.run import combined, status_table
 
-    frame = run(options.numbers, parameters, source=options.data, force=options.force,
-                time_limit=options.time_limit)
+    frame = combined(parts, source=options.data, force=options.force,
+                     time_limit=options.time_limit)
     print("\n" + status_table(frame))
     return int((frame.status == "failed").any())
 
@@ -314,6 +327,7 @@ def _figures(options):
     if options.numbers:
         ask_notebooks(widths, formats)
         options.parameters, options.force, options.time_limit = [], True, TIME_LIMIT
+        options.full = options.headline = False
         return _run(options)
 
     from quantlab.workbook import gallery

@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 import pathlib
+import re
 
 from quantlab.images.files import (
     HELDOUT_FRACTION,
@@ -53,6 +54,28 @@ def requested(numbers=(), overrides=None, source=None):
             overrides[name] = str(pathlib.Path(overrides[name]).resolve())
     trains = any("retrain" in notebook.parameters for notebook in chosen)
     return [_checked(notebook, overrides, bool(numbers), trains) for notebook in chosen]
+
+
+def headline(overrides=None):
+    """[(number, parameters as texts)] that measure every row of the README's headline anew: float,
+    tools, learned rounding by the best method of 07, integers. overrides: parameter -> text, each
+    for the notebooks that know it; UserError for one that none of them knows.
+    """
+    overrides = {"preset": "full"} | dict(overrides or {})
+    best = notebooks.find("07").parameters["best_method"]
+    learned = {"methods": best, "widths": "4/4,3/3,2/2", "rivals": "both", "try_others": "False"}
+    chosen = {number: notebooks.find(number) for number in ("01", "02", "07", "09")}
+    _check_known(overrides, list(chosen.values()), strict=False)
+    asked = {"07": learned | overrides}
+    return [(number, {name: value for name, value in asked.get(number, overrides).items()
+                      if name in notebook.parameters}) for number, notebook in chosen.items()]
+
+
+def cost(notebook):
+    """What a notebook says that it costs, as one line; "" where it says nothing."""
+    texts = (source for kind, source in notebook.cells if kind == "markdown")
+    found = re.search(r"\*\*Cost\.\*\*(.*?)(\n\n|\Z)", "\n\n".join(texts), re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
 
 
 def _check_known(overrides, chosen, strict):

@@ -43,6 +43,11 @@ def run(numbers=(), overrides=None, *, source=None, force=False, time_limit=TIME
     return pd.DataFrame(lines, columns=["notebook", "status", "seconds", "message"])
 
 
+def combined(parts, **options):
+    """`run` of one (numbers, overrides) after the other: their lines in one frame."""
+    return pd.concat([run(*part, **options) for part in parts], ignore_index=True)
+
+
 def remove_temporaries():
     """Delete the hidden temporary files (`atomic_path`) that killed processes of this machine left.
     """

@@ -14,7 +14,7 @@ from conftest import CHECKOUT
 from quantlab.__main__ import main
 from quantlab.system.errors import UserError
 from quantlab.system.files import atomic_path
-from quantlab.workbook import notebooks, results, run
+from quantlab.workbook import notebooks, request, results, run, tables
 from quantlab.workbook.request import requested
 
 RECORDING = """
@@ -131,6 +131,24 @@ def test_mistaken_parameters_and_names_are_refused_at_once(workbook):
 # ---- Figures -------------------------------------------------------------------------------------
 
 FIGURE = "from matplotlib import pyplot as plt\nf, axes = plt.subplots()\nplt.close(f)\nf"
+
+
+def test_the_headlines_notebooks_measure_all_of_its_rows():
+    rows = results.load(CHECKOUT / "results" / "published.csv")
+    brief = results.summarize(rows)
+    brief = brief[tables._is_brief(brief)]
+    asked = dict(request.headline({"n_seeds": "1"}))
+    texts = " ".join(str(notebooks.find(number).cells) for number in asked)
+    for tool in set(brief.method) - {"by hand"}:
+        assert tool.split()[0] in texts, f"{tool} is measured by none of {list(asked)}"
+    assert all(own["preset"] == "full" for own in asked.values())
+    assert asked["07"]["n_seeds"] == "1" and "n_seeds" not in asked["09"]
+    learned = brief[brief.corrections.str.startswith(asked["07"]["methods"])]
+    assert {f"{w}/{a}" for w, a in zip(learned.weight_bits, learned.act_bits)} == set(
+        asked["07"]["widths"].split(","))
+    with pytest.raises(UserError, match="no parameter 'n_seds'"):
+        request.headline({"n_seds": "1"})
+    assert request.cost(notebooks.find("13")).startswith("Seconds")
 
 
 @pytest.mark.parametrize("backend", ["Agg", "TkAgg"])
