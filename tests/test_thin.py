@@ -35,11 +35,13 @@ def code_of(notebook):
 
 
 def imports_of(notebook):
-    """Every import statement of the package, and every name that is taken from `ql`."""
+    """Every import statement of the package, and every name taken from `ql` or `plots`."""
     nodes = list(ast.walk(code_of(notebook)))
     lines = {ast.unparse(n) for n in nodes if isinstance(n, ast.ImportFrom | ast.Import)}
     ours = sorted(line for line in lines if "quantlab" in line)
-    used = {n.attr for n in nodes if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "ql"}
+    taken = [n for n in nodes if isinstance(n, ast.Attribute)]
+    used = {n.attr for n in taken if ast.unparse(n.value) == "ql"}
+    used |= {f"plots.{n.attr}" for n in taken if ast.unparse(n.value) == "plots"}
     return ours, sorted(used)
 
 

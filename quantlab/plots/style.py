@@ -37,6 +37,7 @@ _METHODS = {
     # tools, and an LSTM's dynamic quantization
     "eager int8": ("#ca9161", "*"), "PT2E int8": ("#fbafe4", "X"),
     "ONNX Runtime int8": ("#c2185b", "d"),
+    "Brevitas GPTQ": ("#17a0b5", "<"), "Brevitas learned round": ("#5d6d1e", ">"),
     "dynamic int8 by hand": ("#5b8c5a", "p"), "quantize_dynamic": ("#b07aa1", "h"),
     # what improves a network after its ranges are set
     "nearest": ("#7f7f7f", "o"), "equalisation": ("#b8860b", "v"),
@@ -76,8 +77,8 @@ def find_method(label):
     """The method of the palette that a label ends with, as in "W4A4 histogram, QDrop, 500
     iterations" (QDrop) or "percentile(q=99.9)"; None where it names none.
     """
-    if label in COLOURS:
-        return label
+    if (tool := label.split(":")[0]) in COLOURS:  # what stands behind it is the tool's own
+        return tool
     if label == "fp32 original":
         return "float"
     named = [name for name in COLOURS if name in label and name != "float"]  # "residual float"

@@ -19,7 +19,8 @@ from quantlab.workbook import results
 # Methods that one figure shows beside one another.
 TOGETHER = {
     "range setters": ["float", *OBSERVERS],
-    "tools": ["float", "eager int8", "PT2E int8", "ONNX Runtime int8"],
+    "tools": ["float", "eager int8", "PT2E int8", "ONNX Runtime int8", "Brevitas GPTQ",
+              "Brevitas learned round", "nearest", "QDrop + augmented fine-tuning"],
     "dynamic": ["float", "dynamic int8 by hand", "quantize_dynamic"],
     "corrections": ["nearest", "equalisation", "bias correction", "analytic bias correction",
                     "BatchNorm re-estimation", "AdaRound", "BRECQ", "QDrop", "QDrop + Fisher",
@@ -71,6 +72,7 @@ def test_every_published_row_has_a_style():
     ("percentile(q=99.9)", "percentile"), ("integer only W8A8, double rounding", "double"),
     ("W4A4, calibrated on 128 noise images", "noise images"), ("a setter of my own", None),
     ("original: 4bit fake-hist", "fake-hist"), ("W3A3 QAT, learned steps", "QAT"),
+    ("Brevitas GPTQ: W4A4, first/last 8, bias correction, 0.12.1", "Brevitas GPTQ"),
     ("integers, 4 bits", "integers"), ("minifloat E4M3", "minifloat"), ("MXFP8 E5M2", "MX"),
     ("NVINT4", "NV"),
 ])
