@@ -94,7 +94,7 @@ def page(one):
             if title := re.search(r"^## (.*)", source, re.MULTILINE):
                 heading = title[1]
             said = _introduction(source)
-        elif shown := [*_outputs(cell), *_figures(source, one)]:
+        elif shown := [*filter(None, _outputs(cell)), *_figures(source, one)]:
             sections.setdefault(heading, []).extend(filter(None, [said, *shown]))
             said = ""
     first = [CONCLUSIONS] if CONCLUSIONS in sections else []
@@ -125,7 +125,8 @@ def _introduction(source):
     from a page.
     """
     last = source.strip().split("\n\n")[-1].partition("\n## ")[0]
-    if re.match(r"[#|<]|\s|[-*] |\d+\. |Next:", last) or len(last) > SHORT:
+    # no heading, table or list, nor what goes on behind a formula
+    if re.match(r"[#|<$]|\s|[-*] |\d+\. |Next:|[a-z]", last) or len(last) > SHORT:
         return ""
     last = re.sub(r"\]\(\.\./", "](../../", last)
     return re.sub(r"\]\((?=\d\d_\w+\.ipynb)", "](../../notebooks/", last)
@@ -139,18 +140,31 @@ def _printed(cell):
 
 
 def _outputs(cell):
-    """Tables and texts that a cell showed, as Markdown, in order."""
+    """Tables and texts that a cell showed, as Markdown, in order; what it printed between signs of
+    life is one text.
+    """
+    printed = []
     for output in cell["outputs"]:
-        data = {kind: "".join(text) for kind, text in output.get("data", {}).items()
-                if kind.startswith("text/")}
         if output.get("name") == "stdout":
-            yield _as_text(_printed({"outputs": [output]}))
-        elif "<table" in data.get("text/html", ""):
-            yield _as_table(data["text/html"])
-        elif "text/markdown" in data:
-            yield data["text/markdown"]
-        elif output["output_type"] == "execute_result" and len(output["data"]) == 1:
-            yield _as_text(data.get("text/plain", ""))
+            printed.append(output)
+        elif shown := _shown(output):
+            yield _as_text(_printed({"outputs": printed}))
+            yield shown
+            printed = []
+    yield _as_text(_printed({"outputs": printed}))
+
+
+def _shown(output):
+    """A table or a text as Markdown; "" for pictures, bars and warnings."""
+    data = {kind: "".join(text) for kind, text in output.get("data", {}).items()
+            if kind.startswith("text/")}
+    if "<table" in data.get("text/html", ""):
+        return _as_table(data["text/html"])
+    if "text/markdown" in data:
+        return data["text/markdown"]
+    if output["output_type"] == "execute_result" and len(output["data"]) == 1:
+        return _as_text(data.get("text/plain", ""))
+    return ""
 
 
 def _figures(source, one):

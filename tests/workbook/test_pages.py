@@ -60,7 +60,9 @@ def test_a_page_has_conclusions_first_then_tables_texts_and_links(workbook):
     warning = nbformat.v4.new_output("stream", name="stderr", text=f"in {own}/x.py: slow\n")
     cells = [
         nbformat.v4.new_markdown_cell("## 1. Rows\nLong.\n\nSee [07](07_low_bit_methods.ipynb):"),
-        code("x", printed(f"10%\r20%\r\nwrote {own}/out/x.csv\n"), bar, warning),
+        code("x", printed(f"10%\r20%\r\nwrote {own}/out/x.csv\n"), bar, printed("and y\n"),
+             warning),
+        nbformat.v4.new_markdown_cell("It is\n\n$$x$$\n\nwhich goes on:"),
         code("x", shown(frame)),
         code('study.save(figure, "10_ladder")', picture()),
     ]
@@ -76,7 +78,7 @@ def test_a_page_has_conclusions_first_then_tables_texts_and_links(workbook):
     assert learned == "What we learned\n\n- W4A4: 1 \\* 2 points\n"
     assert section.split("\n\n") == [
         "1. Rows", "See [07](../../notebooks/07_low_bit_methods.ipynb):",
-        "```text\nwrote x.csv\n```",
+        "```text\nwrote x.csv\nand y\n```",
         "| a&#124;b | name |\n| ---: | --- |\n| 1.5 | &lt;x&gt; |\n|  | y |",
         "![From the original's hist to ours, one change at a time: what each is worth.]"
         "(../../pic/10_ladder_resnet20_my_set.png)\n"]
