@@ -634,7 +634,8 @@ show(packed.join(smaller.add_suffix(", times smaller")).round(2))
 # ONNX has QuantizeLinear and DequantizeLinear (QDQ) around float operators; ONNX Runtime turns them into
 # integer kernels where it has some. *local* counts codes that differ where it is fed ours at every edge,
 # graph optimisation off: the same condition, the same ties. Codes of four bits and fewer are stored two in
-# a byte (int4, opset 21) where the installed runtime reads them; `weights="int8"` writes the older form.
+# a byte (int4, opset 21), of two bits four in a byte (int2, opset 25), where the installed runtime takes
+# them; `weights="int8"` writes the older form.
 
 # %%
 def in_onnxruntime(w):

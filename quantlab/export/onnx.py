@@ -3,7 +3,7 @@
     export_onnx(qmodel, "model.onnx")       # needs: pip install onnx onnxscript onnxruntime
 
     Quantizer    [Clip] -> QuantizeLinear -> DequantizeLinear; uint8, or int8 where qmin < 0
-    weight       codes -> DequantizeLinear, per channel; int8 or uint8, int4 or uint4 where they fit
+    weight       codes -> DequantizeLinear, per channel; int8, int4 or int2 (or uint) as they fit
     bias         int32 codes -> DequantizeLinear with scale s_in * s_w
     the rest     as torch translates it; a float graph (graph.folded) has nothing else
 
@@ -33,8 +33,9 @@ from quantlab.system.errors import UserError, check_name, checked, first_line
 from quantlab.system.files import atomic_path
 
 OPSET = 18  # ONNX 1.13 of 2022: the oldest that torch.onnx.export writes
-OPSET_INT4 = 21  # ONNX 1.16 of 2024: the first with tensors of 4 bits
-CONTAINERS = ("auto", "int8", "int4")
+# Bits of an element -> the first opset and IR version with it: ONNX 1.16 of 2024, 1.20 of 2025.
+NARROW = {4: (21, 10), 2: (25, 13)}
+CONTAINERS = ("auto", "int8", "int4", "int2")
 
 
 def import_onnx():
@@ -54,11 +55,11 @@ def export_onnx(network, path, image_shape=None, batch="dynamic", weights="auto"
 
     image_shape: [C, H, W] of the float32 input, fixed in the file; None: as calibrated. batch:
     "dynamic" or a number of images. weights: how codes of 4 bits and fewer are stored: "int4", two
-    in a byte (ONNX opset 21); "int8", a byte each, which older runtimes read; "auto": int4 where
-    the ONNX Runtime that is installed takes it. The codes of an edge are the value EDGE_codes.
-    Raises UserError for what is no such network, where the images' shape is not known, for an
-    operation that has no translation, naming it, where the runtime has no int4 or no layer has so
-    few bits, and where a package is missing.
+    in a byte (ONNX opset 21); "int2", four in a byte those that fit (opset 25); "int8", a byte
+    each, which older runtimes read; "auto": the least that the ONNX Runtime that is installed
+    takes. The codes of an edge are the value EDGE_codes. Raises UserError for what is no such
+    network, where the images' shape is not known, for an operation that has no translation, naming
+    it, where the runtime has no such type or no layer so few bits, and where a package is missing.
     """
     onnx = import_onnx()
     if not isinstance(network, fx.GraphModule):
@@ -67,11 +68,12 @@ def export_onnx(network, path, image_shape=None, batch="dynamic", weights="auto"
     image_shape = _image_shape(network, image_shape)
     batch = batch if batch == "dynamic" else as_count(batch, "batch")
     narrow = _narrow_layers(network, weights)
-    opset = OPSET_INT4 if narrow else OPSET
+    opset, ir_version = max((NARROW[width] for _, width in narrow.values()), default=(OPSET, 0))
     program = _translate(_in_onnx_operators(network), image_shape, batch, opset)
     model = program.model
-    for name, q in narrow.items():
-        _store_in_4_bits(model, name, q)
+    model.ir_version = max(model.ir_version, ir_version)
+    for name, (q, width) in narrow.items():
+        _store_in(width, model, name, q)
     for node in model.graph:
         node.metadata_props.clear()  # stack traces, with the paths of this machine
     if isinstance(network, QuantizedNetwork):
@@ -97,46 +99,60 @@ def _image_shape(network, given):
 
 
 def _narrow_layers(network, weights):
-    """Path of a layer whose weight is to be stored in 4 bits -> its QParams."""
+    """Path of a layer whose weight is to be stored in fewer than 8 bits -> (its QParams, in how
+    many).
+    """
     check_name("weights", weights, CONTAINERS)
     layers = network.layers if isinstance(network, QuantizedNetwork) else {}
     found = {find_node(network, name).target: layer.weight_qparams
              for name, layer in layers.items() if hasattr(layer, "weight_qparams")}
-    found = {path: q for path, q in found.items() if q.bits <= 4}
-    if weights == "int4" and not found:
-        raise UserError("weights='int4': no layer has weights of 4 bits or fewer; use int8")
-    if weights == "int8" or not found:
-        return {}
-    takes = runtime_takes_int4()
-    if weights == "int4" and takes is False:
-        raise UserError("weights='int4': the ONNX Runtime that is installed does not read it; "
-                        "install a newer one, or use int8")
-    return found if takes or weights == "int4" else {}
+    least = 8 if weights == "int8" else 2 if weights == "auto" else int(weights[-1])
+    if least < 8 and weights != "auto":
+        if not any(q.bits <= least for q in found.values()):
+            raise UserError(f"weights={weights!r}: no layer has weights of {least} bits or fewer; "
+                            "use auto")
+        if runtime_takes(least) is False:
+            raise UserError(f"weights={weights!r}: the ONNX Runtime that is installed does not "
+                            "read it; install a newer one, or use auto")
+    usable = [w for w in NARROW if w >= least and (weights != "auto" or runtime_takes(w))]
+    fitting = {path: min((w for w in usable if q.bits <= w), default=8)
+               for path, q in found.items()}
+    return {path: (found[path], width) for path, width in fitting.items() if width < 8}
 
 
 @functools.cache
-def runtime_takes_int4():
-    """Whether the installed ONNX Runtime computes with weights of 4 bits; None: none is there."""
+def runtime_takes(width):
+    """Whether the installed ONNX Runtime convolves codes with weights of 4 or 2 bits; None: none is
+    there. Version 1.32 reads 2 bits, but then makes a QLinearConv of them, which it refuses.
+    """
     try:
         import onnx
         import onnxruntime
     except ImportError:
         return None
-    text = f"""<ir_version: 10, opset_import: ["" : {OPSET_INT4}]> f (float[1] x) => (float[1] y)
-        <int4[1] w = {{-7}}, float s = {{0.5}}> {{ v = DequantizeLinear(w, s)  y = Add(x, v) }}"""
+    opset, ir_version = NARROW[width]
+    text = f"""<ir_version: {ir_version}, opset_import: ["" : {opset}]>
+        f (float[1, 1, 1, 1] x) => (float[1, 1, 1, 1] y)
+        <int{width}[1, 1, 1, 1] w = {{-2}}, float s = {{0.5}}, uint8 z = {{128}}> {{
+            codes = QuantizeLinear(x, s, z)  read = DequantizeLinear(codes, s, z)
+            weight = DequantizeLinear(w, s)  sum = Conv(read, weight)
+            again = QuantizeLinear(sum, s, z)  y = DequantizeLinear(again, s, z) }}"""
     with contextlib.suppress(Exception):  # whatever it says of a type it does not know
         model = onnx.parser.parse_model(text).SerializeToString()
-        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-        return float(session.run(None, {"x": np.ones(1, np.float32)})[0][0]) == -2.5
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"])
+        return session.run(None, {"x": np.ones((1, 1, 1, 1), np.float32)})[0].item() == -1
     return False
 
 
-def _store_in_4_bits(model, path, q):
-    """Make the weight's codes and its zero-points tensors of int4, or uint4 from 0 on."""
+def _store_in(width, model, path, q):
+    """Make the weight's codes and its zero-points tensors of intWIDTH, or uintWIDTH from 0 on."""
     import ml_dtypes
     import onnx_ir
 
-    name = "INT4" if q.qmin < 0 else "UINT4"
+    name = f"INT{width}" if q.qmin < 0 else f"UINT{width}"
     for part in (f"{path}.weight_codes", f"{path}.dequantize.weight.zero_point"):
         value = model.graph.initializers[part]
         codes = value.const_value.numpy().astype(getattr(ml_dtypes, name.lower()))

@@ -150,7 +150,7 @@ def exported(resnet20, stats, tmp_path_factory):
     return qmodel, ql.export_onnx(qmodel, file, (3, 32, 32))
 
 
-def assert_same_codes(qmodel, file, x, ties=1e-5, except_for="no edge"):
+def assert_same_codes(qmodel, file, x, ties=1e-5, except_for="no edge", optimize=(False, True)):
     """Every edge, fed our codes, gives our codes, but for ties; the logits follow."""
     frame = compare_codes(qmodel, file, x)
     assert len(frame) == len(qmodel.quantizer_nodes) and frame.edge.is_unique
@@ -159,8 +159,8 @@ def assert_same_codes(qmodel, file, x, ties=1e-5, except_for="no edge"):
     assert others.local_differing.sum() <= ties * others.n.sum()
     logits = qmodel(x).detach()
     # codes at a tie may fall to the other side early and be carried on; nothing else may differ
-    for optimize in (False, True):
-        theirs = OnnxModel(file, optimize, threads=1)(x)
+    for optimized in optimize:
+        theirs = OnnxModel(file, optimized, threads=1)(x)
         assert (theirs - logits).abs().mean() < 0.05 * logits.std()
         assert torch.equal(theirs.argmax(1), logits.argmax(1))
 
@@ -303,48 +303,49 @@ def test_missing_onnx_is_said_in_one_line(package, monkeypatch, tmp_path):
 # ---- Weights of 4 bits and fewer ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits, symmetric", [(4, True), (4, False), (3, True), (2, False)])
-def test_codes_of_4_bits_take_half_a_byte(bits, symmetric, file, tmp_path):
-    if not exporter.runtime_takes_int4():
-        pytest.skip("this ONNX Runtime has no int4")
+@pytest.mark.parametrize("bits, symmetric", [
+    (4, True), (4, False), (3, True), (2, False), (2, True)])
+def test_codes_of_few_bits_take_a_half_or_a_quarter_of_a_byte(
+        bits, symmetric, tmp_path, monkeypatch):
+    """Two bits, where the runtime's optimizer refuses them, are run without it."""
+    optimize = {"int4": (False, True), "int2": (False, True)[: 1 + bool(exporter.runtime_takes(2))]}
+    monkeypatch.setattr(exporter, "runtime_takes", lambda width: True)
     model, x = residual(), torch.randn(4, 3, 8, 8)
-    last = ptq.layers(folded(model))[-1]
-    config = ql.QuantConfig(bits, 4, weight_symmetric=symmetric, layer_weight_bits={last: 8})
+    first, *_, last = ptq.layers(folded(model))
+    widths = {first: 4, last: 8}
+    config = ql.QuantConfig(bits, 4, weight_symmetric=symmetric, layer_weight_bits=widths)
     qmodel = ql.quantize(model, ql.collect(model, [x]), config)
+    least = "int2" if bits == 2 else "int4"
     files = {weights: ql.export_onnx(qmodel, tmp_path / f"{weights}.onnx", weights=weights)
-             for weights in ("auto", "int4", "int8")}
-    assert files["auto"].read_bytes() == files["int4"].read_bytes()
-    assert_same_codes(qmodel, files["int4"], x)
-    kinds, raw = {}, {}
-    for weights in ("int4", "int8"):
+             for weights in dict.fromkeys(("auto", least, "int4", "int8"))}
+    assert files["auto"].read_bytes() == files[least].read_bytes()
+    names, sign = onnx.TensorProto.DataType, "" if symmetric else "U"
+    for weights in (least, "int4", "int8"):
+        assert_same_codes(qmodel, files[weights], x, optimize=optimize.get(weights, (True,)))
         stored = {i.name: i for i in onnx.load(files[weights]).graph.initializer}
-        for name, layer in qmodel.layers.items():
-            path = find_node(qmodel, name).target
-            codes = stored[f"{path}.weight_codes"]
-            kinds[weights, name], raw[weights, name] = codes.data_type, len(codes.raw_data)
+        for layer in qmodel.layers:
+            codes = stored[f"{find_node(qmodel, layer).target}.weight_codes"]
+            fits = 8 if layer == last or weights == "int8" else 4
+            fits = 2 if weights == "int2" and layer not in widths else fits
+            assert names.Name(codes.data_type) == f"{sign}INT{fits}"
+            assert len(codes.raw_data) == -(-qmodel.layers[layer].weight.numel() * fits // 8)
             read = onnx.numpy_helper.to_array(codes).astype(np.int32)
-            assert np.array_equal(read, qmodel.codes(name).numpy())
-    names, types = onnx.TensorProto, {layer: kinds["int4", layer] for layer in qmodel.layers}
-    narrow = {layer for layer, kind in types.items() if kind != types[last]}
-    assert narrow == set(qmodel.layers) - {last}
-    assert {types[layer] for layer in narrow} == {names.INT4 if symmetric else names.UINT4}
-    for layer in qmodel.layers:
-        n = qmodel.layers[layer].weight.numel()
-        assert raw["int8", layer] == n
-        assert raw["int4", layer] == (n if layer == last else -(-n // 2))
+            assert np.array_equal(read, qmodel.codes(layer).numpy())
 
 
-def test_where_the_runtime_has_no_int4_a_byte_holds_a_code(file, monkeypatch, tmp_path):
+def test_what_the_runtime_does_not_take_is_stored_in_more_bits(file, monkeypatch, tmp_path):
     model, x = residual(), torch.randn(4, 3, 8, 8)
     stats = ql.collect(model, [x])
-    narrow, wide = (ql.quantize(model, stats, ql.QuantConfig(bits, bits)) for bits in (4, 8))
-    monkeypatch.setattr(exporter, "runtime_takes_int4", lambda: False)
-    ql.export_onnx(narrow, file)
-    assert onnx.load(file).opset_import[0].version == exporter.OPSET
-    assert_same_codes(narrow, file, x)
+    two, four, wide = (ql.quantize(model, stats, ql.QuantConfig(b, b)) for b in (2, 4, 8))
+    for takes, opset in ((set(), exporter.OPSET), ({4}, 21)):
+        monkeypatch.setattr(exporter, "runtime_takes", takes.__contains__)
+        ql.export_onnx(two, file)
+        assert onnx.load(file).opset_import[0].version == opset
+        assert_same_codes(two, file, x)
     for network, weights, line in [
-        (narrow, "int4", "does not read it"), (wide, "int4", "no layer has weights of 4 bits"),
-        (narrow, "int2", "use one of: auto, int8, int4"),
+        (two, "int2", "does not read it"), (wide, "int4", "no layer has weights of 4 bits"),
+        (four, "int2", "no layer has weights of 2 bits"),
+        (two, "int1", "use one of: auto, int8, int4, int2"),
     ]:
         with pytest.raises(ql.UserError, match=line):
             ql.export_onnx(network, tmp_path / "none.onnx", weights=weights)
