@@ -77,7 +77,7 @@ checkpoint = "auto"  # auto, or the path of a .safetensors file
 seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 n_calibration = 0  # images for our ranges; 0: 256 in a smoke run, 1,024 in a full one
-n_batches = 0  # augmented batches of 128 for the original's; 0: 4 (smoke), 51 (full)
+n_batches = 0  # augmented batches of 128 for the original's; 0: 2 (smoke), 51 (full)
 n_seeds = 0  # of the rows below 8 bits and of the ladder; 0: 1 (smoke), 3 (full)
 ablations = True  # False: the seven rows and the ladder at 4 bits only
 
@@ -89,7 +89,7 @@ study = Study(
 images, network, baseline = study.images, study.network, study.baseline
 device = next(network.parameters()).device
 n_calibration = study.n_calibration
-n_batches = min(study.choose(n_batches, smoke=4, full=51), len(images.train) // 128)
+n_batches = min(study.choose(n_batches, smoke=2, full=51), len(images.train) // 128)
 n_batches = max(n_batches, 1)  # of fewer than 128 images: all of them
 n_augmented = min(128 * n_batches, len(images.train))
 seeds = list(range(seed, seed + study.choose(n_seeds, smoke=1, full=3)))
