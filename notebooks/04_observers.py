@@ -9,7 +9,8 @@
 # %% [markdown]
 # # 04 · Observers: why a range is good
 #
-# **Question.** What does every range setter decide, on which edge does it matter, and which layer broke?
+# **Question.** What does every range setter decide, on which edge does it matter, which layer broke, and
+# what would mend it?
 #
 # **Cost.** A minute on the digits; on 10,000 test images about five minutes for each calibration seed
 # (three by default), on two CPU cores.
@@ -32,18 +33,24 @@ if "google.colab" in sys.modules and not os.path.isdir("quantlab"):
     subprocess.check_call([sys.executable, "-m", "quantlab.system.missing"])
 
 # %%
+import copy
+import dataclasses
 import itertools
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import quantlab as ql
 import torch
+
+# %%
 from quantlab import observers, plots
 from quantlab.calibration import watch
 from quantlab.edgestats import EdgeStats
 from quantlab.graph import folded
 from quantlab.plots import panel
 from quantlab.plots.panel import split_error
-from quantlab.quantized import edge_name, origin
+from quantlab.plots.style import BLUE, DASHED, INK, RED, styled
+from quantlab.quantized import Quantizer, edge_name, find_node, origin
 from quantlab.system.comparing import decibels
 from quantlab.workbook.study import Study, show
 from tqdm.auto import tqdm
@@ -54,7 +61,7 @@ model = "resnet20"  # resnet20 or resnet50
 checkpoint = "auto"  # auto, or the path of a .safetensors file
 seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
-# 2 to 8, of the activations in sections 1, 3, 5 and of everything in section 6
+# 2 to 8, of the activations in sections 1, 3, 5 and of everything in sections 6, 9
 bits = 4
 # name of an edge for sections 1 to 3, 7, 8; auto: the one with the longest tail
 edge = "auto"
@@ -361,6 +368,221 @@ knobs = dict(edge=edge, bits=bits, observer=observer, share=clip_share)
 panel.range_panel(stats.edges, text, **knobs)
 
 # %% [markdown]
+# ## 9. Which layer broke, and what would mend it?
+# Section 6 looked at values on their way. What counts is what arrives at the logits, and weights make noise
+# too. A *part* is the weights of one layer or the values of one edge (image and residual stream keep 8 bits
+# and are left out). The ratio at the logits is a mean over images, so that none of them decides for all.
+
+# %%
+n_images = 16 if study.smoke else 256
+batches = list(study.calibration(seed + 100, n=n_images))
+logits_node = qmodel.graph.output_node().args[0].name
+
+def logits(net):
+    found = []
+    watch(net, {logits_node}, lambda _, x: found.append(x.cpu().double()), batches)
+    return torch.cat(found)
+
+exact = logits(graph)
+
+def logits_db(net):
+    signal = exact.square().sum(1)
+    noise = (logits(net) - exact).square().sum(1)
+    return (10 * torch.log10(signal / noise)).clamp(max=200).mean().item()
+
+
+# %% [markdown]
+# Layers and Quantizers are modules, each at a path of the network. To round a part, to leave it in float or to
+# try a remedy is to put another module there for a while.
+
+# %%
+def with_part(net, path, part, measure):
+    """measure(net) with `part` in the place of its module at `path`."""
+    before = net.get_submodule(path)
+    net.add_submodule(path, part)
+    try:
+        return measure(net)
+    finally:
+        net.add_submodule(path, before)
+
+
+# %%
+layers = {find_node(qmodel, name).target: name for name in qmodel.layers}
+in_float = {path: graph.get_submodule(path) for path in layers}
+in_float |= {node.target: torch.nn.Identity() for node in quantizers}
+unrounded = copy.deepcopy(qmodel)
+for path, part in in_float.items():
+    unrounded.add_submodule(path, part)
+assert torch.allclose(logits(unrounded), exact), "nothing is rounded yet"
+
+# %% [markdown]
+# Each part is measured twice. *alone*: the signal to noise of the float network when nothing else is rounded.
+# *worth*: what the quantized network gains when this part alone is left in float, in decibels: roughly what can
+# be won there. The three that are worth most are called the worst.
+
+# %%
+narrow = [n for n, quantizer in quantizers.items() if quantizer.qparams.bits == bits]
+edges = {node.target: origins[node] for node in narrow}
+names = {path: f"weights of {name}" for path, name in layers.items()} | edges
+together = logits_db(qmodel)
+
+def both_ways(path):
+    alone = with_part(unrounded, path, qmodel.get_submodule(path), logits_db)
+    worth = with_part(qmodel, path, in_float[path], logits_db) - together
+    return {"path": path, "part": names[path], "alone": alone, "worth": worth}
+
+by_part = pd.DataFrame(both_ways(path) for path in tqdm(names)).set_index("path")
+by_part = by_part.sort_values("worth", ascending=False, kind="stable")
+worst = by_part[:3]
+
+
+# %%
+@styled
+def alone_and_worth(text):
+    figure, axes = plt.subplots(figsize=(9, 4))
+    others = by_part[3:]
+    weights, values = (others[others.index.isin(paths)] for paths in (layers, edges))
+    axes.plot(weights.alone, weights.worth, "D", color=INK, label="weights of a layer")
+    axes.plot(values.alone, values.worth, "o", color=BLUE, label="values of an edge")
+    for i, row in enumerate(worst.itertuples(), 1):
+        look = dict(linestyle="", marker=f"${i}$", markersize=9, color=RED)
+        axes.plot(row.alone, row.worth, label=row.part, **look)
+    axes.axhline(0, **DASHED)
+    axes.set(xlabel="alone, dB", ylabel="worth, dB", title="Which layer broke?")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return plots.caption(figure, text)
+
+
+# %%
+text = f"training images of another seed; signal to noise at the logits, W{bits}A{bits}"
+study.save(alone_and_worth(study.caption(n_images, text)), "04_alone_and_worth")
+
+
+# %% [markdown]
+# What a part does alone tells only roughly what mending it is worth: noises of two parts may add up, or cancel.
+# Below zero the rest is worse off without this part's noise.
+#
+# **Why these three?** By rules that can be checked by eye, each with its number; if none applies, it is the few
+# levels. Over few products errors do not average out, and behind the last layer nothing does. Of weights, one
+# side of zero may hardly need its codes; of values, one channel or a few large ones may set the range for all.
+
+# %%
+def why_weights(path):
+    x, name = graph.get_submodule(path).weight.detach().flatten(1), layers[path]
+    sides = torch.stack([-x.amin(1), x.amax(1)]).clamp(min=0)
+    short = (sides.amin(0) / sides.amax(0)).nanmedian()  # of all channels
+    return {
+        "first layer": name in qmodel.plan.first,
+        "last layer": name in qmodel.plan.last,
+        f"{x.shape[1]} products a sum": x.shape[1] <= 32,
+        f"one side of zero reaches {short:.0%} of the other": short < 0.5,
+    }
+
+
+# %%
+def channel_ends(edge):
+    """The smallest and the largest value of each channel, both [C]."""
+    seen = []
+    def see(_, x):
+        seen.append(torch.stack(x.transpose(0, 1).flatten(1).aminmax(dim=1)).cpu())
+    watch(graph, {edge}, see, study.calibration())
+    low, high = torch.stack(seen).unbind(1)
+    return low.amin(0), high.amax(0)
+
+spans = {path: channel_ends(edges[path]) for path in worst.index if path in edges}
+
+
+# %%
+def why_values(path):
+    edge, q = stats.edges[edges[path]], qmodel.get_submodule(path).qparams
+    size = torch.maximum(-spans[path][0], spans[path][1])
+    outlier = size.max() / size[size > 0].median()
+    least, most = observers.percentile(edge, bits, q=99.9)
+    used = (most - least) / (q.scale.item() * (q.qmax - q.qmin))
+    tail = edge.maximum / (q.scale.item() * (q.qmax - q.zero_point.item()))
+    return {
+        f"one channel reaches {outlier:.1f} times as far as the median": outlier > 6,
+        f"99.9 % of the values lie in {used:.0%} of the range": used < 0.5,
+        f"a long tail, to {tail:.1f} times the range": tail > 2,
+    }
+
+
+# %% [markdown]
+# **What would help?** Each remedy is tried in the quantized network, everything else as it was: another range,
+# two more bits; for weights all $2^b$ levels; for values a scale for every channel, the most that equalisation
+# could win. (No integer convolution can have that, as it adds over the channels.) The ranges come from the
+# calibration images, the decibels from other training images, the points from test images.
+
+# %%
+wider = min(bits + 2, 8)
+
+def weights_remedies(path):
+    def rounded(width, symmetric=True, **how):  # a scale for each channel, as before
+        layer = copy.deepcopy(graph.get_submodule(path))
+        ends = observers.weight_range(layer.weight, width, symmetric=symmetric, **how)
+        q = ql.choose_qparams(*ends, width, symmetric=symmetric, axis=0)
+        layer.weight.data = ql.fake_quantize(layer.weight.data, q)
+        return layer
+    return {
+        "the whole range": rounded(bits, observer="minmax"),
+        f"all {2**bits} levels": rounded(bits, symmetric=False),
+        f"{wider} bits": rounded(wider),
+    }
+
+
+# %%
+class ChannelQuantizer(Quantizer):
+    @property
+    def qparams(self):
+        return dataclasses.replace(super().qparams, axis=1)
+
+def values_remedies(path):
+    edge = stats.edges[edges[path]]
+    low, high = observers.histogram(edge, bits)
+    inside = spans[path][0].clamp(min=low), spans[path][1].clamp(max=high)
+    mse, more = observers.mse(edge, bits), observers.histogram(edge, wider)
+    return {
+        "range by mse": Quantizer(ql.choose_qparams(*mse, bits)),
+        "a scale a channel": ChannelQuantizer(ql.choose_qparams(*inside, bits, axis=1)),
+        f"{wider} bits": Quantizer(ql.choose_qparams(*more, wider)),
+    }
+
+
+# %%
+def why(path):
+    part = qmodel.get_submodule(path)
+    q = part.weight_qparams if path in layers else part.qparams
+    rules = why_weights if path in layers else why_values
+    found = [reason for reason, applies in rules(path).items() if applies]
+    return "; ".join(found) or f"{q.qmax - q.qmin + 1} levels are few"
+
+top1 = study.evaluate(qmodel).top1
+
+def gains(net):
+    return logits_db(net) - together, study.evaluate(net).top1 - top1
+
+
+# %%
+rows, mended = [], copy.deepcopy(qmodel)
+for path, row in tqdm(worst.iterrows(), total=len(worst)):
+    remedies = (weights_remedies if path in layers else values_remedies)(path)
+    tried = {name: with_part(qmodel, path, m, gains) for name, m in remedies.items()}
+    order = sorted(tried, key=tried.get, reverse=True)
+    about = row.part, f"{row.worth:+.2f}", why(path)
+    rows += [(*about, name, *tried[name]) for name in order]
+    mended.add_submodule(path, remedies[order[0]])
+gain, points = gains(mended)
+
+columns = ["part", "worth, dB", "why", "remedy", "gain, dB", "gain, points"]
+diagnosis = pd.DataFrame(rows, columns=columns)
+show(diagnosis.set_index(columns[:4]).style.format("{:+.2f}"))
+print(f"the best of each together: {gain:+.2f} dB, {points:+.2f} points")
+
+# %% [markdown]
+# For any network of yours, `python -m quantlab inspect my_module:build_model --data DIR` does the same, with all
+# causes and remedies: unbalanced adds, dead channels and equalisation among them.
+
+# %% [markdown]
 # ## What we learned
 
 # %%
@@ -404,6 +626,14 @@ print(
     f"- After {len(values)} batches the first holds {weight:.0%} of a moving average, "
     "c = 0.01."
 )
+
+# %%
+for part, tried in diagnosis.groupby("part", sort=False):
+    best = tried.iloc[0]
+    print(f"- {part} ({best.why}): {best.remedy} gains ", end="")
+    print(f"{best['gain, dB']:+.2f} dB, {best['gain, points']:+.2f} points.")
+print(f"- The best of each together gain {gain:+.2f} dB at the logits, ", end="")
+print(f"{points:+.2f} points.")
 
 # %% [markdown]
 # ## Exercises

@@ -33,6 +33,8 @@ ABOUT = {
     "04_accuracy_by_observer": "Accuracy by bits of activations, for every range setter.",
     "04_calibration_images": "Accuracy by number of calibration images, with the range of seeds.",
     "04_edge_report": "Signal to noise of every edge, alone and in the network: which layer broke.",
+    "04_alone_and_worth": "Every layer's weights and every edge, rounded alone and left in float "
+                          "alone: what mending it is worth.",
     "04_panel": "The panel's figure: codes on an edge's histogram, and the error of its range.",
     "05_ridges": "Every layer's values before and after its ReLU, with the clip ranges.",
     "05_before_after": "The same layer by layer, on a logarithmic scale: what is clipped.",
