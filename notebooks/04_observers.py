@@ -393,7 +393,8 @@ def logits_db(net):
 
 # %% [markdown]
 # Layers and Quantizers are modules, each at a path of the network. To round a part, to leave it in float or to
-# try a remedy is to put another module there for a while.
+# try a remedy is to put another module there for a while. Biases stay in float here: rounded to multiples of
+# $s_{in} s_w$, they would keep the step of an edge that a remedy has just made finer.
 
 # %%
 def with_part(net, path, part, measure):
@@ -409,6 +410,9 @@ def with_part(net, path, part, measure):
 # %%
 layers = {find_node(qmodel, name).target: name for name in qmodel.layers}
 in_float = {path: graph.get_submodule(path) for path in layers}
+for path, layer in in_float.items():
+    qmodel.get_submodule(path).bias.data = layer.bias.data
+
 in_float |= {node.target: torch.nn.Identity() for node in quantizers}
 unrounded = copy.deepcopy(qmodel)
 for path, part in in_float.items():

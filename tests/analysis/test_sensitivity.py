@@ -12,6 +12,8 @@ from torch import nn
 
 import quantlab as ql
 from quantlab.analysis.sensitivity import edge_errors
+from quantlab.graph import folded
+from quantlab.quantized import find_node
 
 
 def decibels(signal, noise):
@@ -71,6 +73,56 @@ def test_notebook_04_computes_the_same_report_by_hand(resnet20, stats, digits):
     theirs = edge_errors(resnet20, space["qmodel"], digits.calibration(64, 100))
     pd.testing.assert_frame_equal(space["report"], theirs)
     assert theirs.added_db.notna().sum() > 10
+
+
+class Small(nn.Module):
+    """Two convolutions, the first with a BatchNorm to fold, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.b, self.fc = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.b(torch.relu(self.norm(self.a(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_notebook_04_names_a_planted_fault_first_and_its_remedy_gains_most():
+    """One channel 64 times as large as the others, and read 64 times as small."""
+    torch.manual_seed(0)
+    model, images = Small().eval(), torch.randn(16, 3, 8, 8)
+    with torch.no_grad():
+        model.norm.weight[3] *= 64
+        model.norm.bias[3] *= 64
+        model.b.weight[:, 3] /= 64
+        exact = model(images).double()
+    cells = jupytext.read(CHECKOUT / "notebooks" / "04_observers.py").cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    before, section, after = (next(i for i, source in enumerate(code) if source.startswith(start))
+                              for start in ("qmodel = ql.quantize(", "n_images = ", "lost = "))
+    imports = [source for source in code[:before] if source.startswith(("import ", "from "))]
+    study = types.SimpleNamespace(
+        smoke=True, calibration=lambda seed=0, n=16: [images], caption=lambda n, text: text,
+        save=lambda figure, name: None,
+        evaluate=lambda net: ql.evaluate(net, [(images, exact.argmax(1))]))
+    stats = ql.collect(model, [images])
+    space = dict(study=study, network=model, stats=stats, bits=4, seed=0)
+    for source in [*imports[1:], code[before], *code[section:after]]:
+        exec(source, space)
+    rows = space["diagnosis"]
+    assert (rows.part[0], rows.remedy[0]) == ("relu", "a scale a channel")
+    assert rows.why[0].startswith("one channel reaches ") and rows["gain, dB"][0] > 3
+    configs = ql.QuantConfig(4, 4), ql.QuantConfig(4, 4, layer_act_bits={"b": 6})
+    graph, nets = folded(model), [ql.quantize(model, stats, config) for config in configs]
+    with torch.no_grad():
+        for net in nets:  # biases in float, as there
+            for name, layer in net.layers.items():
+                layer.bias.copy_(graph.get_submodule(find_node(graph, name).target).bias)
+        base, finer = (net(images).double() for net in nets)
+    ratio = (base - exact).square().sum(1) / (finer - exact).square().sum(1)
+    by_hand = rows[(rows.part == "relu") & (rows.remedy == "6 bits")]["gain, dB"].item()
+    assert by_hand == pytest.approx(10 * ratio.log10().mean().item(), abs=0.05)
 
 
 def test_needs_images(resnet20, stats):
