@@ -101,7 +101,9 @@ def find_suspects(model, stats, batches, config):
     """
     graph = folded(model)
     plan, channels = make_plan(graph), {}
-    watch(graph, set(plan.observed), partial(_channel_ranges, channels), batches)
+    joins = {n: kind for n, kind in find_kinds(graph).items() if kind in ("add", "concat")}
+    operands = {operand.name for node in joins for operand in node.all_input_nodes}
+    watch(graph, {*plan.observed, *operands}, partial(_channel_ranges, channels), batches)
     for name, value in plan.reads.items():
         layer = graph.get_submodule(find_node(graph, name).target)
         weight_bits, act_bits = config.layer_bits(plan, name)
@@ -113,10 +115,10 @@ def find_suspects(model, stats, batches, config):
                       _of_edge(value, edge, channels.get(value), act_bits, config, eight, graph)):
             yield from found
         if name in plan.first | plan.last and min(weight_bits or 8, act_bits or 8) < 8:
-            yield Suspect(name, "first layer" if name in plan.first else "last layer",
-                          f"W{weight_bits}A{act_bits} as all others",
-                          "8 bits for the first and last layer", {"first_last_bits": 8})
-    yield from _of_joins(graph, plan, stats, config)
+            place = "first layer" if name in plan.first else "last layer"
+            yield Suspect(name, place, f"W{weight_bits}A{act_bits} as all others",
+                          f"8 bits for the {place}: {name}", here)
+    yield from _of_joins(joins, plan, channels, config)
     if config.weight_symmetric and config.weight_bits < 8:
         yield Suspect("all layers", "weights waste a level",
                       f"{2**config.weight_bits - 1} of {2**config.weight_bits}",
@@ -187,15 +189,30 @@ def _of_edge(value, edge, ranges, bits, config, eight, graph):
                       "a zero-point for activations", {"act_symmetric": False})
 
 
-def _of_joins(graph, plan, stats, config):
+def _of_joins(joins, plan, channels, config):
     """Adds and concatenations whose operands have very different ranges."""
-    for node, kind in find_kinds(graph).items():
-        reach = {n.name: max(-stats.edges[n.name].minimum, stats.edges[n.name].maximum)
-                 for n in node.all_input_nodes if n.name in stats.edges}
-        if kind in ("add", "concat") and len(reach) > 1 and min(reach.values()) > 0:
-            ratio = max(reach.values()) / min(reach.values())
-            if ratio > UNBALANCED and config.residual_bits is not None:
-                large = max(reach, key=reach.get)
-                yield Suspect(node.name, f"an unbalanced {kind}",
-                              f"{large} reaches {ratio:.0f} times as far as its partner",
-                              "residual stream in float", {"residual_bits": None})
+    for node, kind in joins.items():
+        reach = {n.name: channels[n.name].max().item()
+                 for n in node.all_input_nodes if n.name in channels}
+        if len(reach) < 2 or not max(reach.values()) > UNBALANCED * min(reach.values()) > 0:
+            continue
+        large = max(reach, key=reach.get)
+        ratio = reach[large] / min(reach.values())
+        said = (node.name, f"an unbalanced {kind}",
+                f"{large} reaches {ratio:.0f} times as far as its partner")
+        if kind == "add" and config.residual_bits is not None:
+            yield Suspect(*said, "residual stream in float", {"residual_bits": None})
+        if kind == "concat":
+            yield from _of_concat(node, said, plan, config)
+
+
+def _of_concat(node, said, plan, config):
+    """More bits for the one range that the operands of a concatenation share."""
+    while node.name not in plan.stores and len(node.users) == 1:
+        node = next(iter(node.users))  # a clamp behind it, where its values are rounded
+    readers = [layer for layer, value in plan.reads.items()
+               if plan.sources.get(value) == node.name]
+    bits = [config.layer_bits(plan, layer)[1] or 8 for layer in readers]
+    if bits and min(bits) < 8:
+        finer = (config.layer_act_bits or {}) | dict.fromkeys(readers, 8)
+        yield Suspect(*said, f"8 bits for the values of {node.name}", {"layer_act_bits": finer})

@@ -1,5 +1,7 @@
 """A network with one planted fault: it is named first, and its remedy is worth most."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -10,10 +12,10 @@ from quantlab.workbook.diagnosis import COLUMNS, diagnose
 
 
 class Net(nn.Module):
-    def __init__(self, activation=nn.ReLU, step=None):
+    def __init__(self, activation=nn.ReLU, step=None, width=16):
         super().__init__()
-        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
-        self.act1, self.act2, self.fc = activation(), activation(), nn.Linear(16, 5)
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, width, 3, padding=1)
+        self.act1, self.act2, self.fc = activation(), activation(), nn.Linear(width, 5)
         self.step = step
 
     def forward(self, x):
@@ -70,8 +72,72 @@ def unbalanced():
     return model, x, ql.QuantConfig(8, 8, residual_bits=3), "an unbalanced add"
 
 
+class Concatenated(Net):
+    """Eleven channels of `a` beside the others, 30 times as small, which alone count."""
+
+    def forward(self, x):
+        y = self.act1(self.a(x))
+        y = torch.cat([y[:, :11], y[:, 11:] / 30], 1)
+        return self.fc(self.act2(self.b(y)).mean((2, 3)))
+
+
+@torch.no_grad()
+def unbalanced_concat():
+    model, x = plain()
+    model.__class__ = Concatenated
+    model.b.weight[:, 11:] *= 30
+    model.b.weight[:, :11] /= 30
+    return model, x, ql.QuantConfig(8, 4), "an unbalanced concat"
+
+
+@torch.no_grad()
+def dead_channels():
+    """Six channels 60 times as small as the others, which alone are read, 60 times as large."""
+    model, x = plain()
+    model.b.weight[:6] /= 60
+    model.b.bias[:6] /= 60
+    model.fc.weight[:, :6] *= 60
+    model.fc.weight[:, 6:] /= 60
+    config = ql.QuantConfig(4, 8, per_channel=False, layer_weight_bits={"fc": 8})
+    return model, x, config, "channels become dead"
+
+
+def few_products():
+    """A depthwise layer: nine products a sum, the others have all their bits."""
+    model, x = plain()
+    model.b = nn.Conv2d(16, 16, 3, padding=1, groups=16).eval()
+    config = ql.QuantConfig(3, 8, layer_weight_bits={"a": 8, "fc": 8})
+    return model, x, config, "its sums meet few levels"
+
+
+@torch.no_grad()
+def on_the_grid(*layers, smallest=-3):
+    """A network in which the weights of these layers have a code each, at 3 bits."""
+    model, x = plain(width=32)
+    for layer in (getattr(model, name) for name in layers):
+        codes = torch.randint(smallest, 4, layer.weight.shape)
+        codes.flatten(1)[:, 0], codes.flatten(1)[:, 1] = smallest, 3
+        layer.weight.copy_(codes / 16)
+    return model, x
+
+
+def first_layer():
+    return *on_the_grid("b", "fc"), ql.QuantConfig(3, 8), "first layer"
+
+
+def last_layer():
+    return *on_the_grid("a", "b"), ql.QuantConfig(3, 8), "last layer"
+
+
+def wasted_level():
+    """Weights on all eight levels of 3 bits, of which the narrow range has seven."""
+    config = ql.QuantConfig(3, 8)
+    return *on_the_grid("a", "b", "fc", smallest=-4), config, "weights waste a level"
+
+
 @pytest.mark.parametrize("plant", [
-    outlier_channel, outlier_weights, outlier_value, smooth, unbalanced])
+    outlier_channel, outlier_weights, outlier_value, smooth, unbalanced, unbalanced_concat,
+    dead_channels, few_products, first_layer, last_layer, wasted_level])
 def test_the_planted_fault_is_first_and_its_remedy_gains_most(plant):
     model, x, config, fault = plant()
     stats = ql.collect(model, x.split(32))
@@ -82,12 +148,15 @@ def test_the_planted_fault_is_first_and_its_remedy_gains_most(plant):
     # as measured without the package's own score
     changed = {"one channel sets the range of the weight": {"per_channel": True},
                "negative side of a smooth activation": {"act_symmetric": False},
-               "an unbalanced add": {"residual_bits": None}}
+               "an unbalanced add": {"residual_bits": None},
+               "an unbalanced concat": {"layer_act_bits": {"b": 8}},
+               "its sums meet few levels": {"weight_bits": 8},
+               "first layer": {"layer_weight_bits": {"a": 8}},
+               "last layer": {"layer_weight_bits": {"fc": 8}},
+               "weights waste a level": {"weight_symmetric": False}}
     if fault in changed:
-        fields = {**{name: getattr(config, name) for name in (
-            "weight_bits", "act_bits", "per_channel", "act_symmetric", "residual_bits")},
-            **changed[fault]}
-        nets = [ql.quantize(model, stats, c) for c in (config, ql.QuantConfig(**fields))]
+        mended = dataclasses.replace(config, **changed[fault])
+        nets = [ql.quantize(model, stats, c) for c in (config, mended)]
         with torch.no_grad():
             before, after = ((net(x) - model(x)).square().sum(1) for net in nets)
         gain = 10 * torch.log10(before / after).mean().item()
