@@ -13,7 +13,7 @@
 # what would mend it?
 #
 # **Cost.** A minute on the digits; on 10,000 test images about five minutes for each calibration seed
-# (three by default), on two CPU cores.
+# (three by default) and two for section 9, on two CPU cores.
 
 # %%
 import os
@@ -448,11 +448,11 @@ def alone_and_worth(text):
     weights, values = (others[others.index.isin(paths)] for paths in (layers, edges))
     axes.plot(weights.alone, weights.worth, "D", color=INK, label="weights of a layer")
     axes.plot(values.alone, values.worth, "o", color=BLUE, label="values of an edge")
-    for i, row in enumerate(worst.itertuples(), 1):
-        look = dict(linestyle="", marker=f"${i}$", markersize=9, color=RED)
+    for marker, row in zip("*sP", worst.itertuples()):
+        look = dict(linestyle="", marker=marker, markersize=10, color=RED)
         axes.plot(row.alone, row.worth, label=row.part, **look)
     axes.axhline(0, **DASHED)
-    axes.set(xlabel="alone, dB", ylabel="worth, dB", title="Which layer broke?")
+    axes.set(xlabel="alone, dB", ylabel="worth, dB", title="What a part is worth")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return plots.caption(figure, text)
 
