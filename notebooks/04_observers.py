@@ -255,7 +255,8 @@ report = pd.DataFrame([
 ]).rename_axis("order").reset_index()
 
 # %%
-show(report.sort_values("added_db", ascending=False).head(8).round(1))
+worst = report.set_index("order").sort_values("added_db", ascending=False)
+show(worst.head(8).round(1))
 text = f"training images of another seed, W{bits}A{bits}, residual stream 8 bits"
 study.save(plots.edge_report(report, study.caption(n_images, text)), "04_edge_report")
 
@@ -595,13 +596,13 @@ for b in (8, 4, 3):
     best, worst = lost[b].idxmin(), lost[b].idxmax()
     print(f"- Activations at {b} bits, weights at 8, points lost: ", end="")
     print(f"{lost[b].min():+.2f} with {best}, {lost[b].max():+.2f} with {worst}.")
+
+# %%
 last = enough[enough.observer == "histogram"].groupby("n").top1.mean()
 print(
     f"- With histogram, {last.index[0]} images give {last.iloc[0]:.2f} % on "
     "held-out images, ", end=""
 )
-
-# %%
 print(f"{last.index[-1]:,} give {last.iloc[-1]:.2f} %.")
 low = report.loc[report.sqnr.idxmin()]
 print(

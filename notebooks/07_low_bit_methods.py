@@ -187,7 +187,7 @@ if len(frame):
     lost = frame.pivot_table("drop", "name", "width", sort=False)
     counts = frame.pivot_table("drop", "name", "width", "count", sort=False)
     counts = counts.fillna(0).astype(int).astype(str)
-    text = lost.round(2).astype(str) + " (" + counts + ")"
+    text = lost.map("{:.2f}".format) + " (" + counts + ")"
     text = text.where(lost.notna(), "")[[w for w in widths if w in lost]]
     show(text.rename(columns=name_of).rename_axis("points lost (seeds)"))
 

@@ -143,11 +143,11 @@ show(*figures.small_against_large(counted).values())
 # %%
 tools = rows[(rows.method == "float") | rows.method.str.contains("int8")]
 tools = tools.drop_duplicates(["model", "dataset", "method"], keep="last")
-columns = ["method", "top1", "drop", "drop_low", "drop_high", "bytes"]
+columns = ["top1", "drop", "drop_low", "drop_high", "bytes"]
 for model, dataset in networks:
     part = rows_of(model, dataset, tools)
     print(f"{model} on {dataset}")
-    show(part[columns].round(2))
+    show(part.set_index("method")[columns].round(2))
     for device, same in part.groupby("device", sort=False):
         if len(same) > 1:
             text = f"test images, {device}"
@@ -189,13 +189,12 @@ for figure in gallery.figures(data={*counted.dataset, ""}):
 # ## 7. Where the numbers come from
 
 # %%
-facts = [
-    "dataset", "data_sha", "model", "checkpoint_sha", "trained_on", "n_calibration",
-    "device", "torch", "commit", "notebook",
-]
-groups = rows.groupby(facts, dropna=False, sort=False)
-columns = dict(
-    configurations=("config_key", "nunique"), seeds=("seed", "nunique"),
-    newest=("created", "max"),
+trained = ["dataset", "data_sha", "model", "checkpoint_sha", "trained_on"]
+measured = ["notebook", "model", "n_calibration", "device", "torch", "commit"]
+counts = dict(
+    rows=("config_key", "size"), configurations=("config_key", "nunique"),
+    seeds=("seed", "nunique"), newest=("created", "max"),
 )
-show(groups.agg(rows=("config_key", "size"), **columns).reset_index())
+for facts in (trained, measured):
+    groups = rows.assign(created=rows.created.str[:10]).groupby(facts, dropna=False)
+    show(groups.agg(**counts).reset_index().style.hide())

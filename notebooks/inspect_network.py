@@ -144,7 +144,7 @@ show(floats if rows else "Nothing: every operation has an integer form.")
 seen = ql.limited(test, 64)
 errors = edge_errors(model, qmodel, Calibration(seen, 32))
 show(plots.edge_report(errors, caption(len(seen), "test images")))
-show(errors.sort_values("added_db", ascending=False).round(2))
+show(errors.set_index("order").sort_values("added_db", ascending=False).round(2))
 
 
 # %% [markdown]

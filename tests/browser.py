@@ -33,7 +33,7 @@ OWN = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-quic",
          "--disable-sync", "--no-first-run"]  # nothing is asked of the network
 
-FAULTS = """(page, part) => {
+FAULTS = """(page, part, inBoxes) => {
   const found = [], sheet = document.querySelector(page), width = sheet.clientWidth;
   if (sheet.scrollWidth > width + 1) found.push(`the page: ${sheet.scrollWidth} of ${width} px`);
   const edge = sheet.getBoundingClientRect().left + width;
@@ -42,8 +42,9 @@ FAULTS = """(page, part) => {
     const {left, right, height} = one.getBoundingClientRect();
     if (right <= left || !height) continue;
     const says = `${one.tagName} ${one.textContent.trim().slice(0, 40)}`;
-    if (one.matches('img') && !one.naturalWidth) found.push(`${one.src}: no picture`);
-    if (one.matches(text) && !one.querySelector(things) && one.scrollWidth > one.clientWidth + 1)
+    if (one.matches('img:not([src^=http])') && !one.naturalWidth) found.push(`${one.src}: no picture`);
+    const wide = one.scrollWidth > one.clientWidth + 1;
+    if (!inBoxes && one.matches(text) && !one.querySelector(things) && wide)
       found.push(`${says}: ${one.scrollWidth} of ${one.clientWidth} px`);
     let end = getComputedStyle(one).overflowX == 'visible' ? left + one.scrollWidth : right;
     end = Math.max(end, right);
@@ -105,6 +106,14 @@ class Browser:
         self.call("Page.navigate", url=address)
         self.wait("document.readyState == 'complete'")
 
+    def settle(self):
+        """Wait until nothing has become wider or longer for half a second."""
+        size = "[...document.querySelectorAll('.jp-Cell')].map(c => c.offsetHeight).join()"
+        before = None
+        while (now := self.run(size)) != before:
+            before = now
+            time.sleep(0.5)
+
     def mouse(self, kind, x, y):
         self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1,
                   clickCount=1)
@@ -127,12 +136,13 @@ class Browser:
         content = base64.b64decode(address.partition(",")[2])
         return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
-    def faults(self, page="html", part="body"):
+    def faults(self, page="html", part="body", in_boxes=False):
         """What is wrong with the look of what lies in `part`, a line each: the page scrolls
         sideways, text needs scrolling to be read, a table, picture or control is cut off. Tables
-        and pictures may be wider than the page in a box of their own that scrolls.
+        and pictures may be wider than the page in a box of their own that scrolls, also text
+        where `in_boxes` says so.
         """
-        return self.run(f"({FAULTS})({page!r}, {part!r})")
+        return self.run(f"({FAULTS})({page!r}, {part!r}, {json.dumps(in_boxes)})")
 
     def screenshot(self, path):
         data = self.call("Page.captureScreenshot", captureBeyondViewport=False)["data"]
@@ -214,7 +224,7 @@ def jupyterlab(folder, own):
         yield address
 
 
-# ---- Notebooks in JupyterLab ----------------------------------------------------------------------
+# ---- Notebooks in JupyterLab ---------------------------------------------------------------------
 
 
 def open_notebook(browser, lab, path):
@@ -246,7 +256,13 @@ def cells_after(browser, path, seconds):
     return json.loads(browser.run(f"JSON.stringify({_widget(path)}.content.model.toJSON().cells)"))
 
 
-def faults_of(browser, path):
-    """`Browser.faults` of the notebook in front."""
+def faults_of(browser, path, in_boxes=False):
+    """`Browser.faults` of texts and outputs of the notebook in front."""
     notebook = "#" + browser.run(f"{_widget(path)}.id")
-    return browser.faults(f"{notebook} .jp-WindowedPanel-outer", notebook)
+    return browser.faults(f"{notebook} .jp-WindowedPanel-outer",
+                          f"{notebook} :is(.jp-MarkdownOutput, .jp-OutputArea)", in_boxes)
+
+
+def close_notebook(browser, path):
+    """Close a notebook with its kernel."""
+    browser.run(f"{_widget(path)}.sessionContext.shutdown().then(() => {_widget(path)}.dispose())")

@@ -40,7 +40,7 @@ class OneProcessRunsTheNotebooks(LoadScopeScheduling):
     """They are run once, for all tests of them: one group, which goes out first, as the largest."""
 
     def _split_scope(self, nodeid):
-        return "notebooks" if "test_notebooks.py" in nodeid else nodeid
+        return "notebooks" if "test_notebooks" in nodeid else nodeid
 
 
 def pytest_xdist_make_scheduler(config, log):

@@ -1,5 +1,5 @@
-"""Colab, played: a notebook alone in an empty folder, beside Colab's own module and packages, fetches
-the workbook from its address, runs to its end, and what it made is zipped.
+"""Colab, played: a notebook alone in an empty folder, beside Colab's own module and packages,
+fetches the workbook from its address, runs to its end, and what it made is zipped.
 """
 
 import importlib.metadata
@@ -69,8 +69,9 @@ def colab(tmp_path, published):
         wheel.writestr("only_missing-1.0.dist-info/METADATA", METADATA)
         wheel.writestr("only_missing-1.0.dist-info/WHEEL", WHEEL)
         wheel.writestr("only_missing-1.0.dist-info/RECORD", "")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("QUANTLAB")}
-    return kept | {
+    outside = {name: value for name, value in os.environ.items()
+               if not name.startswith(("QUANTLAB", "PYTEST"))}  # in pytest, kernels print less
+    return outside | {
         "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(packages), "IPYTHONDIR": str(tmp_path / "ipython"),
         "PIP_TARGET": str(packages), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels),

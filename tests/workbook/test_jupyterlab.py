@@ -1,5 +1,5 @@
-"""In JupyterLab, in a real browser: notebooks run from top to bottom, and the panel's slider redraws
-its figure.
+"""In JupyterLab, in a real browser: notebooks run from top to bottom, and the panel's slider
+redraws its figure.
 """
 
 import browser
