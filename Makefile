@@ -18,7 +18,7 @@ rivals: setup .venv-rivals/ready  ## other tools beside ours: make rivals MODEL=
 test: lint  ## at most ten minutes on two quiet cores
 	$(BIN)/python -m pytest
 
-test-long: lint  ## the same tests with 20 times as many drawn examples, and those that take long
+test-long: lint  ## with 20 times as many drawn examples, what takes long, and Chromium where there is one
 	$(BIN)/python -m pytest --hypothesis-profile=long
 
 lint: setup

@@ -42,7 +42,8 @@ FAULTS = """(page, part, inBoxes) => {
     const {left, right, height} = one.getBoundingClientRect();
     if (right <= left || !height) continue;
     const says = `${one.tagName} ${one.textContent.trim().slice(0, 40)}`;
-    if (one.matches('img:not([src^=http])') && !one.naturalWidth) found.push(`${one.src}: no picture`);
+    if (one.matches('img:not([src^=http])') && !one.naturalWidth)
+      found.push(`${one.src}: no picture`);
     const wide = one.scrollWidth > one.clientWidth + 1;
     if (!inBoxes && one.matches(text) && !one.querySelector(things) && wide)
       found.push(`${says}: ${one.scrollWidth} of ${one.clientWidth} px`);

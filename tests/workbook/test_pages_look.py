@@ -23,6 +23,27 @@ img {{ max-width: 100%; }} pre {{ overflow: auto; }} code {{ font-size: 85%; }}
 </style>{body}"""
 
 
+WRONG = {
+    "<p>a sentence</p>": "",
+    '<div style="overflow: auto">WIDE</div>': "",
+    '<div style="overflow: hidden">WIDE</div>': "TABLE wide: cut off at 392 of 508 px",
+    "WIDE": "the page: 508 of 400 px",
+    "<h1>" + "x" * 80 + "</h1>": "H1 " + "x" * 40,
+    '<div style="overflow: auto"><p>' + "x" * 80 + "</p></div>": "P " + "x" * 40,
+    '<img src="nowhere.png" width="9" height="9">': "nowhere.png: no picture",
+}
+
+
+@pytest.mark.parametrize("body, said", WRONG.items())
+def test_what_is_wrong_is_seen(body, said, tmp_path):
+    wide = '<table style="width: 500px"><tr><td>wide</table>'
+    (tmp_path / "page.html").write_text("<!DOCTYPE html>" + body.replace("WIDE", wide))
+    with browser.chromium() as page:
+        page.open((tmp_path / "page.html").as_uri(), 400)
+        faults = page.faults()
+    assert bool(faults) == bool(said) and said in " ".join(faults), faults
+
+
 def test_the_page_of_a_network_of_ones_own_fits(workbook):
     assert main(["inspect", "quantlab.networks.architectures:ResNet20", "--data", "digits",
                  "--weights", "checkpoint/resnet20-digits.safetensors", "-n", "64"]) == 0
