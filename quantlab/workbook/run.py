@@ -105,16 +105,17 @@ OFFLINE = "{%- extends 'lab/index.html.j2' -%}" + "".join(
     f"{{% block {name} %}}{{% endblock %}}" for name in (
         "html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs", "jupyter_widgets"))
 
-# Cells without outputs are not there; words end where lines do; numbers stay in one line. What is
-# too wide for a screen scrolls in its own box, also a figure whose text would be too small to read.
+# Cells without outputs are not there; words end where lines do; numbers stay in one line where
+# there is room. What is too wide for a screen scrolls in its own box, also a figure whose text
+# would be too small to read.
 STYLE = """
 .jp-CodeCell.jp-mod-noOutputs { display: none; }
 .jp-OutputArea-output, .jp-OutputArea-output pre, .jp-MarkdownOutput {
     overflow-wrap: break-word; word-break: normal; }
-td[style*="right"], td:first-child { white-space: nowrap; }
+@media (min-width: 700px) { td[style*="right"], td:first-child { white-space: nowrap; } }
 .jp-RenderedImage img { max-width: max(100%, 640px) !important; }
 """
-READABLE = ("{% block html_head_css %}{{ super() }}<style>" + STYLE + "</style>{% endblock %}")
+READABLE = "{% block html_head_css %}{{ super() }}<style>" + STYLE + "</style>{% endblock %}"
 
 
 def export_html(executed, out):
