@@ -255,8 +255,8 @@ report = pd.DataFrame([
 ]).rename_axis("order").reset_index()
 
 # %%
-worst = report.set_index("order").sort_values("added_db", ascending=False)
-show(worst.head(8).round(1))
+noisiest = report.set_index("order").sort_values("added_db", ascending=False)
+show(noisiest.head(8).round(1))
 text = f"training images of another seed, W{bits}A{bits}, residual stream 8 bits"
 study.save(plots.edge_report(report, study.caption(n_images, text)), "04_edge_report")
 
