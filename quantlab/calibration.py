@@ -52,6 +52,7 @@ def collect(model, batches, verbose=False):
     that does not compute what `model` does, for an empty calibration set, and for values that are
     not finite, naming the edge.
     """
+    from quantlab.inplace import written_in_place  # here, as they are only needed with a network
     from quantlab.system.contract import GATE_IMAGES, check_function, graph_hash
 
     graph, seen = folded(model), []
@@ -62,7 +63,8 @@ def collect(model, batches, verbose=False):
         check_function(model, graph, images)
 
     names = make_plan(graph).observed
-    edges, n_images = collect_edges(graph, names, batches, verbose, check)
+    # a value is counted as soon as it exists: what is next may overwrite it
+    edges, n_images = collect_edges(written_in_place(graph), names, batches, verbose, check)
     return CalibrationStats(edges, digest, n_images, seen[0])
 
 

@@ -2,15 +2,12 @@
 
 import dataclasses
 import math
-import threading
 
 import torch
 
 from quantlab.system.errors import UserError
-from quantlab.system.timing import one_core_each
 
 MIN_BINS = 2048  # at least so many between the smallest and the largest value, zero included
-PIECE = 1 << 19  # values counted at once: fewer, and threads wait for Python's lock
 MIN_LEVEL = -100  # finest bin width 2^-100, so that x / width is a float32
 
 
@@ -46,7 +43,9 @@ class EdgeStats:
         if self.bins is None:
             self.zeros += len(x)
         else:
-            counts, zeros = _count(x, self.level, self.first, len(self.bins))
+            from quantlab.system.counting import count_bins  # here, as only values need it
+
+            counts, zeros = count_bins(x, self.level, self.first, len(self.bins))
             self.bins += counts
             self.zeros += zeros
         self.count += len(x)
@@ -105,50 +104,6 @@ def _level(low, high):
             break
         level -= 1
     return max(level, MIN_LEVEL)
-
-
-def _count(x, level, first, size):
-    """(counts int64 [size] of the bins from `first` on, zeros) of a float32 [N] within them."""
-    if x.is_cuda or len(x) < PIECE // 8:
-        counts, zeros = _count_part(x, level, first, size)
-    else:
-        parts = one_core_each(lambda part: _count_part(part, level, first, size), x)
-        counts, zeros = map(sum, zip(*parts))
-    if first == 0:  # nothing negative: only a zero rounds up to 0
-        return counts[1:].cpu(), int(counts[0])
-    counts[-first] -= zeros  # they were counted in bin -1, which ends at 0
-    return counts[1:].cpu(), zeros
-
-
-def _count_part(x, level, first, size):
-    """(counts int64 [size + 1] of ceil(x / w) - first, zeros): exact, w is a power of two."""
-    buffer, codes = _buffers(x)
-    # two tables, so that no count waits for the one before it: 4 * MIN_BINS + 6 bins fit an int16
-    start = torch.full_like(buffer[: len(x)], first)
-    start[1::2] -= size + 1
-    counts, zeros = torch.zeros(2 * (size + 1), dtype=torch.int64, device=x.device), 0
-    for part in x.split(len(buffer)):
-        b, c = buffer[: len(part)], codes[: len(part)]
-        if first:
-            # a piece has fewer than 2^24 values
-            zeros += int(torch.eq(part, 0, out=b).sum(dtype=torch.float64 if x.is_cuda else None))
-        torch.mul(part, 2.0**-level, out=b).ceil_().sub_(start[: len(part)])
-        counts += torch.bincount(c.copy_(b), minlength=len(counts))
-    return counts.view(2, -1).sum(0), zeros
-
-
-def _buffers(x):
-    """Room for a piece, float32 and int16: as large as x on an accelerator."""
-    if x.is_cuda:
-        return torch.empty_like(x), torch.empty_like(x, dtype=torch.int16)
-    if not hasattr(_local, "buffers"):
-        with torch.inference_mode(False):  # made in that mode, they could not be written outside it
-            types = torch.float32, torch.int16
-            _local.buffers = tuple(torch.empty(PIECE, dtype=dtype) for dtype in types)
-    return _local.buffers
-
-
-_local = threading.local()
 
 
 def _rebin(stats, level, first, size):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import quantlab as ql
 from quantlab import observers
-from quantlab.edgestats import MIN_BINS, PIECE, EdgeStats
+from quantlab.edgestats import MIN_BINS, EdgeStats
 from quantlab.observers import (
     OBSERVERS,
     aciq_gauss,
@@ -26,6 +26,7 @@ from quantlab.observers import (
     quantization_error,
     weight_range,
 )
+from quantlab.system.counting import PIECE
 
 
 def observe(*tensors):

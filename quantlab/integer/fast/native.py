@@ -1,36 +1,21 @@
-"""kernels.c from Python: compiled by the system's C compiler at first use, kept in the user's
-cache, called on torch tensors.
-
-ctypes lets go of the interpreter during a call, so work is split over torch.get_num_threads()
-Python threads.
+"""kernels.c from Python: compiled at first use (system/compiled.py), called on torch tensors, work
+split over torch.get_num_threads() threads.
 """
 
-import concurrent.futures
-import contextlib
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import pathlib
-import platform
-import shlex
-import shutil
-import stat
-import subprocess
-import tempfile
 import time
 import warnings
 
 import torch
 import torch.nn.functional as F
 
+from quantlab.system import compiled
 from quantlab.system.errors import UserError
-from quantlab.system.files import PACKAGE, atomic_path, sha256, write_text
+from quantlab.system.files import PACKAGE
 
 SOURCE = PACKAGE / "integer/fast/kernels.c"  # it includes the headers beside it
-ARM = platform.machine().lower() in ("arm64", "aarch64")
-FLAGS = ("-O3", "-mcpu=native" if ARM else "-march=native", "-fwrapv", "-shared", "-fPIC")
 OUT = 16  # channels that the kernels compute at a time, as in the source
 # bytes of widened codes that a task works on: they and a block of weights stay in the cache
 BAND = 2**17
@@ -49,91 +34,12 @@ def library():
     """The kernels as a ctypes library, or None, after a warning that says why, where there is no
     compiler or it fails.
     """
-    compiler = ["$CC"]
     try:
-        compiler = _compiler()
-        if not compiler:
-            raise OSError("no C compiler (cc, gcc, clang or $CC) was found")
-        return _load_anywhere(compiler)
-    except (OSError, ValueError) as error:  # ValueError: of a $CC with an open quote
-        why = str(error)
-    except subprocess.CalledProcessError as error:
-        why = (error.stderr.strip().splitlines() or [error])[0]
-        why = f"{shlex.join(compiler)} fails: {why}"
-    warnings.warn(f"the fast executor runs without its C kernels, exact but slower: {why}",
-                  stacklevel=2)
-    return None
-
-
-def _compiler():
-    """The C compiler as the words of a command; [] where there is none."""
-    found = (name for name in ("cc", "gcc", "clang") if shutil.which(name))
-    return shlex.split(os.environ.get("CC", "")) or [*found][:1]
-
-
-def _load_anywhere(compiler):
-    """The library from the cache, or from a temporary folder where the cache cannot be written or
-    allows no libraries; once loaded, the folder may go.
-    """
-    with tempfile.TemporaryDirectory(prefix="quantlab-", ignore_cleanup_errors=True) as temporary:
-        try:
-            return declared(_load(cache_folder(), compiler))
-        except (UserError, OSError):
-            return declared(_load(pathlib.Path(temporary), compiler))
-
-
-def cache_folder():
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return pathlib.Path(caches) / "quantlab"
-
-
-def _load(folder, compiler):
-    """The library in `folder`, compiled if it is not there or not what was written.
-
-    Its name is a hash of all that decides it. Code is loaded from nowhere that another user could
-    have written: OSError for a folder of someone else's.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    private = _is_private(folder.stat())
-    if not private:
-        folder.chmod(0o700)  # OSError unless it is ours; what lies there is compiled anew
-        if not _is_private(folder.stat()):
-            raise OSError(f"{folder} belongs to another user")
-    version = _output([*compiler, "--version"])
-    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.[ch]"))]
-    key = "\0".join([*sources, *compiler, version, *FLAGS, _processor()])
-    path = folder / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
-    digest = path.with_suffix(".sha256")
-    found = [os.path.lexists(file) and _is_private(file.lstat()) for file in (path, digest)]
-    whole = private and all(found) and digest.read_text() == sha256(path)
-    if not whole:  # loading a damaged library would end the process
-        with atomic_path(path) as temporary:
-            _output([*compiler, *FLAGS, str(SOURCE), "-o", str(temporary)])
-        write_text(digest, sha256(path))
-        for file in (path, digest):
-            file.chmod(0o600)
-    return ctypes.CDLL(str(path))
-
-
-def _is_private(status):
-    """True for a folder or regular file that this user owns and no other can write."""
-    if not hasattr(os, "geteuid"):
-        return True
-    mode = status.st_mode
-    return ((stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and status.st_uid == os.geteuid()
-            and not mode & (stat.S_IWGRP | stat.S_IWOTH))
-
-
-def _output(command):
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _processor():
-    """What the compiler looks at for "native"."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = set(info.read_text().splitlines()) if info.exists() else ()
-    names = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted(x for x in lines if x.startswith(names))) or platform.processor()
+        return declared(compiled.load(SOURCE))
+    except OSError as error:
+        warnings.warn(f"the fast executor runs without its C kernels, exact but slower: {error}",
+                      stacklevel=2)
+        return None
 
 
 def declared(library):
@@ -361,24 +267,9 @@ def call(name, arguments, n, work, enough):
     function = getattr(library(), name)
     passed = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
     threads = min(torch.get_num_threads(), n) if work >= enough else 1
-    if threads <= 1:
-        failed = n and function(*passed, 0, n)
-    else:
-        ends = [n * i // threads for i in range(threads + 1)]
-        parts, others = list(zip(ends, ends[1:])), []
-        with contextlib.suppress(RuntimeError):  # the main thread has ended: no more threads
-            for part in parts[1:]:
-                others.append(_threads(os.getpid()).submit(function, *passed, *part))
-        here = [function(*passed, *part) for part in (parts[0], *parts[1 + len(others) :])]
-        failed = any([*here, *(other.result() for other in others)])
-    if failed:
+    ends = [n * i // threads for i in range(threads + 1)] if n else []
+    if any(compiled.in_threads(function, [(*passed, *part) for part in zip(ends, ends[1:])])):
         raise MemoryError(f"no memory for the kernel {name}")
-
-
-@functools.cache
-def _threads(process):
-    """Threads of this process: those of another do not survive a fork."""
-    return concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 
 
 def check_codes(x, dim=None, channels=None):
