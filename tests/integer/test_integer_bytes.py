@@ -21,6 +21,7 @@ import quantlab as ql
 from quantlab.integer import operations as ops
 from quantlab.integer.fast import native
 from quantlab.integer.fixedpoint import ROUNDINGS, Requantization
+from quantlab.system import compiled
 
 WIDTHS = st.integers(2, 8)
 ENDS = ("random", "codes", "weights", "both", "worst")
@@ -41,7 +42,7 @@ def build(request, tmp_path_factory):
     flags, sums = BUILDS[request.param]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(native, "FLAGS", (*native.FLAGS, *flags))
+        patch.setattr(compiled, "FLAGS", (*compiled.FLAGS, *flags))
         native.library.cache_clear()
         built = _built(flags)
         if sums is not None and built.byte_sums() != sums:
@@ -52,7 +53,7 @@ def build(request, tmp_path_factory):
 
 def _built(flags):
     try:
-        native._output([*native._compiler(), *flags, "-fsyntax-only", str(native.SOURCE)])
+        compiled._output([*compiled._compiler(), *flags, "-fsyntax-only", str(native.SOURCE)])
     except (OSError, IndexError, subprocess.CalledProcessError):
         pytest.skip(f"no C compiler that takes {' '.join(flags)}")
     return native.library()
@@ -230,11 +231,13 @@ def test_kernels_are_chosen_by_layer_and_say_why(build):
 SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 DRIVE = f"""
 import sys, torch
-sys.path[:0] = ["tests", "tests/integer"]
+sys.path[:0] = ["tests", "tests/integer", "tests/system"]
 from quantlab.integer.fast import native
-native.FLAGS = (*native.FLAGS, *{SANITIZERS}, *sys.argv[1:])
+from quantlab.system import compiled
+compiled.FLAGS = (*compiled.FLAGS, *{SANITIZERS}, *sys.argv[1:])
 assert native.library() is not None
 import test_integer_bytes as bytes_tests
+from test_counting import check_drawn
 from test_integer_native import test_add, test_affine, test_requantize
 from hypothesis import given, settings, strategies as st
 torch.set_num_threads(1)
@@ -249,13 +252,14 @@ drive()
 for shape in ((1, 1), (7, 16), (2, 77)):
     for test in (test_add, test_affine, test_requantize):
         test(shape, "single")
+check_drawn(60)
 print("clean")
 """
 
 
 def sanitized(code, *flags):
     """What Python says of `code` under gcc's sanitizers."""
-    compiler = native._compiler()
+    compiler = compiled._compiler()
     found = [subprocess.run([*compiler, f"-print-file-name=lib{name}.so"], capture_output=True,
                             text=True).stdout.strip() for name in ("asan", "ubsan")]
     if not all(os.path.isabs(path) for path in found):

@@ -20,6 +20,7 @@ from quantlab.integer.fast import native
 from quantlab.integer.fast import operations as fast
 from quantlab.integer.fixedpoint import ROUNDINGS, Requantization, fixed_point
 from quantlab.integer.network import to_integer
+from quantlab.system import compiled
 
 INT32 = (-(2**31), 2**31 - 1)
 
@@ -275,15 +276,15 @@ def test_without_a_compiler_the_codes_are_the_same(
 def test_the_library_is_compiled_once_and_again_when_damaged(fresh, monkeypatch):
     need_compiler()
     library, digest = next(fresh.glob("*.so")), next(fresh.glob("*.sha256"))
-    compiled, run = [], native._output
+    commands, run = [], compiled._output
 
     def count(command):
-        compiled.extend([command] if "-o" in command else [])
+        commands.extend([command] if "-o" in command else [])
         return run(command)
 
-    monkeypatch.setattr(native, "_output", count)
+    monkeypatch.setattr(compiled, "_output", count)
     native.library.cache_clear()
-    assert native.library() is not None and not compiled
+    assert native.library() is not None and not commands
     damages = (lambda: library.write_bytes(library.read_bytes()[:5000]),
                lambda: library.write_bytes(b""), digest.unlink)
     for damage in damages:
@@ -292,7 +293,7 @@ def test_the_library_is_compiled_once_and_again_when_damaged(fresh, monkeypatch)
         library.write_bytes(b"\x7fELF" * 1000)
         damage()
         assert native.library() is not None
-        assert len(compiled) == 1 and compiled.pop()
+        assert len(commands) == 1 and commands.pop()
     assert sorted(fresh.iterdir()) == sorted([library, digest])
 
 
@@ -309,13 +310,13 @@ def test_no_library_is_loaded_that_another_user_could_have_written(fresh, monkey
     need_compiler()
     library, digest = next(fresh.glob("*.so")), next(fresh.glob("*.sha256"))
     assert fresh.stat().st_mode & 0o777 == 0o700 and library.stat().st_mode & 0o77 == 0
-    compiled, run = [], native._output
+    commands, run = [], compiled._output
 
     def count(command):
-        compiled.extend([command[-1]] if "-o" in command else [])
+        commands.extend([command[-1]] if "-o" in command else [])
         return run(command)
 
-    monkeypatch.setattr(native, "_output", count)
+    monkeypatch.setattr(compiled, "_output", count)
 
     def link():
         library.rename(tmp_path / "elsewhere.so")
@@ -325,18 +326,18 @@ def test_no_library_is_loaded_that_another_user_could_have_written(fresh, monkey
                    lambda: library.chmod(0o666), lambda: digest.chmod(0o620), link):
         change()
         native.library.cache_clear()
-        assert native.library() is not None and len(compiled) == 1
-        assert str(fresh) in compiled.pop() and fresh.stat().st_mode & 0o777 == 0o700
+        assert native.library() is not None and len(commands) == 1
+        assert str(fresh) in commands.pop() and fresh.stat().st_mode & 0o777 == 0o700
         assert not library.is_symlink() and library.stat().st_mode & 0o77 == 0
     native.library.cache_clear()
-    assert native.library() is not None and not compiled, "what is ours is loaded"
+    assert native.library() is not None and not commands, "what is ours is loaded"
 
     real = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: real + 1)  # the folder belongs to another user
     native.library.cache_clear()
     with pytest.warns(UserWarning, match="belongs to another user"):
         assert native.library() is None
-    assert not compiled
+    assert not commands
 
 
 def test_a_compiler_that_cannot_be_parsed(fresh, monkeypatch):
