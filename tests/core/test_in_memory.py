@@ -11,7 +11,10 @@ from conftest import CHECKOUT
 from torch import nn
 
 import quantlab as ql
+from quantlab.calibration import collect_edges
+from quantlab.graph import folded
 from quantlab.inplace import written_in_place
+from quantlab.plan import make_plan
 
 
 class Mixed(nn.Module):
@@ -51,6 +54,7 @@ def test_in_place_gives_the_same_values_and_changes_no_other(bits, layout):
             for a, b in zip(fast(images), wanted, strict=True):
                 assert torch.equal(a, b)
     assert torch.equal(images, before)
+    check_edges(stats.edges, model, images)
     assert all(torch.equal(qmodel.state_dict()[name], value) for name, value in state.items())
     assert not any(m.inplace for m in qmodel.modules() if hasattr(m, "inplace"))
 
@@ -63,9 +67,21 @@ def test_torchvisions_networks_in_place(name):
     extra = {"init_weights": False} if name == "googlenet" else {}
     model = getattr(models, name)(num_classes=10, **extra).eval()
     images = torch.randn(2, 3, 64, 64)
-    qmodel = ql.quantize(model, ql.collect(model, [images]))
+    stats = ql.collect(model, [images])
+    qmodel = ql.quantize(model, stats)
     with torch.no_grad():
         assert torch.equal(written_in_place(qmodel)(images), qmodel(images))
+    check_edges(stats.edges, model, images)
+
+
+def check_edges(found, model, images):
+    """collect, which overwrites values, counts what the graph as it is computes."""
+    graph = folded(model)
+    expected, _ = collect_edges(graph, make_plan(graph).observed, [images])
+    assert list(found) == list(expected)
+    for name, edge in expected.items():
+        assert (edge.zeros, edge.minimum) == (found[name].zeros, found[name].minimum), name
+        assert torch.equal(edge.bins, found[name].bins), name
 
 
 def test_a_network_with_a_hook_is_left_as_it_is():
