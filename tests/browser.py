@@ -200,6 +200,9 @@ SETTINGS = {  # every cell is laid out, also what nobody has scrolled to; no que
 }
 
 
+ALONE = {"OMP_NUM_THREADS": "1"}  # several kernels share the cores: else each waits for the others
+
+
 @contextlib.contextmanager
 def jupyterlab(folder, own):
     """Address of a JupyterLab that serves `folder`; what it keeps lies in the folder `own`."""
@@ -218,7 +221,7 @@ def jupyterlab(folder, own):
                *(f"--{name}={value}" for name, value in options.items())]
     places = {name: str(own / name) for name in OWN}
     with (own / "jupyterlab.log").open("w") as log, _process(
-            command, env={**os.environ, "PYTHONPATH": str(CHECKOUT), **places},
+            command, env={**os.environ, "PYTHONPATH": str(CHECKOUT), **places, **ALONE},
             stdout=log, stderr=log) as process:
         address = f"http://127.0.0.1:{port}/lab"
         _wait_for(lambda: urllib.request.urlopen(address).close(), process, "JupyterLab")
