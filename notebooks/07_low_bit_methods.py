@@ -411,7 +411,7 @@ for row in fisher.itertuples():
 # | Brevitas GPTQ | its own | 0.09 [-0.04, 0.22] | 0.69 [0.33, 1.05] | 2.82 [2.28, 3.36] | 18.46 [17.55, 19.36] |
 # | Brevitas learned round | its own | 0.11 [-0.02, 0.24] | 1.10 [0.72, 1.48] | 4.03 [3.47, 4.59] | 21.96 [21.00, 22.91] |
 # | ours, nearest | Brevitas' | 0.06 [-0.07, 0.19] | 1.18 [0.75, 1.61] | 4.99 [4.36, 5.61] | 40.57 [39.49, 41.64] |
-# | ours, QDrop + augmented fine-tuning | Brevitas' |  |  | 1.32 [0.88, 1.76] | 4.58 [3.96, 5.19] |
+# | ours, QDrop + augmented fine-tuning | Brevitas' |  | 0.33 [0.02, 0.64] | 1.32 [0.88, 1.76] | 4.58 [3.96, 5.19] |
 # | trained with labels, 2,109 steps | ours |  |  | 0.78 [0.31, 1.25] | 4.71 [4.07, 5.34] |
 # | trained with labels, 3,516 steps | ours |  |  | 1.01 [0.53, 1.49] | 4.08 [3.46, 4.70] |
 # <!-- /findings -->
