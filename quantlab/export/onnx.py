@@ -35,7 +35,7 @@ from quantlab.system.files import atomic_path
 OPSET = 18  # ONNX 1.13 of 2022: the oldest that torch.onnx.export writes
 # Bits of an element -> the first opset and IR version with it: ONNX 1.16 of 2024, 1.20 of 2025.
 NARROW = {4: (21, 10), 2: (25, 13)}
-CONTAINERS = ("auto", "int8", "int4", "int2")
+CONTAINERS = {"auto": 2, "int8": 8, "int4": 4, "int2": 2}  # the fewest bits of an element
 
 
 def import_onnx():
@@ -106,14 +106,14 @@ def _narrow_layers(network, weights):
     layers = network.layers if isinstance(network, QuantizedNetwork) else {}
     found = {find_node(network, name).target: layer.weight_qparams
              for name, layer in layers.items() if hasattr(layer, "weight_qparams")}
-    least = 8 if weights == "int8" else 2 if weights == "auto" else int(weights[-1])
-    if least < 8 and weights != "auto":
+    least = CONTAINERS[weights]
+    if weights in ("int4", "int2"):
         if not any(q.bits <= least for q in found.values()):
             raise UserError(f"weights={weights!r}: no layer has weights of {least} bits or fewer; "
                             "use auto")
         if runtime_takes(least) is False:
             raise UserError(f"weights={weights!r}: the ONNX Runtime that is installed does not "
-                            "read it; install a newer one, or use auto")
+                            "compute with it; install a newer one, or use auto")
     usable = [w for w in NARROW if w >= least and (weights != "auto" or runtime_takes(w))]
     fitting = {path: min((w for w in usable if q.bits <= w), default=8)
                for path, q in found.items()}

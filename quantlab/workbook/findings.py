@@ -221,8 +221,8 @@ def _learned_losses(rows):
                 f"{lost(row)} at {name_of(width)}")
     words = [f"{', '.join(said)} ({name})" for name, said in groups.items()]
     if words:
-        yield ("Learned by the method that held-out images chose, it loses "
-               f"{'; '.join(words)}.")
+        yield ("Learned by the method that a fixed order names first, not picked on test images, "
+               f"it loses {'; '.join(words)}.")
 
 
 def _beside_learned(rows):
@@ -315,9 +315,8 @@ def others_table(rows):
     for i in range(longest):
         found = {b: _trained(rows, b)[i : i + 1] for b in bits}
         found = {b: r.iloc[0] for b, r in found.items() if len(r)}
-        steps = "/".join(f"{row.steps:,.0f}" for row in found.values())
-        unique = "/".join(dict.fromkeys(steps.split("/")))
-        lines.append(_losses(f"trained with labels, {unique} steps", "ours", found))
+        steps = "/".join(dict.fromkeys(f"{row.steps:,.0f}" for row in found.values()))
+        lines.append(_losses(f"trained with labels, {steps} steps", "ours", found))
     lines = [line for line in lines if any(list(line.values())[2:])]
     about = f"Points lost by other tools, and after training with labels ({rows})"
     return about, pd.DataFrame(lines)

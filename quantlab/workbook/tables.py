@@ -150,6 +150,7 @@ def speed_table(frame, brief=False):
     if brief:
         frame = frame[(frame.section == "integer") & (frame.batch == 64)]
         frame, lines = frame[frame.device == frame.device.iloc[-1]], ["Measured"]
+    frame = frame.sort_values("model", ascending=False, kind="stable")  # the largest first
     table = frame.pivot_table("ratio", lines, "Network", aggfunc="last", sort=False, fill_value="")
     return table.reset_index().rename(columns={"Measured": "Times float"} if brief else {})
 

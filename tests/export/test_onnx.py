@@ -342,7 +342,7 @@ def test_what_the_runtime_does_not_take_is_stored_in_more_bits(file, monkeypatch
         assert onnx.load(file).opset_import[0].version == opset
         assert_same_codes(two, file, x)
     for network, weights, line in [
-        (two, "int2", "does not read it"), (wide, "int4", "no layer has weights of 4 bits"),
+        (two, "int2", "does not compute with it"), (wide, "int4", "no layer has weights of 4 bits"),
         (four, "int2", "no layer has weights of 2 bits"),
         (two, "int1", "use one of: auto, int8, int4, int2"),
     ]:
