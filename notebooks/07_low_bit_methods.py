@@ -12,11 +12,11 @@
 # <!-- findings:opening -->
 # **Found** (resnet20, cifar10-jpeg, 10,000 test images; weights of 2^b levels; means over calibration
 # seeds, paired 95 % intervals). Nearest rounding loses 1.72 at W4A4, 5.74 at W3A3, 45.73 at W2A2
-# (points). Learned by the method that held-out images chose, it loses 0.35 [0.01, 0.69] at W4A4, 1.43
-# [0.97, 1.88] at W3A3, 5.06 [4.43, 5.69] at W2A2 (QDrop + augmented fine-tuning, 5 seeds). Of those that
-# learn nothing, the best lose 1.16 at W4A4 (bias correction) and 5.47 at W3A3 (analytic bias correction).
-# Training with labels loses 0.78 at W3A3 and 4.71 at W2A2; the better of Brevitas' two methods, in its
-# own convention, 0.69 at W4A4, 2.82 at W3A3, 18.46 at W2A2.
+# (points). Learned by the method that a fixed order names first, not picked on test images, it loses 0.35
+# [0.01, 0.69] at W4A4, 1.43 [0.97, 1.88] at W3A3, 5.06 [4.43, 5.69] at W2A2 (QDrop + augmented fine-
+# tuning, 5 seeds). Of those that learn nothing, the best lose 1.16 at W4A4 (bias correction) and 5.47 at
+# W3A3 (analytic bias correction). Training with labels loses 0.78 at W3A3 and 4.71 at W2A2; the better of
+# Brevitas' two methods, in its own convention, 0.69 at W4A4, 2.82 at W3A3, 18.46 at W2A2.
 # <!-- /findings -->
 #
 # **Question.** How much of what 4, 3 and 2 bits cost can be won back without training, and by which
