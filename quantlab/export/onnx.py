@@ -102,7 +102,7 @@ def _narrow_layers(network, weights):
     """Path of a layer whose weight is to be stored in fewer than 8 bits -> (its QParams, in how
     many).
     """
-    check_name("weights", weights, CONTAINERS)
+    check_name("weights", weights, tuple(CONTAINERS))
     layers = network.layers if isinstance(network, QuantizedNetwork) else {}
     found = {find_node(network, name).target: layer.weight_qparams
              for name, layer in layers.items() if hasattr(layer, "weight_qparams")}
