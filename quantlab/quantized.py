@@ -204,8 +204,8 @@ class QuantizedNetwork(fx.GraphModule):
 
 @checked
 def weight_bytes(network):
-    """Bytes of a network as stored: packed codes, float32 scales, int32 biases, float32 for the
-    rest.
+    """Bytes of a network as stored: packed codes, float32 scales, int32 zero-points where one is
+    not zero, int32 biases, float32 for the rest.
     """
     total = 0
     for module in network.modules():
@@ -213,6 +213,7 @@ def weight_bytes(network):
         own |= dict(module.named_buffers(recurse=False))
         q = getattr(module, "weight_qparams", None)
         if q is not None:
-            total += -(-own.pop("weight").numel() * q.bits // 8) + 4 * q.scale.numel()
+            constants = q.scale.numel() * (2 if q.zero_point.any() else 1)
+            total += -(-own.pop("weight").numel() * q.bits // 8) + 4 * constants
         total += sum(4 * tensor.numel() for tensor in own.values() if tensor is not None)
     return total

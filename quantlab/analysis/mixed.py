@@ -110,19 +110,25 @@ def layer_accuracy(model, stats, split, config, names=None, verbose=False, **opt
 
     A frame with layer, case ("only this quantized" or "only this float"), top1 in percent, drop,
     drop_low, drop_high: points lost against the float network on the same images, with the paired
-    95 % interval, and all: those lost with all layers quantized. names: of the layers, None for
-    all. options: those of `evaluate` (limit, batch_size). A lone quantized layer reads unrounded
-    adds and image; a float layer among quantized ones reads them as stored.
+    95 % interval, regained (_low, _high): those won against all layers quantized, and all: what
+    these lose. names: of the layers, None for all. options: those of `evaluate` (limit,
+    batch_size). A lone quantized layer reads unrounded adds and image; a float layer among
+    quantized ones reads them as stored.
     """
     plan = quantize(model, stats, config).plan
     baseline = evaluate(model, split, **options)
 
+    everything = evaluate(quantize(model, stats, config), split, **options)
+    lost = {"all": paired_drop(baseline.correct, everything.correct)[0]}
+
     def measure(config):
         result = evaluate(quantize(model, stats, config), split, **options)
-        drop, low, high = paired_drop(baseline.correct, result.correct)
-        return {"top1": result.top1, "drop": drop, "drop_low": low, "drop_high": high}
+        drop = paired_drop(baseline.correct, result.correct)
+        won = paired_drop(result.correct, everything.correct)
+        return {"top1": result.top1, **dict(zip(("drop", "drop_low", "drop_high"), drop)),
+                **dict(zip(("regained", "regained_low", "regained_high"), won)), **lost}
 
-    everything, rows = measure(config)["drop"], []
+    rows = []
     bar = dict(desc="layer by layer", leave=False, disable=not verbose)
     for name in tqdm(names or list(plan.reads), **bar):
         weights, acts = dict.fromkeys(plan.reads), dict.fromkeys([*plan.reads, *plan.unread])
@@ -133,18 +139,19 @@ def layer_accuracy(model, stats, split, config, names=None, verbose=False, **opt
             config, layer_weight_bits=(config.layer_weight_bits or {}) | {name: None},
             layer_act_bits=(config.layer_act_bits or {}) | {name: None})
         for case, one in (("only this quantized", alone), ("only this float", without)):
-            rows.append({"layer": name, "case": case, **measure(one), "all": everything})
+            rows.append({"layer": name, "case": case, **measure(one)})
     return pd.DataFrame(rows)
 
 
 # ---- What a layer costs --------------------------------------------------------------------------
 
 
-def layer_costs(model, batch):
-    """A frame with layer, weights (values), constants (scales and biases), reads (values read) and
-    macs (multiply-accumulates), for one image.
+def layer_costs(model, batch, config=QuantConfig()):
+    """A frame with layer, weights (values), constants (scales, zero-points and biases), reads
+    (values read) and macs (multiply-accumulates), for one image.
 
-    batch: float32 [B, C, H, W] of any B.
+    batch: float32 [B, C, H, W] of any B. config: with all 2^b levels a weight's channel has a
+    zero-point beside its scale.
     """
     graph = folded(model)
     ShapeProp(graph).propagate(as_images(batch)[:1].to(next(graph.parameters()).device))
@@ -154,7 +161,9 @@ def layer_costs(model, batch):
         layer = graph.get_submodule(node.target)
         reads, writes = (n.meta["tensor_meta"].shape.numel() for n in (node.args[0], node))
         weights, channels = layer.weight.numel(), layer.weight.shape[0]
-        constants = channels * (1 + (layer.bias is not None))
+        constants = channels if config.per_channel else 1
+        constants *= 1 if config.weight_symmetric else 2
+        constants += channels * (layer.bias is not None)
         rows.append((name, weights, constants, reads, writes * weights // channels))
     return pd.DataFrame(rows, columns=["layer", "weights", "constants", "reads", "macs"])
 
@@ -163,8 +172,8 @@ def layer_costs(model, batch):
 
 
 def weight_options(errors, costs):
-    """Widths of every layer's weights; cost: bytes as stored, packed codes with float32 scales and
-    int32 biases.
+    """Widths of every layer's weights; cost: bytes as stored, packed codes with float32 scales,
+    int32 zero-points and biases.
     """
     table = errors[errors.kind == "weight"].merge(costs, on="layer")
     cost = -(-table.weights * table.bits // 8) + 4 * table.constants

@@ -127,10 +127,11 @@ class _Task:
         self.model, self.stats, self.split, self.cost = model, stats, split, cost
         self.configs, self.options, self.rows = configs, options, []
         self.memory = {} if memory is None else memory
-        costs = layer_costs(model, next(iter(pictures)))
-        self.macs = costs.set_index("layer").macs
+        costs = {name: layer_costs(model, next(iter(pictures)), config)
+                 for name, config in configs.items()}
+        self.macs = next(iter(costs.values())).set_index("layer").macs
         self.tables = {
-            name: COSTS[cost](layer_errors(model, stats, pictures, widths, config), costs)
+            name: COSTS[cost](layer_errors(model, stats, pictures, widths, config), costs[name])
             for name, config in configs.items()}
         by_layer = next(iter(self.tables.values())).groupby("layer").cost
         self.least, self.most = int(by_layer.min().sum()), int(by_layer.max().sum())

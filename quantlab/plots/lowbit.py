@@ -94,15 +94,15 @@ def methods_by_width(frame, rivals, text):
         panel.set_title("other tools, W8A8", fontsize=9.5)
     for panel in grid.flat[:count]:
         panel.axhline(0, **DASHED)
-    for panel in grid.flat[count:]:  # its axis names the widths of the column above
-        panel.spines["left"].set_visible(False)
-        panel.tick_params(axis="y", length=0)
-        panel.grid(False)
+    for panel in grid.flat[count:]:
+        panel.set_visible(False)
+    for panel in grid.flat[max(count - columns, 0) : count]:  # the lowest of every column
+        panel.tick_params(axis="x", labelbottom=True)
     last, highest = grid.flat[0], pd.concat([frame.drop_high, rivals.drop_high]).max()
     lowest = min(0, pd.concat([frame.drop_low, rivals.drop_low]).min())
     lost_scale(last.yaxis, lowest, max(highest, 1), steps=(1, 2, 5, 10, 50), linear=2)
     last.invert_yaxis()
-    for panel in grid[-1]:
+    for panel in grid.flat:
         panel.set_xticks(range(len(widths)), widths, rotation=90, fontsize=7.5)
     figure.supylabel("points lost (log scale beyond 2)", fontsize=9.5)
     return caption(figure, f"{text}; grey: nearest; lines join neighbouring widths only")
@@ -148,18 +148,20 @@ def _frame(panel, layers, widths, chosen):
 
 @styled
 def layer_accuracy(frame, text):
-    """frame of mixed.layer_accuracy: points lost with one layer quantized, and with all but one."""
+    """frame of mixed.layer_accuracy: points lost with one layer quantized, won with one float."""
     layers = distinct(frame.layer)
     figure, parts = facets(frame, "case", 5, 1.7 + 0.22 * len(layers), sharey=True)
     for panel, case, part in parts:
         rows = [layers.index(name) for name in part.layer]
         look = dict(fmt="o", markersize=4, color=INK, ecolor=BLUE, elinewidth=1.2)
-        panel.errorbar(part["drop"], rows, xerr=whiskers(part), **look)
-        reference, named = 0, "all float"
+        value, label = "drop", "points lost against float"
         if case == "only this float":
-            reference, named = part["all"].iloc[0], "all quantized"
-        panel.axvline(reference, **DASHED | {"color": RED})
-        panel.set(xlabel="points lost against float", title=f"{case} (dashed: {named})")
+            value = "regained"
+            label = f"points regained of {part['all'].iloc[0]:.2f}, against all quantized"
+        names = value, f"{value}_low", f"{value}_high"
+        panel.errorbar(part[value], rows, xerr=whiskers(part, *names), **look)
+        panel.axvline(0, **DASHED | {"color": RED})
+        panel.set(xlabel=label, title=case)
     name_rows(figure.axes[0], layers, fontsize=8)
     return caption(figure, text)
 

@@ -125,14 +125,17 @@ def test_costs_are_counted_by_hand(small):
     assert costs.loc["fc"].tolist() == [60, 10, 12, 60]
 
 
-def test_cost_is_what_weight_bytes_says(small):
+@pytest.mark.parametrize("config", [
+    ql.QuantConfig(), ql.QuantConfig(weight_symmetric=False), ql.QuantConfig(per_channel=False)],
+    ids=["15 levels", "16 levels", "per tensor"])
+def test_cost_is_what_weight_bytes_says(small, config):
     model, batches, stats = small
-    errors = mixed.layer_errors(model, stats, batches, widths=(5, 3))
-    options = mixed.weight_options(errors, mixed.layer_costs(model, batches[0]))
+    errors = mixed.layer_errors(model, stats, batches, widths=(5, 3), config=config)
+    options = mixed.weight_options(errors, mixed.layer_costs(model, batches[0], config))
     costs, widths = options.groupby("layer").cost, []
     for budget in (costs.min().sum(), costs.max().sum()):
         chosen = mixed.allocate(options, budget)
-        qmodel = ql.quantize(model, stats, mixed.mixed_config(ql.QuantConfig(), chosen))
+        qmodel = ql.quantize(model, stats, mixed.mixed_config(config, chosen))
         quantizers = 8 * len(qmodel.quantizer_nodes)  # a scale and a zero-point each
         assert ql.weight_bytes(qmodel) - quantizers == chosen.cost.sum() <= budget
         widths.append(chosen.weight_bits.tolist())
@@ -191,6 +194,9 @@ def test_one_layer_at_a_time(resnet20, stats, digits):
     for case, config in (("only this quantized", free), ("only this float", bound)):
         top1 = ql.evaluate(ql.quantize(resnet20, stats, config), split).top1
         assert frame.top1["fc", case] == top1
+    assert (frame["all"] - frame["drop"]).to_numpy() == pytest.approx(frame.regained.to_numpy())
+    assert (frame.regained_low <= frame.regained).all()
+    assert (frame.regained <= frame.regained_high).all()
     drop = frame["drop"]["fc"]
     assert drop["only this float"] > drop["only this quantized"]
 
@@ -229,7 +235,7 @@ def test_a_layer_that_reads_float_is_in_the_table_and_in_the_budget():
     assert chosen.layer.tolist() == costs.layer.tolist()
     assert chosen.weight_bits.tolist() == [8, 8] and chosen.act_bits.tolist() == [32, 8]
     assert chosen.cost.tolist() == (costs.macs * 8 * chosen.act_bits).tolist()
-    qmodel = ql.quantize(model, stats, mixed.mixed_config(config, chosen))
+    qmodel = ql.quantize(model, stats, mixed.mixed_config(ql.QuantConfig(), chosen))
     assert qmodel.reads("_0") is None and qmodel.reads("_2").bits == 8
     with pytest.raises(ql.UserError, match="no allocation meets"):
         mixed.allocate(options, math.nan)

@@ -49,7 +49,7 @@ def test_no_cheaper_allocation_that_the_proxies_propose_meets_the_loss(task, cos
     lose, one = 10.0, {name: config}
     found = search(*task, lose, cost, configs=one, widths=WIDTHS, rounds=20, verbose=False)
     errors = mixed.layer_errors(model, stats, batches, WIDTHS, config)
-    options = searching.COSTS[cost](errors, mixed.layer_costs(model, batches[0]))
+    options = searching.COSTS[cost](errors, mixed.layer_costs(model, batches[0], config))
     exact = ql.evaluate(model, split)
 
     def lost(chosen):

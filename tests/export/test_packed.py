@@ -108,6 +108,7 @@ def test_an_observer_of_ones_own_is_remembered_by_name(tmp_path):
 
 def test_files_hold_packed_codes_and_nothing_else(resnet20, stats, tmp_path):
     configs = {f"w{bits}": ql.QuantConfig(bits, 8, **MINMAX) for bits in (8, 5, 2)}
+    configs["zero-points"] = ql.QuantConfig(3, 8, weight_symmetric=False, **MINMAX)
     networks = {name: ql.quantize(resnet20, stats, config) for name, config in configs.items()}
     sizes = packed.file_sizes(networks | {"float": resnet20}, tmp_path).set_index("name")
     for name, network in networks.items():

@@ -129,7 +129,9 @@ def learned_rounding():
 def layer_accuracy():
     rows = [{"layer": n, "case": c, "all": 3.1, "drop": 0.1 * (i % 5)} for c, (i, n) in
             itertools.product(("only this quantized", "only this float"), enumerate(LAYERS))]
-    return lowbit.layer_accuracy(with_interval(rows), TEXT)
+    frame = with_interval(rows).assign(regained=lambda f: f["all"] - f["drop"])
+    names = "regained", "regained_low", "regained_high"
+    return lowbit.layer_accuracy(with_interval(frame, *names), TEXT)
 
 
 def pareto():
