@@ -55,7 +55,8 @@ def bits_heatmap(rows):
     hand = hand[hand.act_bits.isin(hand.weight_bits)]
     if not len(hand):
         return None
-    text = f"nearest rounding, residual stream and image 8 bits, up to {hand.seed.nunique()} seeds"
+    text = (f"nearest rounding, weights of 2^b - 1 levels, residual stream and image 8 bits, "
+            f"up to {hand.seed.nunique()} seeds")
     return questions.bits_heatmap(hand, _caption(hand, text))
 
 
@@ -116,7 +117,8 @@ def waterfall(rows):
         seeds += [part.assign(step=step, bits=bits) for step, part in parts.items()]
     if not steps:
         return None
-    text = "bars: means over calibration seeds, dots: each seed; right: what each step changed"
+    n = pd.concat(seeds).seed.nunique()
+    text = f"bars: means over {n} calibration seed(s), dots: each; right: what each step changed"
     return ladder.waterfall(pd.concat(steps), pd.concat(seeds), _caption(rows, text))
 
 

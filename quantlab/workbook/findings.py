@@ -42,6 +42,7 @@ CONVENTIONS = {  # words -> what changes of the config
         {"first_last_bits": 8, "residual_bits": None},
     "residual stream and image as few bits":
         {"residual_bits": "act_bits", "input_bits": "act_bits"},
+    "BatchNorm re-estimation": {},
 }
 
 
@@ -101,9 +102,14 @@ class Rows:
         return dict(sorted(rows.items(), key=lambda pair: pair[1]["drop"]))
 
     def named(self, corrections):
-        """Mean accuracy, by exact name of what was done, over the seeds there are; or None."""
-        top1 = self.frame.top1[self.frame.corrections.isin(corrections)]
-        return top1.mean() if len(top1) else None
+        """Rows by exact name of what was done."""
+        return self.frame[self.frame.corrections.eq(corrections)]
+
+    def seeds(self, summary):
+        """The rows, one a seed, of which `summary` is the mean; None: none."""
+        if summary is None:
+            return self.frame[:0]
+        return self.frame[self.frame.config_key.eq(summary.config_key)]
 
 
 def low_bit(summary):
@@ -122,14 +128,29 @@ def levels(fields):
     return "2^b - 1 levels" if fields["weight_symmetric"] else "2^b levels"
 
 
+def points(value):
+    """As text, without a minus in front of nothing."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
 def lost(row):
     """A row's points lost with their interval, as text."""
-    return f"{row['drop']:.2f} [{row.drop_low:.2f}, {row.drop_high:.2f}]"
+    return f"{points(row['drop'])} [{points(row.drop_low)}, {points(row.drop_high)}]"
+
+
+def more(one, other):
+    """Points of top-1 that rows `one` have more than `other`, mean over the seeds of both; None
+    without any.
+    """
+    one, other = (rows.drop_duplicates("seed", keep="last").set_index("seed").top1
+                  for rows in (one, other))
+    both = (one - other).dropna()
+    return both.mean() if len(both) else None
 
 
 def steps(frame, bits):
-    """step -> rows of one network on the ladder of notebook 10, from the original's hist to ours;
-    empty where a step was not measured.
+    """step -> rows of one network on the ladder of notebook 10, from the original's hist to ours,
+    one for every seed that all steps have; empty where there is none.
     """
     first = f"W{bits}A{bits} ladder: {FIRST_STEP}"  # where it is no row of the original's
     names = {FIRST_STEP: [f"{bits}bit hist", first]}
@@ -139,7 +160,9 @@ def steps(frame, bits):
     found = {step: frame[frame.corrections.isin(name)] for step, name in names.items()}
     ours = results.has_config(frame, config_of(f"{bits}/{bits}")) & frame.corrections.eq("")
     found[LAST_STEP] = frame[ours]
-    return found if all(map(len, found.values())) else {}
+    found = {step: rows.drop_duplicates("seed") for step, rows in found.items()}
+    common = set.intersection(*(set(rows.seed) for rows in found.values()))
+    return {step: rows[rows.seed.isin(common)] for step, rows in found.items() if common}
 
 
 # ---- 03 -----------------------------------------------------------------------------------------
@@ -152,7 +175,8 @@ def by_hand(rows):
         seen = "more than these images' noise"
         if eight.drop_low <= 0:
             seen = "which these images cannot tell from none"
-        yield f"At 8 bits the network by hand loses {lost(eight)} points, {seen}."
+        yield (f"At 8 bits the network by hand loses {lost(eight)} points with histogram, "
+               f"{seen}.")
     for bits in (4, 3):
         found = {name: rows.setter(f"{bits}/{bits}", name) for name in SETTERS}
         said = [f"{row['drop']:.2f} with {name}" for name, row in found.items() if row is not None]
@@ -184,7 +208,7 @@ def learned_rounding(rows):
     outer = rows.methods("2/2/8", ("nearest", "QDrop"))
     if len(outer) == 2:
         top1 = [f"{outer[name].top1:.2f} %" for name in ("nearest", "QDrop")]
-        yield (f"At {name_of('2/2/8')} nearest rounding keeps {top1[0]} of float's "
+        yield (f"At {name_of('2/2/8')} nearest rounding scores {top1[0]} where float has "
                f"{outer['QDrop'].fp32_top1:.2f} %, codes learned by QDrop {top1[1]}.")
     for width in ("4/4", "3/3"):
         found = rows.methods(width, LEARNED)
@@ -228,7 +252,7 @@ def _learned_losses(rows):
 def _beside_learned(rows):
     """What training with labels and another tool lose at the same widths."""
     trained = {bits: _trained(rows, bits) for bits in (3, 2)}
-    said = [f"{found.iloc[0]['drop']:.2f} at W{bits}A{bits}"
+    said = [f"{' to '.join(map(points, sorted(found['drop'])))} at W{bits}A{bits}"
             for bits, found in trained.items() if len(found)]
     words = [f"training with labels loses {' and '.join(said)}"] if said else []
     theirs = rivals.brevitas_losses(rows.summary)
@@ -243,11 +267,13 @@ def _beside_learned(rows):
 
 
 def _trained(rows, bits):
-    """Rows of quantization-aware training (12) of a width, the shortest training first."""
+    """Rows of quantization-aware training (12) of a width, the shortest training first, with its
+    steps and the learning rate of codes as text.
+    """
     named = rows.summary[rows.summary.method.eq(f"W{bits}A{bits} QAT, learned steps")
                          & rows.summary.levels.eq(2**bits)]
-    steps = named.corrections.str.extract(r"LSQ, (\d+) steps")[0].astype(float)
-    return named.assign(steps=steps).sort_values("steps")
+    how = named.corrections.str.extract(r"LSQ, (?P<steps>\d+) steps.*codes (?P<rate>[\d.]+)")
+    return named.assign(**how).sort_values("steps", key=lambda steps: steps.astype(float))
 
 
 def _methods_table(rows, names, widths):
@@ -287,8 +313,8 @@ def goals_table(rows):
                 "Nearest": "" if nearest is None else f"{nearest['drop']:.2f}",
                 "Required": f"{required or ''}", "Aim": f"{aim}",
                 "Reached": _reached(row, width, required, aim)})
-    about = ("Learned, beside the goals set beforehand; with activations of 8 bits an interval "
-             f"that holds 0 is enough ({rows.dataset})")
+    about = ("Beside the goals set beforehand, learned where that was measured; with activations "
+             f"of 8 bits an interval that holds 0 is enough ({rows.dataset})")
     return about, pd.DataFrame(lines)
 
 
@@ -315,8 +341,10 @@ def others_table(rows):
     for i in range(longest):
         found = {b: _trained(rows, b)[i : i + 1] for b in bits}
         found = {b: r.iloc[0] for b, r in found.items() if len(r)}
-        steps = "/".join(dict.fromkeys(f"{row.steps:,.0f}" for row in found.values()))
-        lines.append(_losses(f"trained with labels, {steps} steps", "ours", found))
+        steps = "/".join(dict.fromkeys(f"{int(row.steps):,}" for row in found.values()))
+        rates = "/".join(dict.fromkeys(row.rate for row in found.values()))
+        label = f"trained with labels, {steps} steps, codes at {rates}"
+        lines.append(_losses(label, "ours", found))
     lines = [line for line in lines if any(list(line.values())[2:])]
     about = f"Points lost by other tools, and after training with labels ({rows})"
     return about, pd.DataFrame(lines)
@@ -337,10 +365,12 @@ def gain(rows, width, convention):
     bits = config_of(width).act_bits
     changes = rows.low_bit | {name: bits if value == "act_bits" else value
                               for name, value in CONVENTIONS[convention].items()}
-    frame = rows.frame[rows.frame.seed.eq(0) & rows.frame.corrections.eq("")]
-    row, base = (frame[results.has_config(frame, config_of(width, **fields))]
-                 for fields in (changes, rows.low_bit))
-    return row.top1.iloc[-1] - base.top1.iloc[-1] if len(row) and len(base) else None
+    step = "" if CONVENTIONS[convention] else convention
+    frame = rows.frame[rows.frame.seed.eq(0)]
+    row, base = (frame[results.has_config(frame, config_of(width, **fields))
+                       & frame.corrections.eq(corrections)]
+                 for fields, corrections in ((changes, step), (rows.low_bit, "")))
+    return more(row, base)
 
 
 def mixed_precision(rows):
@@ -364,8 +394,9 @@ def mixed_precision(rows):
     ours = rows.learned("2/2")
     theirs = rows.learned("2/2/8", residual_bits=None, **rows.low_bit)
     if ours and theirs and ours[0] == theirs[0]:
-        yield (f"The same W2A2 network, {ours[0]}, loses {ours[1]['drop']:.2f} points in our "
-               f"convention and {theirs[1]['drop']:.2f} in that of most papers.")
+        yield (f"W2A2 by {ours[0]}, learned under each convention, loses {ours[1]['drop']:.2f} "
+               f"points in ours ({ours[1].seeds} seeds) and {theirs[1]['drop']:.2f} in that of "
+               f"most papers ({theirs[1].seeds}).")
 
 
 def mixed_precision_table(rows):
@@ -376,7 +407,7 @@ def mixed_precision_table(rows):
         words = {width: "" if value is None else f"{value:+.2f}" for width, value in pair.items()}
         if any(words.values()):
             lines.append({"Convention": name, **words})
-    about = f"our convention with weights of {levels(rows.low_bit)}, nearest rounding, one seed"
+    about = f"our convention with weights of {levels(rows.low_bit)}, nearest rounding, seed 0"
     return f"Points gained against {about} ({rows})", pd.DataFrame(lines)
 
 
@@ -404,13 +435,12 @@ def original_experiment(rows):
                         f"“{down}” loses most ({changes[down]:+.1f})")
     if said:
         yield f"On the way from its hist to ours, {'; '.join(said)}."
-    whole = rows.frame[rows.frame.corrections.eq("4bit hist") & rows.frame.seed.eq(0)].top1
-    clipped, averaged = (rows.named([f"W4A4 {name}, BatchNorm moved"])
+    clipped, averaged = (more(rows.named(f"W4A4 {name}, BatchNorm moved"),
+                              rows.named("4bit hist"))
                          for name in ("fake_hist_widest", "hist_averaged"))
-    if len(whole) and clipped is not None and averaged is not None:
-        yield (f"Leaving out the largest 0.01 % of every batch gives hist "
-               f"{clipped - whole.iloc[0]:+.1f} points, averaging over batches "
-               f"{averaged - whole.iloc[0]:+.1f}.")
+    if clipped is not None and averaged is not None:
+        yield (f"Leaving out the largest 0.01 % of every batch gives hist {clipped:+.1f} points, "
+               f"averaging over batches {averaged:+.1f}.")
 
 
 def original_experiment_table(rows):
@@ -480,31 +510,30 @@ def _answers(rows):
                                                               "unsigned after ReLU"))
         yield ("How to raise accuracy: fusion and freeze",
                f"storing codes once, behind conv-BatchNorm-ReLU: {once - before:+.2f} points at 4 "
-               "bits; multipliers computed in advance change no code",
+               "bits; multipliers computed in advance change no code but at a tie",
                "10_original_experiment#4.-The-ladder")
     four, whole = rows.setter("4/4", "histogram"), rows.setter("4/4", "minmax")
-    tensor = rows.named([UNDONE + "one scale a channel"])
-    if four is not None and tensor is not None:
+    own = rows.seeds(four)
+    if (won := more(own, rows.named(UNDONE + "one scale a channel"))) is not None:
         yield ("One layer's weights, and the trade-off", "one scale a channel instead of one a "
-               f"tensor: {four.top1 - tensor:+.2f} points at 4 bits",
-               "11_questions#4.-One-weight-tensor-to-8-bits")
-    if four is not None and whole is not None:
+               f"tensor: {won:+.2f} points at 4 bits",
+               "10_original_experiment#6.-Every-repair-alone,-from-both-ends")
+    if (won := more(own, rows.seeds(whole))) is not None:
         yield ("Input and output of a layer, and the error",
-               "range by least squared error instead of min-max: "
-               f"{four.top1 - whole.top1:+.2f} points at 4 bits",
-               "11_questions#5.-Input-and-output-of-one-layer,-and-which-error-is-minimised")
+               f"ranges by least error instead of min-max: {won:+.2f} points at 4 bits",
+               "03_quantize_by_hand#9.-8,-6,-4-and-3-bits")
     widths = {bits: rows.setter(f"{bits}/{bits}", "histogram") for bits in (8, 6, 4, 3)}
     said = [f"{bits} bits {row.top1:.2f} %" for bits, row in widths.items() if row is not None]
     if four is not None:
-        yield ("Six bits and lower", f"{', '.join(said)} to nearest, float {four.fp32_top1:.2f} %; "
-               "learned rounding holds further down",
-               "07_low_bit_methods#2.-Every-method-at-every-width")
-    twice = rows.named([UNDONE + "codes stored once, stream 8 bits"])
-    if four is not None and twice is not None:
+        yield ("Six bits and lower", f"{', '.join(said)} to nearest, weights of 2^b - 1 levels, "
+               f"float {four.fp32_top1:.2f} %; learned rounding holds further down",
+               "03_quantize_by_hand#9.-8,-6,-4-and-3-bits")
+    twice = rows.named(UNDONE + "codes stored once, stream 8 bits")
+    if (won := more(twice, own)) is not None:
         yield ("Before and after the activation", "rounding in front of every layer and ReLU, "
-               f"stream included: {twice - four.top1:+.2f} points at 4 bits; the codes in front "
+               f"stream included: {won:+.2f} points at 4 bits; the codes in front "
                "decide, finer ones behind bring nothing back",
-               "11_questions#7.-Rounding-before-and-after-the-activation")
+               "10_original_experiment#6.-Every-repair-alone,-from-both-ends")
 
 
 def _link(place):

@@ -13,9 +13,9 @@ from quantlab.system.errors import UserError
 from quantlab.system.files import PACKAGE, read_csv, read_text, root, write_text
 from quantlab.workbook import results
 
-# The rows of the headline, of every network: float, the tool that loses least, integers alone, and
-# at each width one method: the first of these that was measured there, in an order fixed beforehand
-# and not picked by accuracy on the test images, with all 2^b levels of a weight before 2^b - 1.
+# The rows of the headline, of every network: float, of the tools the one that loses least on the
+# test images, integers alone, and at each width one method: the first of these that was measured
+# there, in an order fixed beforehand and not by accuracy, all 2^b levels before 2^b - 1.
 TOOLS = ("eager int8", "PT2E int8", "ONNX Runtime int8")
 INTEGERS = "integer only W8A8, single rounding"
 BITS = ("weight_bits", "act_bits")
