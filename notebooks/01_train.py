@@ -73,9 +73,9 @@ show(pd.DataFrame(counts, index=images.classes).T)
 
 # %%
 print(f"{100 * max(counts['test']) / sum(counts['test']):.1f} %")
-shown = torch.arange(min(16, len(images.train)))
+shown = torch.linspace(0, len(images.train) - 1, min(16, len(images.train))).long()
 titles = [images.classes[i] for i in images.train.labels[shown].tolist()]
-caption = f"{plots.data_label(images)}: the first training images"
+caption = f"{plots.data_label(images)}: some of the training images"
 pictures = images.train.images[shown]
 grid = plots.image_grid(pictures, titles, [False] * len(shown), caption)
 plots.save(grid, "images_train", images)
@@ -135,7 +135,8 @@ def batch_of(epoch, split):
     """(float32 [B, 3, H, W], int64 [B]): in another order, augmented, normalised."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     order = torch.randperm(len(split), generator=generator)
-    pixels = augment(split.images[order], generator, config.crop, False, 0, split.mean)
+    pixels = augment(
+        split.images[order], generator, config.crop, config.flip, 0, split.mean)
     return split.normalize(pixels).to(device()), split.labels[order].to(device())
 
 
@@ -278,7 +279,7 @@ study.save(grid, "images_predictions")
 # Every later number is a difference to this one, on the same images.
 
 # %%
-size = sum(4 * p.numel() for p in network.state_dict().values())
+size = ql.weight_bytes(network)
 show(study.record(baseline, "float", bytes=size))
 
 # %% [markdown]
@@ -294,9 +295,10 @@ print(
     f"{images.name}{smoke}."
 )
 print(f"- It is best at {best} and worst at {worst}.")
-sizes = ", ".join(f"{size * bits / 32e6:.2f} at {bits}" for bits in (8, 4, 3))
+n_values = sum(p.numel() for p in network.parameters())
+sizes = ", ".join(f"{n_values * bits / 8e6:.2f} at {bits}" for bits in (8, 4, 3))
 print(
-    f"- Its weights take {size / 1e6:.2f} MB in float32; by bits they would take "
+    f"- Its parameters take {n_values / 250e3:.2f} MB in float32; by bits "
     f"{sizes}."
 )
 
@@ -345,7 +347,7 @@ def counted_right(k, n):
 
 check(
     top1_interval,
-    (*counted_right(10, 10), "Ten right of ten are 100 %, and prove it to a width."),
+    (*counted_right(10, 10), "Ten right of ten are 100 %, the lower end 72.2 %."),
     (*counted_right(870, 1000), "Here k is 870 and n is 1,000; all three in percent."),
     (*counted_right(1, 5), "One right of five: both z^2 / 2 and z^2 / 4 matter."),
 )
@@ -388,6 +390,8 @@ check(
     (*counted(9, 7, 4, 8, 3, stride=2), "Stride 2 without padding: 8 x 4 x 3 values."),
     (*counted(8, 8, 6, 6, 3, groups=6), "A value meets only its own group's channels."),
     (*counted(9, 9, 2, 2, (1, 3), dilation=2), "Dilation 2: 3 taps reach over 5."),
+    (*counted(9, 7, 4, 8, (3, 5), stride=(1, 2), padding=(0, 2), dilation=(2, 1)),
+     "Rows and columns have a stride, a padding and a dilation each."),
 )
 
 

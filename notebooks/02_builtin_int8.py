@@ -119,8 +119,9 @@ if ready["eager"]:
     print("conv1:", fused.conv1)
 
 # %% [markdown]
-# Every BatchNorm is gone and an `Identity` stands in its place; a `ConvReLU2d` holds what were three
-# modules. The add and the ReLU behind it stay as they are. Fusing must not change what the network computes:
+# Every BatchNorm is gone, and so is every ReLU behind one; an `Identity` stands in their place, and a
+# `ConvReLU2d` holds what were three modules. The add and the ReLU behind it stay as they are. Fusing must
+# not change what the network computes:
 
 # %%
 if ready["eager"]:
@@ -245,8 +246,8 @@ if ready["eager"]:
     print("first scales:", [round(s, 5) for s in scales[:4].tolist()])
 
 # %% [markdown]
-# The same codes from a formula, `code = round(weight / scale)`: the tool does nothing that we could not
-# do by hand, which is what [03](03_quantize_by_hand.ipynb) does.
+# The same codes from a formula, `code = round(weight * (1 / scale))`: the tool does nothing that we could
+# not do by hand, which is what [03](03_quantize_by_hand.ipynb) does.
 
 # %%
 if ready["eager"]:
@@ -277,7 +278,7 @@ if ready["eager"]:
 # %% [markdown]
 # ## 7. The successor: PT2E
 # `torch.export` turns the network into a graph, a quantizer annotates it, and the inductor compiler picks
-# int8 kernels: the same four steps, on a graph instead of modules.
+# int8 kernels: prepare, feed, convert once more, on a graph instead of modules.
 
 # %%
 if ready["pt2e"]:
@@ -308,9 +309,9 @@ for name, result in evaluations.items():
 show(brief(study.record_rows(rows)))
 
 # %% [markdown]
-# The eager tool's default keeps activations to 7 bits on x86 engines, because an unsigned-by-signed int8
-# product may saturate on processors without VNNI. The original's table calls this row 8 bits; the column
-# `act_bits` says what it is here.
+# The eager tool's default keeps activations to 7 bits on x86 engines, because without VNNI a processor
+# adds two neighbouring products in 16 bits, and that sum may saturate. The original's table calls this row
+# 8 bits; the column `act_bits` says what it is here.
 
 # %%
 table = pd.DataFrame([
@@ -443,10 +444,11 @@ check(
 
 # %% [markdown]
 # **3. One layer, from its codes.** A converted convolution reads codes and writes codes. Everything between
-# is in `x.int_repr()`, `x.q_scale()`, `x.q_zero_point()`, `layer.weight().int_repr()`, its `weight_scales`,
-# `layer.bias()`, `layer.scale` and `layer.zero_point`. Compute the output's codes from these, in float64
-# (no sum is too large for it). Padding adds *zeros*; the bias joins the sum at the scale of the products,
-# rounded; a `quint8` ends at 0 and 255.
+# is in `x.int_repr()`, `x.q_scale()`, `x.q_zero_point()`, `layer.weight().int_repr()`,
+# `weight_scales(layer.weight())`, `layer.bias()`, `layer.stride`, `layer.padding`, `layer.scale` and
+# `layer.zero_point`. Compute the output's codes from these, in float64 (no sum is too large for it).
+# Padding adds *zeros*; the bias joins the sum at the scale of the products and keeps its fraction, as in
+# x86's kernels (an integer machine rounds it, [09](09_integer_only.ipynb)); a `quint8` ends at 0 and 255.
 
 # %% tags=["exercise"]
 def weight_scales(weight):
@@ -467,7 +469,7 @@ if solutions:
         sums = torch.nn.functional.conv2d(
             x.int_repr().double() - x.q_zero_point(),
             layer.weight().int_repr().double(),
-            torch.round(layer.bias() / scale), layer.stride, layer.padding)
+            layer.bias() / scale, layer.stride, layer.padding)
         steps = torch.round(sums * (scale / layer.scale).view(-1, 1, 1))
         return (steps + layer.zero_point).clamp(0, 255).int()
 
@@ -494,7 +496,7 @@ def exact_code(x, layer):
     taps = weight.int_repr()[0].flatten().tolist()
     scale = Fraction(x.q_scale()) * Fraction(weight_scales(weight)[0].item())
     total = sum((code - z) * tap for code, tap in zip(patch, taps))
-    total += round(Fraction(layer.bias()[0].item()) / scale)
+    total += Fraction(layer.bias()[0].item()) / scale
     code = round(total * scale / Fraction(layer.scale)) + layer.zero_point
     return max(0, min(code, 255))
 

@@ -11,10 +11,10 @@
 #
 # <!-- findings:opening -->
 # **Found** (resnet20, cifar10-jpeg, 10,000 test images; means over calibration seeds, paired 95 %
-# intervals). At 8 bits the network by hand loses 0.12 [-0.03, 0.28] points, which these images cannot
-# tell from none. At 4 bits it loses 2.17 with histogram, 2.32 with percentile, 4.31 with minmax. At 3
-# bits it loses 12.76 with histogram, 13.74 with percentile, 43.74 with minmax. Weights at 4 bits take 142
-# kB with their scales and biases, in float 1,096 kB.
+# intervals). At 8 bits the network by hand loses 0.12 [-0.03, 0.28] points with histogram, which these
+# images cannot tell from none. At 4 bits it loses 2.17 with histogram, 2.32 with percentile, 4.31 with
+# minmax. At 3 bits it loses 12.76 with histogram, 13.74 with percentile, 43.74 with minmax. Weights at 4
+# bits take 142 kB with their scales and biases, in float 1,096 kB.
 # <!-- /findings -->
 #
 # **Question.** What is quantization, down to the last rounding, and how far do the bits go down before
@@ -247,8 +247,8 @@ kernel = torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -127, 
 assert torch.equal(w_hat, kernel) and torch.equal(w_hat, ql.fake_quantize(weight, q))
 
 # %% [markdown]
-# PyTorch also has tensors that *are* codes, the ones that [02](02_builtin_int8.ipynb) converts to, of 8 bits
-# only. They are to be removed (PyTorch's issue 184982), so this cell asks first. Their kernel adds $z$
+# PyTorch also has tensors that *are* codes, the ones that [02](02_builtin_int8.ipynb) converts to; none of
+# 7 to 3 bits. They are to be removed (PyTorch's issue 184982), so this cell asks first. Their kernel adds $z$
 # before it rounds: again another code where $x/s$ is a tie but for the last digits.
 
 # %%
@@ -330,7 +330,7 @@ ratios = pd.DataFrame({
     f"{bits} bits": {name: weight_error(bits, **how) for name, how in choices.items()}
     for bits in (8, 6, 4, 3)
 })
-show(ratios.rename_axis("signal to noise, dB").round(1))
+show(ratios.rename_axis("10 log10 (signal / noise), dB").round(1))
 # a bit halves the step: 6.02 dB
 gain = (ratios.iloc[-1] - ratios.iloc[0]) / decibels(4, 1)
 gains = ", ".join(f"{g:.1f} bits at {b}" for b, g in gain.items())
@@ -439,12 +439,13 @@ assert torch.equal(w, graph.conv1.weight) and torch.equal(b, graph.conv1.bias)
 #
 # ## 5. One activation edge
 # Activations are not known in advance: *calibration* runs training images through the float network and
-# counts what passes every edge. We do it for one edge, of values on both sides of zero, and of those the
-# one whose outermost values lie farthest beyond nearly all others.
+# counts what passes every *edge*, the way of a value from one operation to the next. We do it for one
+# edge, of values on both sides of zero, and of those the one whose outermost values lie farthest beyond
+# nearly all others.
 
 # %%
 def tail(edge):
-    """How far an end lies beyond the 99.99 % quantile of its side."""
+    """How far an end lies beyond the quantile that leaves out 0.01 %."""
     low, high = observers.percentile(edge, 4)
     sides = ((edge.minimum, low), (edge.maximum, high))
     return max(end / quantile for end, quantile in sides if quantile)
@@ -469,7 +470,7 @@ HALF = 2**14  # bins on each side of zero; bin i holds the values in (i w, (i + 
 
 def count(counts, width, x):
     """Step one: a histogram, with one more batch in it."""
-    while x.abs().max() > HALF * width:
+    while x.max() > HALF * width or x.min() <= -HALF * width:
         width *= 2
         counts = F.pad(counts.view(-1, 2).sum(1), (HALF // 2, HALF // 2))
     bins = torch.ceil(x[x != 0] / width).long() - 1 + HALF
@@ -501,12 +502,12 @@ print(f"{len(edge.bins):,} bins of width {edge.width:g}, {edge.zeros:,} zeros ap
 # %%
 def error_of_range(low, high, bits):
     """Step two: mean squared error of all that passed the edge."""
-    middles, density = edge.histogram()
+    middles, counts = edge.histogram()
     middles = middles.float()
     codes = 0, 2**bits - 1
     s, z = scale_and_zero_point(min(low, 0), max(high, 0), *codes)
     way = fake_quantize(middles, s, z, *codes) - middles
-    return ((way.double().square() * density).sum() / edge.count).item()
+    return ((way.double().square() * counts).sum() / edge.count).item()
 
 whole = edge.minimum, edge.maximum
 ours = error_of_range(*whole, act_bits)
@@ -521,12 +522,12 @@ assert math.isclose(ours, theirs.item(), rel_tol=1e-9), "ql's error is the same"
 bins = edge.bins.clone()
 bins[-edge.first - 1] += edge.zeros  # to the bin that ends at zero
 mass = (bins.cumsum(0) / edge.count).tolist()  # up to each bin's end
-ends = ((edge.first + torch.arange(len(bins) + 1)) * edge.width).tolist()  # of the bins
+bin_ends = ((edge.first + torch.arange(len(bins) + 1)) * edge.width).tolist()
 
 
 # %%
 def walk(bits, step=1e-5):
-    error = functools.cache(lambda i, j: error_of_range(ends[i], ends[j], bits))
+    error = functools.cache(lambda i, j: error_of_range(bin_ends[i], bin_ends[j], bits))
     alpha, beta, i, j = 0.0, 1.0, 0, len(mass)
     while alpha + step < beta - step:
         left = max(i, bisect.bisect_left(mass, alpha + step))
@@ -538,7 +539,7 @@ def walk(bits, step=1e-5):
         if error(*narrower) > error(i, j):
             break
         i, j = narrower
-    return ends[i], ends[j]
+    return bin_ends[i], bin_ends[j]
 
 
 # %% [markdown]
@@ -559,7 +560,7 @@ def search(bits, steps=60):
 # %%
 def clipped(fraction=0.9999):
     low = bisect.bisect_left(mass, 1 - fraction)
-    return ends[low], ends[bisect.bisect_left(mass, fraction) + 1]
+    return bin_ends[low], bin_ends[bisect.bisect_left(mass, fraction) + 1]
 
 by_ql = observers.percentile(edge, act_bits)
 assert all(abs(a - b) <= edge.width for a, b in zip(clipped(), by_ql)), "ql's, to a bin"
@@ -597,15 +598,15 @@ study.save(figure, "03_two_ends")
 # the grid around the best pair). The edge with the longest tail behind a ReLU:
 
 # %%
-edge_name = longest_tail(signed=False)
-edge = stats.edges[edge_name]
+relu_name = longest_tail(signed=False)
+behind_relu = stats.edges[relu_name]
 OBSERVERS = ("minmax", "percentile", "histogram")  # 04 compares all there are
-found = [(o, *observers.find_observer(o)(edge, act_bits)) for o in OBSERVERS]
-ranges = pd.DataFrame(found, columns=["observer", "low", "high"])
-text = f"values on edge {edge_name} from {study.n_calibration:,} calibration images; "
-text = study.caption(edge.count, text + f"ranges for {act_bits} bits")
-title = f"Where to clip? Edge {edge_name}"
-figure = plots.clip_histogram(edge, ranges, text, title, "activation")
+chosen = [(o, *observers.find_observer(o)(behind_relu, act_bits)) for o in OBSERVERS]
+ranges = pd.DataFrame(chosen, columns=["observer", "low", "high"])
+text = f"values on edge {relu_name} from {study.n_calibration:,} calibration images; "
+text = study.caption(behind_relu.count, text + f"ranges for {act_bits} bits")
+title = f"Where to clip? Edge {relu_name}"
+figure = plots.clip_histogram(behind_relu, ranges, text, title, "activation")
 study.save(figure, "03_activation_edge")
 
 
@@ -615,8 +616,8 @@ study.save(figure, "03_activation_edge")
 
 # %%
 def edge_error(observer, bits):
-    low, high = observers.find_observer(observer)(edge, bits)
-    return observers.quantization_error(edge, [low], [high], bits).item()
+    low, high = observers.find_observer(observer)(behind_relu, bits)
+    return observers.quantization_error(behind_relu, [low], [high], bits).item()
 
 errors = pd.DataFrame({
     f"{bits} bits": {o: edge_error(o, bits) for o in OBSERVERS} for bits in (8, 6, 4, 3)
@@ -631,7 +632,7 @@ show(errors.style.format("{:.2e}"))
 # inputs of an output has more; the bias is added at the scale of the products, $s_x s_w$; and only then is
 # the result rounded back to 8 bits, behind the ReLU:
 #
-# $$a = \sum (x_q - z_x)\, w_q + b_q, \qquad b_q = \mathrm{round}\Big(\frac{b}{s_x s_w}\Big), \qquad y_q = \max\big(z_y,\; z_y + \mathrm{round}(a\,M)\big), \qquad M = \frac{s_x s_w}{s_y}$$
+# $$a = \sum (x_q - z_x)\, w_q + b_q, \qquad b_q = \mathrm{round}\Big(\frac{b}{s_x s_w}\Big), \qquad y_q = \mathrm{clamp}\big(z_y + \mathrm{round}(a\,M),\; z_y,\; 255\big), \qquad M = \frac{s_x s_w}{s_y}$$
 #
 # Scales and zero-points are those that the package chooses for the whole network at 8 bits:
 
@@ -758,8 +759,9 @@ study.save(figure, "images_layer")
 # %% [markdown]
 # ## 7. The whole network
 # Where are codes stored? Behind every conv-ReLU and add-ReLU, in front of every add, and at the image:
-# found from the graph, nothing else is rounded. Operands and results of adds keep 8 bits
-# (`residual_bits`), so that the residual stream stays accurate.
+# found from the graph. Operands and results of adds, the *residual stream*, keep 8 bits
+# (`residual_bits`), so that it stays accurate; a layer that reads fewer bits than are stored rounds once
+# more, in front of itself. Nothing else is rounded.
 
 # %%
 config = ql.QuantConfig(weight_bits=weight_bits, act_bits=act_bits, observer=observer)
@@ -767,6 +769,8 @@ quantized = ql.quantize(network, stats, config)
 plan = quantized.plan
 roles = pd.Series(plan.stores).value_counts().to_dict()
 print(f"{len(plan.reads)} layers, {len(plan.stores)} stored values: {roles}")
+again = len(quantized.quantizer_nodes) - len(plan.stores)
+print(f"rounded once more, in front of a layer: {again}")
 floats = "; ".join(f"{node}: {why}" for node, why in plan.floats.items()) or "nothing"
 print("computed in float between two sets of codes:", floats)
 
@@ -778,7 +782,7 @@ print(
     f"float {baseline.top1:.2f} %, W{weight_bits}A{act_bits} {result.top1:.2f} %: "
     f"{drop:+.2f} points lost [{low:+.2f}, {high:+.2f}], n = {result.n:,}"
 )
-in_float = sum(4 * p.numel() for p in network.parameters())
+in_float = ql.weight_bytes(network)
 print(f"weights {ql.weight_bytes(quantized):,} bytes instead of {in_float:,}")
 
 
@@ -809,9 +813,9 @@ show(norms.round(2))
 # more there.
 #
 # ## 9. 8, 6, 4 and 3 bits
-# Three range setters, four widths, from the same statistics. `minmax` takes the whole range of
-# activations *and* weights, as the simplest tool would; with the other two the weights' range is
-# searched. So their difference is not that of the activations' ranges alone.
+# Three range setters, four widths, from the same statistics (W4A4: weights and activations of 4 bits).
+# `minmax` takes the whole range of activations *and* weights, as the simplest tool would; with the other
+# two the weights' range is searched. So their difference is not that of the activations' ranges alone.
 
 # %%
 def measure(observer, bits, stats, seed):
@@ -822,10 +826,10 @@ def measure(observer, bits, stats, seed):
     return study.row(study.evaluate(qmodel), "by hand", config, seed=seed, bytes=size)
 
 rows = []
-for s in range(seed, seed + n_seeds):
-    stats = study.stats if s == seed else ql.collect(network, study.calibration(s))
+for n in range(seed, seed + n_seeds):
+    own = stats if n == seed else ql.collect(network, study.calibration(n))
     grid = list(itertools.product(OBSERVERS, (8, 6, 4, 3)))
-    rows += [measure(o, bits, stats, s) for o, bits in tqdm(grid, desc=f"seed {s}")]
+    rows += [measure(o, bits, own, n) for o, bits in tqdm(grid, desc=f"seed {n}")]
 frame = study.record_rows(rows).assign(bits=lambda f: f.weight_bits.astype(int))
 
 # %%
@@ -878,7 +882,7 @@ print(f"in float they take {in_float / 1e3:,.0f} kB.")
 # | Bits of weights and activations | histogram | percentile | minmax |
 # | ---: | ---: | ---: | ---: |
 # | 8 | 0.12 [-0.03, 0.28] | 0.05 [-0.12, 0.23] | 0.05 [-0.12, 0.22] |
-# | 6 | 0.25 [-0.00, 0.50] | 0.28 [0.03, 0.52] | 0.42 [0.15, 0.69] |
+# | 6 | 0.25 [0.00, 0.50] | 0.28 [0.03, 0.52] | 0.42 [0.15, 0.69] |
 # | 4 | 2.17 [1.68, 2.66] | 2.32 [1.83, 2.82] | 4.31 [3.72, 4.90] |
 # | 3 | 12.76 [11.94, 13.57] | 13.74 [12.91, 14.57] | 43.74 [42.66, 44.81] |
 # <!-- /findings -->
@@ -889,8 +893,8 @@ print(f"in float they take {in_float / 1e3:,.0f} kB.")
 # wrong. The solution is folded between the two; with `solutions = True` at the top all of them run.
 #
 # **1. A range of any sign.** `scale_and_zero_point` above asks for $a \le 0 \le b$. Values may also lie in
-# $[0.5, 3]$ or $[-2, -0.5]$, and zero must still have a code. Return scale and zero-point for the codes
-# $0 \dots 2^b - 1$.
+# $[0.5, 3]$ or $[-2, -0.5]$, and zero must still have a code. Return scale and zero-point for the
+# $2^{bits}$ codes from 0.
 
 # %%
 from fractions import Fraction
@@ -963,7 +967,7 @@ def channels(axis, bits, *shape):
     assert torch.equal(ours, kernel)
     return (x, scales, axis, bits), kernel
 
-square = "A square matrix: [3] alone meets the columns, rows are the channels here."
+square = "Codes -7 to 7; of a square matrix, [3] alone meets the columns, not the rows."
 check(fake_quantize_channels, (*channels(0, 4, 3, 3), square),
       (*channels(0, 8, 2, 3, 3, 3), "A convolution's weight, channels in front."),
       (*channels(1, 3, 2, 4, 3, 3), "Axis 1, 3 bits: the codes are -3 to 3."))

@@ -63,7 +63,7 @@ seed = 0
 preset = "auto"  # smoke, full, or auto: smoke on the digits
 # 2 to 8, of the activations in sections 1, 3, 5 and of everything in sections 6, 9
 bits = 4
-# name of an edge for sections 1 to 3, 7, 8; auto: the one with the longest tail
+# name of an edge for sections 1 to 3, 7, 8; auto: behind a ReLU, the longest tail
 edge = "auto"
 observer = "histogram"  # of the figure in section 8
 clip_share = 1.0  # of that observer's range, in section 8; 0.1 to 1.5
@@ -87,9 +87,10 @@ seeds = range(seed, seed + n_seeds)
 # %% [markdown]
 # ## 1. Seven decisions on one edge
 # All of them read the same statistics, collected in one pass. *minmax* clips nothing, *percentile* a
-# fixed fraction; *histogram* and *mse* search for the least error, the former over both ends, the latter
-# by shrinking; *entropy* wants to keep the distribution's information; the two *aciq* assume a Laplace or
-# a normal distribution and calculate.
+# fixed fraction; *histogram* searches both ends for the least squared error, *mse* (BRECQ's name; its
+# exponent is 2.4) one, by shrinking; *entropy* wants to keep the distribution's information; the two
+# *aciq* assume a Laplace or a normal distribution and calculate. PyTorch calls such range setters
+# *observers*, and so does the parameter.
 
 # %%
 def tail(name):
@@ -123,8 +124,8 @@ show(errors.style.format("{:.2e}").highlight_min(color="#d7e7d0"))
 
 # %% [markdown]
 # ## 2. Clipping against rounding
-# A wide range rounds coarsely, a narrow one clips. The sum has one minimum, and the fewer the bits, the
-# further in it lies.
+# A wide range rounds coarsely, a narrow one clips. The sum is least somewhere between, and the fewer the
+# bits, the further in. It may have several hollows, so a search looks at the whole range.
 
 # %%
 fractions = torch.linspace(0.03, 1, 98, dtype=torch.float64)
@@ -187,7 +188,8 @@ show(groups.top1.agg(["mean", "std"]).unstack("bits").round(2))
 
 # %% [markdown]
 # ## 5. How many calibration images are enough?
-# On the held-out images, because the answer is a choice. The band is the spread between seeds.
+# On the held-out images, because the answer is a choice. Of several seeds the band is the range. Notice
+# *minmax*: every further image can only widen its ranges.
 
 # %%
 def heldout_top1(observer, n, s):
@@ -204,7 +206,7 @@ text = study.caption(n_heldout, f"held-out images, W8A{bits}, {n_seeds} seed(s)"
 study.save(plots.accuracy_by_images(enough, text), "04_calibration_images")
 
 # %% [markdown]
-# ## 6. Which layer broke?
+# ## 6. Where does the noise come in?
 # Run the same images through both networks, and compare every value that is rounded, $x$ in the float
 # network with $\hat x$ in the quantized one. The ratio of signal to noise, in decibels:
 #
@@ -247,7 +249,8 @@ for node in qmodel.graph.nodes:
 # %%
 report = pd.DataFrame([
     {
-        "edge": edge_name(node), "role": qmodel.plan.stores.get(origins[node], "read"),
+        "edge": edge_name(node),
+        "role": qmodel.plan.stores.get(edge_name(node), "read"),
         "bits": quantizer.qparams.bits, "sqnr": decibels(*sums[node][:2]),
         "own_sqnr": decibels(*sums[node][::2]), "added_db": added[node],
     }
@@ -263,9 +266,9 @@ study.save(plots.edge_report(report, study.caption(n_images, text)), "04_edge_re
 # %% [markdown]
 # ## 7. Levels and order: PyTorch's observers
 # PyTorch's `HistogramObserver` searches for the range with the least squared error, as *histogram* does.
-# Two things differ, and both are measured here on this edge's raw values: its search counts 256 levels
-# whatever the width, and its histogram depends on the order of the batches, because old bins are spread
-# over new ones whenever the range grows.
+# Two things differ: its search counts 256 levels whatever the width, measured here on this edge's raw
+# values; and its histogram may depend on the order of the batches, because old bins are spread over new
+# ones whenever the range grows, measured on this edge and on values with a heavy tail.
 
 # %%
 values = []
@@ -513,10 +516,11 @@ def why_values(path):
 
 
 # %% [markdown]
-# **What would help?** Each remedy is tried in the quantized network, everything else as it was: another range,
-# two more bits; for weights all $2^b$ levels; for values a scale for every channel, the most that equalisation
-# could win. (No integer convolution can have that, as it adds over the channels.) The ranges come from the
-# calibration images, the decibels from other training images, the points from test images.
+# **What would help?** Each remedy is tried in the quantized network, everything else as it was: another
+# range, two more bits; for weights all $2^b$ levels; for values a scale for every channel, the most that
+# equalisation could win. (Only a depthwise integer convolution can have that: others add over the
+# channels.) The ranges come from the calibration images, the decibels from other training images, the
+# points from test images.
 
 # %%
 wider = min(bits + 2, 8)
@@ -593,17 +597,15 @@ print(f"the best of each together: {gain:+.2f} dB, {points:+.2f} points")
 # %%
 lost = frame.groupby(["bits", "observer"])["drop"].mean()
 for b in (8, 4, 3):
-    best, worst = lost[b].idxmin(), lost[b].idxmax()
+    least, most = lost[b].idxmin(), lost[b].idxmax()
     print(f"- Activations at {b} bits, weights at 8, points lost: ", end="")
-    print(f"{lost[b].min():+.2f} with {best}, {lost[b].max():+.2f} with {worst}.")
+    print(f"{lost[b].min():+.2f} with {least}, {lost[b].max():+.2f} with {most}.")
 
 # %%
-last = enough[enough.observer == "histogram"].groupby("n").top1.mean()
-print(
-    f"- With histogram, {last.index[0]} images give {last.iloc[0]:.2f} % on "
-    "held-out images, ", end=""
-)
-print(f"{last.index[-1]:,} give {last.iloc[-1]:.2f} %.")
+by_images = enough.groupby(["observer", "n"], sort=False).top1.mean()
+for name, part in by_images.groupby(level=0, sort=False):
+    said = ", ".join(f"{top1:.2f} with {n:,}" for (_, n), top1 in part.items())
+    print(f"- Held-out images, % by calibration images, {name}: {said}.")
 low = report.loc[report.sqnr.idxmin()]
 print(
     f"- At W{bits}A{bits} the noisiest edge is {low.edge} ({low.role}, "
@@ -619,10 +621,10 @@ if HistogramObserver:
         "squared error at ", end=""
     )
     print(f"8 bits, {ratio[4]:.1f} times at 4 and {ratio[3]:.1f} times at 3.")
-largest, smallest = (getattr(order_table.groupby(level=0), f)() for f in ("max", "min"))
 
 # %%
-apart = (largest / smallest - 1).drop(columns="ours")
+cases = order_table.groupby(level=0)
+apart = (cases.max() / cases.min() - 1).drop(columns="ours")
 for case, row in apart.iterrows():
     moved = ", ".join(f"{fraction:.1%} ({name})" for name, fraction in row.items())
     print(f"- {case}: the order of batches moves the upper end by {moved}; ours stays.")
@@ -690,8 +692,8 @@ check(
 
 # %% [markdown]
 # **2. The error of a candidate range.** From a histogram's middles and counts, the mean squared error of the
-# range $[0, b]$ in its two parts: *clipping*, what values beyond $b$ lose, each its whole way down to $b$, and
-# *rounding*, what all others lose on their way to the nearest code. The mean is over all values.
+# range from 0 to `high` in its two parts: *clipping*, what values beyond it lose, each its whole way down to
+# `high`, and *rounding*, what all others lose on their way to the nearest code. The mean is over all values.
 
 # %% tags=["exercise"]
 def two_errors(middles, counts, high, bits):

@@ -150,9 +150,8 @@ study.save(plots.ridges(densities, text, ranges), "05_ridges")
 
 # %% [markdown]
 # ## 2. Before and after
-# The same histograms one by one, on a logarithmic scale, where the tail can be seen. A code that stands
-# for values beyond the dashed lines is not spent; what lies there is clipped. Zeros are counted apart and
-# not drawn.
+# The same histograms one by one, on a logarithmic scale, where the tail can be seen. No code stands for
+# values beyond the dashed lines; what lies there is clipped. Zeros are counted apart and not drawn.
 
 # %%
 behind = ranges[ranges.layer.isin(relus)]
@@ -165,7 +164,7 @@ study.save(figure, "05_before_after")
 # %% [markdown]
 # ## 3. Tails
 # Left: the fraction of values before the ReLU that lie far from their layer's mean, against a normal
-# distribution with the same deviation. Right: how much of a min-max range behind the ReLU serves one
+# distribution with the same deviation. Right: how much of a min-max range of what is stored serves one
 # value in 10,000. A ratio of 2 is a bit that nearly nobody uses.
 
 # %%
@@ -210,7 +209,7 @@ def extremes(node, value):
     low[layer] = torch.minimum(low.get(layer, bottom), bottom)
     high[layer] = torch.maximum(high.get(layer, top), top)
 
-watch(graph, layer_of, extremes, study.calibration())
+n_seen = watch(graph, layer_of, extremes, study.calibration())
 
 # %%
 size = {layer: torch.maximum(-low[layer], high[layer]).cpu() for layer in layers}
@@ -232,8 +231,8 @@ show(dead if len(dead) else "no dead channel")
 
 # %% [markdown]
 # What a range for each channel would gain is measured, not estimated: both sides take the best of the
-# same 20 fractions of their extremes. (Integer convolutions cannot use it, because they add over the
-# channels of their input; equalisation moves some of it into the weights.)
+# same 20 fractions of their extremes. (Integer convolutions cannot use it, unless depthwise, because they
+# add over the channels of their input; equalisation moves some of it into the weights.)
 
 # %%
 def squared_errors(x, low, high):
@@ -290,7 +289,8 @@ show(activations.nlargest(6, "gain_db").drop(columns=["order", "what"]).round(2)
 # %% [markdown]
 # ## 5. Weights beside activations
 # Both in standard deviations, the scale on which a range costs: the wider it is, the fewer codes lie
-# where the values are. The red ticks are the extremes.
+# where the values are. Of activations, what the layer computes, before a ReLU. The red ticks are the
+# extremes.
 
 # %%
 shown = [key for key in edges if key[0] in weights]
@@ -332,7 +332,7 @@ gains = table.gain_db
 worst = activations.loc[activations.gain_db.idxmax()]
 print(
     f"- One range for all channels costs {gains['activations']:.1f} dB at "
-    f"{bits} bits, ", end=""
+    f"{bits} bits in the median layer, ", end=""
 )
 print(
     f"most in {worst.layer}: {worst.gain_db:.1f} dB. For weights: "
@@ -387,8 +387,8 @@ check(
 
 # %% [markdown]
 # **2. What zero swallows.** Weights and activations crowd around zero. Of the values that are *not* zero, which
-# fraction gets zero's code at a given scale (ties to even)? At 2 or 3 bits it is most of them, and a layer
-# that loses its small values loses more than its decibels tell.
+# fraction gets zero's code at a given scale (ties to even)? At 2 bits it is about half of the weights, and
+# with a scale from the largest value far more.
 
 # %% tags=["exercise"]
 def swallowed(x, scale):

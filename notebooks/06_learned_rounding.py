@@ -11,9 +11,9 @@
 #
 # <!-- findings:opening -->
 # **Found** (resnet20, cifar10-jpeg, 10,000 test images; weights of 2^b levels; means over calibration
-# seeds, paired 95 % intervals). At W2A2, first/last 8 nearest rounding keeps 46.41 % of float's 87.37 %,
-# codes learned by QDrop 81.13 %. Points lost at W4A4: AdaRound 0.57, BRECQ 0.65, QDrop 0.67, nearest
-# 1.72. Points lost at W3A3: AdaRound 1.53, BRECQ 1.75, QDrop 1.90, nearest 5.74.
+# seeds, paired 95 % intervals). At W2A2, first/last 8 nearest rounding scores 46.41 % where float has
+# 87.37 %, codes learned by QDrop 81.13 %. Points lost at W4A4: AdaRound 0.57, BRECQ 0.65, QDrop 0.67,
+# nearest 1.72. Points lost at W3A3: AdaRound 1.53, BRECQ 1.75, QDrop 1.90, nearest 5.74.
 # <!-- /findings -->
 #
 # **Question.** Why is the nearest code not the best one, and how is a better one learned, without labels
@@ -88,15 +88,15 @@ network = study.network.cpu()
 # %% [markdown]
 # ## 1. One layer, by hand
 # Why should the nearest code be the best one? Rounding changes the weights by $\Delta w$, and the loss,
-# to second order, by
+# to second order and at a trained network, where its gradient is about zero, by
 #
 # $$\mathcal L(w + \Delta w) - \mathcal L(w) \approx \tfrac12\, \Delta w^{\!\top} H\, \Delta w .$$
 #
-# Nearest rounding minimises every $\Delta w_i^2$ for itself, as if $H$ were a multiple of the identity.
-# But errors that meet in the same output can cancel, which the off-diagonal entries reward. With a
-# layer's output as the measure, $H$ becomes $\mathbb E[x x^\top]$, and the task is: for each weight
-# choose *down* or *up* such that $\lVert W x - \hat W x\rVert^2$ is least. *AdaRound* (Nagel et al. 2020,
-# arXiv:2004.10568) makes it smooth, with one number $V$ per weight:
+# Nearest rounding minimises every $\Delta w_i^2$ for itself, as if $H$ were diagonal. But errors that
+# meet in the same output can cancel, which the off-diagonal entries reward. With a layer's output as
+# the measure, $H$ becomes $\mathbb E[x x^\top]$, and the task is: for each weight choose *down* or *up*
+# such that $\lVert W x - \hat W x\rVert^2$ is least. *AdaRound* (Nagel et al. 2020, arXiv:2004.10568)
+# makes it smooth, with one number $V$ per weight:
 #
 # $$\hat w = s\,\big(\mathrm{clamp}(\lfloor w/s \rfloor + z + h(V),\ q_{\min}, q_{\max}) - z\big),\qquad h(V) = \mathrm{clamp}\big(1.2\,\sigma(V) - 0.1,\ 0,\ 1\big)$$
 #
@@ -219,15 +219,15 @@ study.save(lowbit.learned_rounding(drawn, curve, text), "06_learned_rounding")
 # ## 2. From the layer to the network
 # **BRECQ** (Li et al. 2021, arXiv:2102.05426). Learning layer after layer ignores that the layers of a
 # residual block can make up for each other; the whole network at once overfits a thousand images. The
-# block is the compromise. For the error of its output $z$,
+# block is the compromise. For the error of its output $y$,
 #
-# $$\Delta\mathcal L \approx \tfrac12\,\Delta z^{\!\top} H^{(z)} \Delta z \approx \tfrac12 \sum_i \Big(\frac{\partial \mathcal L}{\partial z_i}\Big)^{\!2} \Delta z_i^2 .$$
+# $$\Delta\mathcal L \approx \tfrac12\,\Delta y^{\!\top} H^{(y)} \Delta y \approx \tfrac12 \sum_i \Big(\frac{\partial \mathcal L}{\partial y_i}\Big)^{\!2} \Delta y_i^2 .$$
 #
-# The last form is the *Fisher* loss; leaving the weights $(\partial\mathcal L/\partial z_i)^2$ out is the
+# The last form is the *Fisher* loss; leaving the weights $(\partial\mathcal L/\partial y_i)^2$ out is the
 # plain one, of section 1. [07](07_low_bit_methods.ipynb) compares them.
 #
-# **LSQ** (Esser et al. 2020, arXiv:1902.08153). The step $s$ of an activation is learned with the
-# rounding, with the straight-through gradient
+# **LSQ** (Esser et al. 2020, arXiv:1902.08153). The scale $s$ of an activation, its *step*, is learned
+# with the rounding, with the straight-through gradient
 #
 # $$\frac{\partial \hat x}{\partial s} = \mathrm{round}(x/s) - x/s \ \text{ inside the range, } q_{\min} \text{ or } q_{\max} \text{ outside, scaled by } 1/\sqrt{N q_{\max}} .$$
 #
@@ -255,7 +255,8 @@ mixed = round_to_step(x_float, s, -3, 3, mask=(~dropped).float())
 assert torch.allclose(mixed, torch.where(dropped, x_float, x_hat), atol=1e-6), "QDrop"
 
 # %% [markdown]
-# All three are one loop over units with other settings; these are all that differ:
+# AdaRound, BRECQ and QDrop are one loop over *units*, layers or blocks, with other settings; these are all
+# that differ (`learn_bias` moves the biases along, `drop` is QDrop's probability):
 
 # %%
 settings = {name: dataclasses.asdict(builder.learning(name)) for name in LEARNED}
@@ -343,8 +344,8 @@ study.save(lowbit.unit_errors(drawn, text), "06_unit_errors")
 
 # %%
 print(
-    f"- {name} at {bits} bits: {moved:.0%} of the weights do better with another code "
-    f"than the nearest; the output's error falls to {learned / nearest:.0%}."
+    f"- {name} at {bits} bits: {moved:.0%} of the weights end at another code than the "
+    f"nearest; together they bring the output's error to {learned / nearest:.0%}."
 )
 kept = units.note.str.contains("kept").sum()
 print(

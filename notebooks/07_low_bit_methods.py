@@ -15,8 +15,9 @@
 # (points). Learned by the method that a fixed order names first, not picked on test images, it loses 0.35
 # [0.01, 0.69] at W4A4, 1.43 [0.97, 1.88] at W3A3, 5.06 [4.43, 5.69] at W2A2 (QDrop + augmented fine-
 # tuning, 5 seeds). Of those that learn nothing, the best lose 1.16 at W4A4 (bias correction) and 5.47 at
-# W3A3 (analytic bias correction). Training with labels loses 0.78 at W3A3 and 4.71 at W2A2; the better of
-# Brevitas' two methods, in its own convention, 0.69 at W4A4, 2.82 at W3A3, 18.46 at W2A2.
+# W3A3 (analytic bias correction). Training with labels loses 0.78 to 1.01 at W3A3 and 4.08 to 4.71 at
+# W2A2; the better of Brevitas' two methods, in its own convention, 0.69 at W4A4, 2.82 at W3A3, 18.46 at
+# W2A2.
 # <!-- /findings -->
 #
 # **Question.** How much of what 4, 3 and 2 bits cost can be won back without training, and by which
@@ -97,19 +98,20 @@ iterations = builder.iterations
 # layer quantized, first and last at the same bits as the rest, residual stream and image at 8 bits; all
 # $2^b$ levels of a weight, with a zero-point for each channel.
 #
-# `+ end to end` goes on with the steps, scales and biases of the whole network together, against the
-# float network's logits, every weight keeping its code, for half as many iterations. `+ fine-tuning` lets
-# the codes move as well (QFT, Finkelstein et al. 2022, arXiv:2212.02634), mirrors half of the images and
-# takes as many iterations, still on the calibration images alone and without labels; `+ long
-# fine-tuning` takes three times as many. A thousand images are soon known by heart: `+ augmented
-# fine-tuning` takes as many as that, moves every image by up to a pixel and in every other batch mixes
-# up to half of another image into each (Zhang et al. 2018, arXiv:1710.09412), with the float network's
-# answer for just that image as the target. `+ Fisher` learns with the other loss; `+` a correction
-# applies it to what was learned.
+# `+ end to end` goes on with all scales, of activations and weights, and the biases of the whole
+# network together, against the float network's logits, every weight keeping its code, for half as many
+# iterations as a unit learns. `+ fine-tuning` lets the codes move as well (QFT, Finkelstein et al.
+# 2022, arXiv:2212.02634), mirrors half of the images and takes as many iterations as a unit, still on
+# the calibration images alone and without labels; `+ long fine-tuning` takes three times as many. A
+# thousand images are soon known by heart: `+ augmented fine-tuning` takes as many as the long one,
+# moves every image by up to a pixel and in every other batch mixes up to half of another image into
+# each (Zhang et al. 2018, arXiv:1710.09412), with the float network's answer for just that image as the
+# target. `+ Fisher` learns with the other loss; `+` a correction applies it to what was learned.
 
 # %%
 full = "8/8,4/8,4/4,3/3,2/4,2/2,2/2/8"
 widths = study.choose(widths, smoke="4/4,2/2", full=full).split(",")
+narrowest = min(widths, key=lambda width: [int(bits) for bits in width.split("/")])
 named = {"auto": METHODS, "none": ()}.get(methods, methods.split(","))
 methods = builder.check(named)
 allowed.check(best_method=best_method, rivals=rivals)
@@ -118,8 +120,7 @@ print("methods:", ", ".join(methods) or "none")
 print("widths:", "; ".join(name_of(width) for width in widths))
 
 # %% [markdown]
-# A name is built by the functions of `quantlab.improving`, in order; the best method so far is these
-# three calls:
+# A name is built by the functions of `quantlab.improving`, in order; the headline's is these four lines:
 #
 #     learning = ReconstructConfig.preset("qdrop", iterations=500)
 #     qmodel = reconstruct(network, stats, images, config, learning)
@@ -135,7 +136,7 @@ start = best_method.split(" + ")[0]
 
 def is_measured(width, method, s):
     if study.smoke and method.split(" + ")[0] in LEARNED:
-        return width == widths[-1]
+        return width == narrowest
     if method in ("nearest", start, best_method):
         return True
     return s == seed and (method not in LEARNED or width in ("4/4", "3/3"))
@@ -281,8 +282,8 @@ def measures(qmodel):
 
 # %%
 def try_tuning(config):
-    narrowest = config_of(widths[-1], **convention)
-    learned = builder.build("QDrop", narrowest)  # kept: it is learned once
+    # kept: it is learned once
+    learned = builder.build(start, config_of(narrowest, **convention))
     images = study.calibration()
     qmodel = tune_end_to_end(study.network, learned, images, config, verbose=False)
     return {
@@ -336,14 +337,12 @@ for width in [] if keep == "none" else keep.split(","):
 # ## What we learned
 
 # %%
-means = frame.groupby(["width", "name"], sort=False)["drop"].mean()
+means = frame.groupby(["width", "name"], sort=False)["drop"].agg(["mean", "count"])
 for width in [w for w in widths if w in frame.width.values]:
-    lost = means[width]
-    nearest = f"; nearest rounding {lost['nearest']:+.2f}" if "nearest" in lost else ""
-    print(
-        f"- {name_of(width)}: {lost.min():+.2f} points lost with {lost.idxmin()}, the "
-        f"least of {len(lost)} methods{nearest}."
-    )
+    lost = means.loc[width].to_dict("index")
+    said = [f"{lost[name]['mean']:+.2f} points lost with {name} ({lost[name]['count']} "
+            "seed(s))" for name in (best_method, start, "nearest") if name in lost]
+    print(f"- {name_of(width)}: {', '.join(said)}.")
 
 # %%
 against = dict.fromkeys(METHODS[1:5], "nearest")  # they learn nothing
@@ -351,13 +350,13 @@ against |= {"BRECQ": "AdaRound", "QDrop": "BRECQ", "QDrop + end to end": "QDrop"
 against |= {"QDrop + fine-tuning": "QDrop + end to end"}
 against |= {"QDrop + long fine-tuning": "QDrop + fine-tuning"}
 against |= {"QDrop + augmented fine-tuning": "QDrop + long fine-tuning"}
-single = frame[frame.seed == seed].set_index(["name", "width"])["drop"]
+by_seed = frame.pivot_table("drop", ["width", "seed"], "name", sort=False)
 for name, other in against.items():
-    both = [w for w in widths if (name, w) in single and (other, w) in single]
-    if both:
-        won = {w: single[other, w] - single[name, w] for w in both}
-        won = "; ".join(f"{name_of(w)} {points:+.2f}" for w, points in won.items())
-        print(f"- {name} against {other}, points won: {won}.")
+    if {name, other} <= set(by_seed):
+        won = (by_seed[other] - by_seed[name]).dropna().groupby("width", sort=False)
+        won = won.agg(["mean", "count"]).itertuples()
+        won = [f"{name_of(w)} {points:+.2f} ({n} seed(s))" for w, points, n in won]
+        print(f"- {name} against {other}, points won: {'; '.join(won) or 'none'}.")
 
 # %%
 for row in fisher.itertuples():
@@ -378,13 +377,13 @@ for row in fisher.itertuples():
 # | BatchNorm re-estimation |  |  | 5.63 [4.99, 6.27] | 7.68 [6.98, 8.38] |  | 24.37 [23.39, 25.34] |  |
 # | AdaRound |  |  | 0.57 [0.21, 0.93] | 1.53 [1.04, 2.02] |  |  |  |
 # | BRECQ |  |  | 0.65 [0.30, 1.00] | 1.75 [1.27, 2.23] |  |  |  |
-# | QDrop | 0.14 [-0.00, 0.28] | 0.32 [0.08, 0.56] | 0.67 [0.33, 1.02] | 1.90 [1.42, 2.38] | 2.44 [1.94, 2.94] | 7.40 [6.70, 8.09] | 6.24 [5.58, 6.90] |
+# | QDrop | 0.14 [0.00, 0.28] | 0.32 [0.08, 0.56] | 0.67 [0.33, 1.02] | 1.90 [1.42, 2.38] | 2.44 [1.94, 2.94] | 7.40 [6.70, 8.09] | 6.24 [5.58, 6.90] |
 # | QDrop + end to end |  |  | 0.48 [0.13, 0.83] | 1.30 [0.84, 1.76] |  | 6.81 [6.13, 7.48] |  |
 # | QDrop + fine-tuning |  |  | 0.45 [0.10, 0.79] | 1.55 [1.09, 2.01] |  | 5.68 [5.03, 6.33] |  |
 # | QDrop + long fine-tuning |  |  | 0.41 [0.07, 0.75] | 1.41 [0.95, 1.86] |  | 5.37 [4.73, 6.01] |  |
 # | QDrop + augmented fine-tuning | 0.05 [-0.08, 0.19] | 0.24 [0.01, 0.47] | 0.35 [0.01, 0.69] | 1.43 [0.97, 1.88] | 1.40 [0.94, 1.86] | 5.06 [4.43, 5.69] | 4.50 [3.89, 5.10] |
 #
-# Learned, beside the goals set beforehand; with activations of 8 bits an interval that holds 0 is enough (cifar10-jpeg):
+# Beside the goals set beforehand, learned where that was measured; with activations of 8 bits an interval that holds 0 is enough (cifar10-jpeg):
 #
 # | Network | Width | Method | Levels | Seeds | Points lost | Nearest | Required | Aim | Reached |
 # | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |
@@ -412,8 +411,8 @@ for row in fisher.itertuples():
 # | Brevitas learned round | its own | 0.11 [-0.02, 0.24] | 1.10 [0.72, 1.48] | 4.03 [3.47, 4.59] | 21.96 [21.00, 22.91] |
 # | ours, nearest | Brevitas' | 0.06 [-0.07, 0.19] | 1.18 [0.75, 1.61] | 4.99 [4.36, 5.61] | 40.57 [39.49, 41.64] |
 # | ours, QDrop + augmented fine-tuning | Brevitas' |  | 0.33 [0.02, 0.64] | 1.32 [0.88, 1.76] | 4.58 [3.96, 5.19] |
-# | trained with labels, 2,109 steps | ours |  |  | 0.78 [0.31, 1.25] | 4.71 [4.07, 5.34] |
-# | trained with labels, 3,516 steps | ours |  |  | 1.01 [0.53, 1.49] | 4.08 [3.46, 4.70] |
+# | trained with labels, 2,109 steps, codes at 0.01 | ours |  |  | 0.78 [0.31, 1.25] | 4.71 [4.07, 5.34] |
+# | trained with labels, 3,516 steps, codes at 0.003/0.01 | ours |  |  | 1.01 [0.53, 1.49] | 4.08 [3.46, 4.70] |
 # <!-- /findings -->
 #
 # Next: [08_mixed_precision](08_mixed_precision.ipynb), which layer needs its bits, and why papers

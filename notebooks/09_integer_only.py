@@ -189,13 +189,13 @@ print(
 # ## 2. Two ways to round
 # *Single* rounding, as above, rounds the 64-bit product once. *Double* rounding is gemmlowp's, made for
 # processors without 64-bit products: first the upper half of the doubled product, then a division by a
-# power of two, each of them rounded. The published example on which they disagree:
+# power of two, each of them rounded. An example on which they disagree:
 
 # %%
 def single(x, q, shift):
     return (x * q + (1 << (30 - shift))) >> (31 - shift)
 
-def double(x, q, shift):  # for shift <= 0
+def double(x, q, shift):  # for shift < 0
     high = (x * q + (1 << 30)) >> 31
     half = 1 << (-shift - 1)
     away = high + half if high >= 0 else high + half - 1  # ties away from zero
@@ -278,7 +278,8 @@ codes = reference.codes(batch)
 assert not any(t.is_floating_point() for t in codes.values()), "integers to the logits"
 logits = codes["logits"]
 print(f"{len(codes)} edges; logits {logits.dtype}, {logits.min()} to {logits.max()}")
-show(report.drop(columns=["bops", "live_bytes"]).head(6).round(4))
+first = report.drop(columns=["bops", "live_bytes"]).head(6)
+show(first.style.format({"multiplier": "{:.3g}"}))
 
 # %% [markdown]
 # The reference runs int32 tensors and is made to be read. The fast executor keeps int8 codes in memory
@@ -306,6 +307,8 @@ print(f"{equal} of {len(slow)} edges equal, code for code, on {len(few)} images"
 # %%
 one_rounding = alone[alone.rounding == "single"]
 assert one_rounding.max_difference.max() <= 1, "one operation: at most one code off"
+assert (one_rounding.ties == one_rounding.differing).all(), "and next to a tie"
+assert alone[alone.rounding == "double"].from_tie.max() > proof.TIE, "this can fail"
 groups = alone.groupby(["network", "rounding", "simulation"], sort=False)
 table = groups.agg(
     codes=("values", "sum"), differing=("differing", "sum"),
@@ -550,7 +553,7 @@ show(agreement.round(2))
 
 # %% [markdown]
 # ## 5. What it costs
-# Accumulators need far fewer than 32 bits; an add needs its 20 fractional ones. Operations in bits
+# With few bits accumulators need far fewer than 32; an add needs its 20 fractional ones. Operations in bits
 # (BOPs) count a multiplication of a $b_w$-bit weight with a $b_x$-bit code as $b_w b_x$ (van Baalen et
 # al. 2020, arXiv:2005.07093).
 

@@ -90,8 +90,9 @@ show(Markdown(findings.overview(counted)))
 # %% [markdown]
 # ## 1. The headline
 # Points lost are against the float network on the same images, with a paired 95 % interval. For each
-# network: float, the tool that loses least, integers alone, and at each width one method, fixed
-# beforehand and not picked by its accuracy on the test images.
+# network: float; of the other tools the one that loses least on these images, which is to our
+# disadvantage; integers alone; and at each width one method of ours, fixed beforehand and not picked by
+# its accuracy on the test images.
 
 # %%
 show(Markdown(tables.markdown(tables.headline(counted, brief=True))))
@@ -168,7 +169,8 @@ else:
 
 # %% [markdown]
 # ## 5. Every configuration
-# The same columns as the headline's, for all that has been measured.
+# The same columns as the headline's. Single steps of notebook 10, and nearest rounding at widths that are
+# not in the headline, are in `results/published.csv` alone.
 
 # %%
 show(Markdown(tables.markdown(tables.headline(counted))))

@@ -47,7 +47,7 @@ def edge_errors(model, qmodel, batches):
         signal, noise, own = sums[node].tolist()
         ratios[node] = noise / max(signal, 1e-300)
         rows.append({
-            "edge": edge_name(node), "role": qmodel.plan.stores.get(origins[node], "read"),
+            "edge": edge_name(node), "role": qmodel.plan.stores.get(edge_name(node), "read"),
             "bits": quantizer.qparams.bits, "sqnr": decibels(signal, noise),
             "own_sqnr": decibels(signal, own)})
     frame = pd.DataFrame(rows).assign(added_db=_added_noise(qmodel.graph, ratios))

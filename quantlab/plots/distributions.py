@@ -31,6 +31,8 @@ def ridges(density, text, ranges=None, title="Every layer before and after its R
     colours = sns.color_palette("crest", len(layers))
     extents = before.groupby("layer").x.agg(["min", "max"])
     limits = extents["min"].quantile(0.05), extents["max"].quantile(0.95) * 1.12
+    wider = ((extents["min"] < limits[0]) | (extents["max"] > limits[1])).sum()
+    label = f"value ({wider} layer(s) reach farther)" if wider else "value"
     for i, layer in enumerate(layers):
         panel, base = axes[i // rows], -(i % rows)
         _layer_ridge(panel, density[density.layer == layer], base, colours[i], limits[1])
@@ -41,7 +43,7 @@ def ridges(density, text, ranges=None, title="Every layer before and after its R
     for column, panel in enumerate(axes):
         named = layers[column * rows : (column + 1) * rows]
         panel.set_yticks([-i for i in range(len(named))], named, fontsize=7.5)
-        panel.set(xlim=limits, ylim=(-rows + 0.6, 1.9), xlabel="value")
+        panel.set(xlim=limits, ylim=(-rows + 0.6, 1.9), xlabel=label)
         panel.axvline(0, color=INK, linewidth=0.6, alpha=0.5)
         open_rows(panel)
     if ranges is not None:
@@ -127,7 +129,8 @@ def tails(table, text, expected):
     for (k, normal), colour, marker in zip(expected.items(), colours, "osD^vP"):
         fraction = table[f"beyond_{k}"].where(table[f"beyond_{k}"] > 0)
         look = dict(color=colour, linewidth=1, marker=marker, markersize=4)
-        left.plot(table.order, fraction, label=f"beyond {k} σ", **look)
+        label = f"beyond {k} σ" + (f" (normal: {normal:.0e})" if normal <= 1e-7 else "")
+        left.plot(table.order, fraction, label=label, **look)
         if normal > 1e-7:
             look = DASHED | {"color": colour}
             left.axhline(normal, label=f"normal distribution, {k} σ", **look)
@@ -159,7 +162,8 @@ def channel_spread(channels, costs, text, bits):
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, **size)
     _draw_channels(top, [channels[channels.layer == layer].share.to_numpy() for layer in layers])
     top.set(ylim=(-0.12, 1.05), ylabel="channel's largest / layer's largest")
-    top.set_title("How much of the layer's range does a channel use? Red: dead channels, counted")
+    red = " Red: dead channels, counted" if (channels.share <= 0).any() else ""
+    top.set_title(f"How much of the layer's range does a channel use?{red}")
     bottom.bar(places, costs.gain_db, color=RED, width=0.6)
     bottom.set_ylabel(f"dB lost at {bits} bits")
     bottom.set_xlim(-0.7, len(layers) - 0.3)

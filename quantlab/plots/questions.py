@@ -152,7 +152,7 @@ def error_by_range(curve, text):
     for panel, name, part in parts:
         for (colour, style), (measured, line) in zip(looks, part.groupby("measured", sort=False)):
             best = line.loc[line.sqnr.idxmax()]
-            label = f"{measured}: best at {best.share:.0%} of it"
+            label = f"{measured}: best at {best.share:.0%} of the range"
             panel.plot(line.share, line.sqnr, style, color=colour, label=label)
             panel.plot(best.share, best.sqnr, "o", color=colour)
         panel.set(xlabel="clip range, fraction of the whole", title=f"Quantized: {name}")

@@ -66,7 +66,7 @@ def range_tradeoff(table, text):
         best = total.idxmin()
         panel.plot(part.share[best], total[best], "o", color=INK)
         panel.set_xlabel("clip range, fraction of the whole")
-        panel.set_title(f"{bits} bits: best at {part.share[best]:.0%} of it")
+        panel.set_title(f"{bits} bits: best at {part.share[best]:.0%} of the range")
     figure.axes[0].set_ylabel("mean squared error")
     legend(figure.axes[-1])
     return caption(figure, text)
@@ -97,6 +97,7 @@ def edge_report(frame, text, named=4):
     axes.plot(worst.order, worst.sqnr, "D", color=RED, markersize=7, label="adds most noise")
     for i, row in enumerate(worst.itertuples()):
         place = dict(xytext=(6, -20 - 26 * (i % 2)), textcoords="offset points", va="top")
+        place["arrowprops"] = dict(arrowstyle="-", color=RED, linewidth=0.6)
         words = f"{row.edge}\n+{row.added_db:.1f} dB"
         axes.annotate(words, (row.order, row.sqnr), fontsize=7.5, color=RED, **place)
     low, high = axes.get_ylim()

@@ -73,6 +73,10 @@ def test_notebook_04_computes_the_same_report_by_hand(resnet20, stats, digits):
     theirs = edge_errors(resnet20, space["qmodel"], digits.calibration(64, 100))
     pd.testing.assert_frame_equal(space["report"], theirs)
     assert theirs.added_db.notna().sum() > 10
+    plan, quantizers = space["qmodel"].plan, space["qmodel"].quantizer_nodes
+    again = theirs.role.eq("read")  # a stored value, rounded once more in front of a layer
+    assert again.sum() == len(quantizers) - len(plan.stores) > 0
+    assert (theirs.bits[again] == 4).all() and (theirs.bits[theirs.role == "residual"] == 8).all()
 
 
 class Small(nn.Module):

@@ -44,7 +44,7 @@ WRONG = {
         scale = x.q_scale() * weight_scales(layer.weight())
         sums = torch.nn.functional.conv2d(
             x.int_repr().double(), layer.weight().int_repr().double(),
-            torch.round(layer.bias() / scale), layer.stride, layer.padding)
+            layer.bias() / scale, layer.stride, layer.padding)
         steps = torch.round(sums * (scale / layer.scale).view(-1, 1, 1))
         return (steps + layer.zero_point).clamp(0, 255).int()
         """, "codes are not the kernel's. An input of zeros leaves the bias"),
@@ -100,7 +100,7 @@ ALSO = {
         scale = x.q_scale() * weight_scales(layer.weight())
         sums = torch.nn.functional.conv2d(
             x.int_repr().double() - x.q_zero_point(), layer.weight().int_repr().double(),
-            torch.round(layer.bias() / scale), layer.stride, layer.padding)
+            layer.bias() / scale, layer.stride, layer.padding)
         steps = torch.round(sums * (scale / layer.scale).view(-1, 1, 1))
         return (steps + layer.zero_point).clamp(min=0).int()
         """, "ends at code 255"),
