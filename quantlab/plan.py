@@ -72,7 +72,7 @@ def make_plan(graph):
     last = _without_another(dict(reversed(kinds.items())), lambda node: node.users)
     reads = {n.name: _behind_rearranging(n.args[0], kinds) for n in compute}
     adds = [n for n in kinds if kinds[n] == "add"]
-    operands = {_holder(a, kinds) for n in adds for a in n.all_input_nodes}
+    operands = {holder_of(a, kinds) for n in adds for a in n.all_input_nodes}
     stores = {}
     for node in kinds:
         if kinds[node] == "input":
@@ -80,7 +80,7 @@ def make_plan(graph):
         elif _is_stored(node, kinds):
             residual = node in operands or kinds[_producer(node, kinds)] == "add"
             stores[node.name] = "residual" if residual else "activation"
-    holders = {value.name: _holder(value, kinds).name for value in reads.values()}
+    holders = {value.name: holder_of(value, kinds).name for value in reads.values()}
     sources = {value: holder for value, holder in holders.items() if holder in stores}
     floats = {n.name: why for n in kinds if (why := why_float(n, kinds, graph))}
     return Plan(stores, {k: v.name for k, v in reads.items()}, sources, first, last, floats)
@@ -132,7 +132,7 @@ def _only_user(node, kinds):
     return found[0] if len(found) == 1 else None
 
 
-def _holder(node, kinds):
+def holder_of(node, kinds):
     """The node that holds the codes which `node` passes on."""
     while kinds[node] in PASSES_CODES or (kinds[node] == "clamp" and not _ends_group(node, kinds)):
         node = node.args[0]

@@ -11,8 +11,8 @@ import torch
 from quantlab import observers
 from quantlab.affine import MIN_SCALE, choose_qparams, fake_quantize
 from quantlab.config import QuantConfig
-from quantlab.graph import find_kinds, folded
-from quantlab.plan import make_plan
+from quantlab.graph import find_kinds, folded, operation_name
+from quantlab.plan import holder_of, make_plan
 from quantlab.quantized import QuantizedNetwork, add_quantizer, find_node, round_bias
 from quantlab.system.errors import checked
 
@@ -59,9 +59,13 @@ def layers(graph):
 def _insert_quantizers(graph, plan, edges, config):
     """A Quantizer behind every stored value; layer -> QParams of what it reads (None: float).
 
-    Where a layer reads fewer bits than are stored, a second one stands in front of it.
+    Where a layer reads fewer bits than are stored, a second one stands in front of it. Behind a
+    clamp of stored codes the same codes round its bounds, unless these are zero and infinity.
     """
-    nodes = {n.name: n for n in graph.graph.nodes}
+    kinds = find_kinds(graph)
+    nodes = {n.name: n for n in kinds}
+    clamps = {n: holder_of(n, kinds).name for n in kinds
+              if kinds[n] == "clamp" and operation_name(n, graph) != "relu"}
     required = {layer: config.layer_bits(plan, layer)[1] for layer in plan.reads}
     stored = {}
     for name, role in plan.stores.items():
@@ -69,10 +73,10 @@ def _insert_quantizers(graph, plan, edges, config):
         if bits is None:
             continue
         stored[name] = choose_edge_qparams(edges[name], bits, config)
-        users = list(nodes[name].users)
-        quantizer = add_quantizer(graph, nodes[name], name, stored[name])
-        for user in users:
-            user.replace_input_with(nodes[name], quantizer)
+        _read_codes(graph, nodes[name], stored[name])
+    for node, holder in clamps.items():
+        if holder in stored and node.name not in stored:
+            _read_codes(graph, node, stored[holder])
     inputs, narrow = {}, {}
     for layer, value in plan.reads.items():
         bits = required[layer]
@@ -86,6 +90,14 @@ def _insert_quantizers(graph, plan, edges, config):
             nodes[layer].replace_input_with(read, quantizer)
         inputs[layer] = q
     return inputs
+
+
+def _read_codes(graph, node, q):
+    """Let all who read a node read the values of its codes."""
+    users = list(node.users)
+    quantizer = add_quantizer(graph, node, node.name, q)
+    for user in users:
+        user.replace_input_with(node, quantizer)
 
 
 def _stored_bits(name, role, plan, required, config):

@@ -123,6 +123,9 @@ class Average(Operation):
 
     def _set_size(self, shape):
         """Scale and multiplier for inputs of this shape."""
+        if any(d % len(shape) == 0 for d in self.dims or ()):
+            raise UserError(f"{self.name} averages over the images of a batch, so what it gives an "
+                            "image depends on the others; average over its other dimensions")
         count = self._count(shape)
         most = int(count.max())
         self.accumulator_bits = signed_bits(-most * self.largest, most * self.largest)

@@ -84,3 +84,48 @@ def test_torchvision_networks(name):
     assert set(frame.edge) | {"x"} == {edge for edge, _ in qmodel.quantizers.named_children()}
     assert equal_codes(imodel.codes(x[:1]), to_integer(qmodel).codes(x[:1]))
     assert imodel.report((3, 64, 64)).accumulator_bits.max() <= 32
+
+
+class ClampBeside(nn.Module):
+    """A clamp of a value that someone else reads as well: nothing is stored anew behind it."""
+
+    def __init__(self, clamp, image=False):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.fc, self.clamp, self.image = nn.Linear(3, 5), clamp, image
+
+    def forward(self, x):
+        y = x if self.image else self.a(x)
+        return self.fc(F.relu(y + self.b(self.clamp(y))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("clamp", [nn.ReLU6(), nn.Hardtanh(-0.7, 1.3), nn.ReLU()], ids=str)
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("changes", [
+    {}, {"act_symmetric": True}, {"residual_bits": 4}, {"act_bits": 4, "weight_bits": 4}], ids=str)
+def test_bounds_of_a_clamp_are_codes(clamp, image, changes):
+    """In the simulation as in integers: what a layer reads lies on its grid, and is the same."""
+    torch.manual_seed(0)
+    model, x = ClampBeside(clamp, image).eval(), 8 * torch.randn(4, 3, 12, 12)
+    qmodel = ql.quantize(model, ql.collect(model, [x]), ql.QuantConfig(**changes)).double()
+    read = []
+    qmodel.layers["b"].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    qmodel(x.double())
+    q = qmodel.reads("b")
+    off = read[0] / q.scale.double() - torch.round(read[0] / q.scale.double())
+    assert off.abs().max() < 1e-4  # a code in float32, times a scale in float32
+    frame = proof.per_operation(qmodel, to_integer(qmodel), [x.double()])
+    assert frame.max_difference.max() <= 1 and (frame.differing == frame.ties).all()
+
+
+def test_a_mean_over_the_images_of_a_batch_is_refused():
+    class Mean(ClampBeside):
+        def forward(self, x):
+            return self.fc(F.relu(self.a(x)).mean(self.dims, keepdim=True).flatten(1))
+
+    model, x = Mean(F.relu).eval(), torch.randn(4, 3, 8, 8)
+    for model.dims in ((0, 2, 3), (-4, -2, -1)):
+        qmodel = ql.quantize(model, ql.collect(model, [x]))
+        for executor in ("reference", "fast"):
+            with pytest.raises(ql.UserError, match="mean.* averages over the images of a batch"):
+                to_integer(qmodel, executor=executor)(x)
