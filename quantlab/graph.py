@@ -140,8 +140,14 @@ def normalize(graph):
 
 def _is_of_torch(node, graph):
     """True for calls of torch's and Python's own functions, methods and modules."""
-    made = type(graph.get_submodule(node.target)) if node.op == "call_module" else node.target
-    return (getattr(made, "__module__", None) or "torch").startswith(("torch", "_operator"))
+    module = node.op == "call_module"
+    return _is_known(type(graph.get_submodule(node.target)) if module else node.target)
+
+
+def _is_known(made):
+    """True for a class or function of torch or Python, whose name says what it computes."""
+    where = (getattr(made, "__module__", None) or "torch").split(".")[0]
+    return where in ("torch", "torchvision", "_operator", "builtins", "math")
 
 
 # ---- What every node is --------------------------------------------------------------------------
@@ -149,9 +155,10 @@ def _is_of_torch(node, graph):
 
 def call_name(node):
     """Name of the function or method that a node calls; '' for other nodes."""
-    if node.op == "call_method":
-        return node.target
-    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    if node.op != "call_function":
+        return node.target if node.op == "call_method" else ""
+    name = getattr(node.target, "__name__", "")
+    return name if _is_known(node.target) else f"{node.target.__module__}.{name}"
 
 
 def operation_name(node, graph):
@@ -210,9 +217,11 @@ def _kind(node, graph, inputs):
 
 def _module_kind(module):
     """The kind of a module whose forward is torch's own: a subclass may compute anything."""
-    own = type(module).forward.__module__.startswith("torch.nn.modules.")
+    from quantlab.system.forms import has_own_forward  # here, as it is only needed with a network
+
     found = next((k for k, types in MODULE_KINDS.items() if isinstance(module, types)), "other")
-    return found if own and not getattr(module, "return_indices", False) else "other"
+    own = has_own_forward(module) or getattr(module, "return_indices", False)
+    return "other" if own else found
 
 
 def readers_of(node, kinds):

@@ -3,6 +3,13 @@
 KNOWN = "only layers, adds, averages, BatchNorm, clamps, pools and rearranging have one"
 
 
+def has_own_forward(module):
+    """True where a module computes otherwise than torch's class: by its subclass, or by itself."""
+    made = [vars(c) for c in type(module).__mro__ if not c.__module__.startswith("torch.nn.")]
+    return any(name in own for own in (vars(module), *made)
+               for name in ("forward", "_conv_forward"))
+
+
 def why_float(node, kinds, graph):
     """The reason for which a node of a float graph has no integer form; None where it has one.
 
@@ -21,7 +28,7 @@ def _name(node, module):
 
 
 def _other(node, module, kinds):
-    if module is not None and not type(module).forward.__module__.startswith("torch.nn.modules."):
+    if module is not None and has_own_forward(module):
         return "its forward is not torch's own"
     if node.kwargs.get("return_indices") or getattr(module, "return_indices", False):
         return "it returns indices too"

@@ -11,6 +11,7 @@ from torch import fx, nn
 import quantlab as ql
 from quantlab.calibration import watch
 from quantlab.graph import find_kinds, folded, trace
+from quantlab.inplace import written_in_place
 from quantlab.plan import make_plan
 
 IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -183,6 +184,63 @@ def test_a_layer_of_the_callers_own_is_not_taken_for_torchs():
     graph = fx.GraphModule(model, Leaves().trace(model))
     plan = make_plan(folded(graph))
     assert list(plan.reads) == ["_1"] and list(plan.floats) == ["_0"]
+
+
+def test_a_layer_whose_forward_was_replaced_is_not_taken_for_torchs():
+    class Standardized(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight / weight.std(), bias)
+
+    class Leaves(fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return True
+
+    replaced = nn.Conv2d(4, 4, 3, padding=1)
+    replaced.forward = lambda x: F.conv2d(F.pad(x, (1, 1, 1, 1), "circular"), replaced.weight)
+    model = nn.Sequential(Standardized(3, 4, 1), replaced, nn.Conv2d(4, 2, 1)).eval()
+    graph = folded(fx.GraphModule(model, Leaves().trace(model)))
+    plan = make_plan(graph)
+    assert list(plan.reads) == ["_2"] and list(plan.floats) == ["_0", "_1"]
+    assert set(plan.floats.values()) == {"its forward is not torch's own"}
+
+
+@fx.wrap
+def add(a, b):
+    return a + 0.5 * b
+
+
+@fx.wrap
+def relu(x):
+    return x.relu() - 1
+
+
+@fx.wrap
+def flatten(x):
+    return 3 * x.flatten(1)
+
+
+class Namesakes(nn.Module):
+    """Functions of the caller's own that are called like torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = relu(self.a(x))
+        return self.fc(flatten(add(y, self.b(y)).mean((2, 3), keepdim=True)))
+
+
+def test_a_function_of_the_callers_own_is_not_taken_for_torchs():
+    torch.manual_seed(0)
+    model, x = Namesakes().eval(), torch.randn(4, 3, 8, 8)
+    qmodel = ql.quantize(model, ql.collect(model, [x]))
+    assert list(qmodel.plan.floats) == ["relu", "add", "flatten"]
+    torch.testing.assert_close(qmodel(x), model(x), rtol=0, atol=0.02)
+    assert torch.equal(written_in_place(qmodel)(x), qmodel(x))
+    with pytest.raises(ql.UserError, match="relu"):
+        ql.to_integer(qmodel)
 
 
 def test_deep_chains_are_planned_in_no_time():
