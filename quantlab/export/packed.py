@@ -42,11 +42,14 @@ from quantlab.quantized import (
     find_quantizer,
     weight_bytes,
 )
+from quantlab.system.contract import unsaid
 from quantlab.system.errors import UserError, checked, one_line
 from quantlab.system.files import check_regular, save_tensors
 from quantlab.system.schema import check
 
-VERSION = 3  # 1 had no plan: it was the one that make_plan decides; 2 had no image_shape
+# 1 had no plan: it was the one that make_plan decides; 2 had no image_shape; 3 hashed what modules
+# print, which of some pools and of Upsample is not all
+VERSION = 4
 
 # ---- Save ----------------------------------------------------------------------------------------
 
@@ -114,7 +117,7 @@ def _quantizers(qmodel):
     ]
 
 
-def structure_hash(graph):
+def structure_hash(graph, version=VERSION):
     """sha256 of what a network is without its Quantizers and the values of its tensors: nodes,
     arguments, settings of modules, shapes.
     """
@@ -127,7 +130,8 @@ def structure_hash(graph):
         module = graph.get_submodule(node.target) if node.op == "call_module" else None
         arguments = torch.fx.node.map_arg((node.args, node.kwargs), names.get)
         target = node.target if isinstance(node.target, str) else node.target.__name__
-        digest.update(f"{node.op} {node.name} {target} {arguments} {module}\n".encode())
+        settings = f"{module}{unsaid(module) if version > 3 else ''}"
+        digest.update(f"{node.op} {node.name} {target} {arguments} {settings}\n".encode())
     for name, tensor in graph.state_dict().items():
         if not name.startswith(PREFIX):
             digest.update(f"{name} {list(tensor.shape)}\n".encode())
@@ -275,7 +279,7 @@ def _read(path):
 
 
 def _upgraded(path, about, graph):
-    """A description as version 3 has it; settings of version 1 that are gone are refused where they
+    """A description as version 4 has it; settings of version 1 that are gone are refused where they
     matter.
     """
     check(about.get("config"), dict, "config")
@@ -291,6 +295,8 @@ def _upgraded(path, about, graph):
                     "cannot read; quantize the network again")
     if about["version"] < 3:
         about = {"image_shape": None, **about}
+    if about["version"] < 4 and structure_hash(graph, 3) == about.get("graph"):
+        about = about | {"graph": structure_hash(graph)}
     return about | {"config": config, "version": VERSION}
 
 

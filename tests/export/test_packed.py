@@ -120,6 +120,34 @@ def test_files_hold_packed_codes_and_nothing_else(resnet20, stats, tmp_path):
     assert sizes.file_bytes["float"] / sizes.file_bytes["w2"] > 10
 
 
+@pytest.mark.parametrize("kind, settings", [
+    (nn.AvgPool2d, {"count_include_pad": False}), (nn.AvgPool2d, {"ceil_mode": True}),
+    (nn.AvgPool2d, {"divisor_override": 3}), (nn.Upsample, {"align_corners": True})], ids=str)
+def test_what_a_module_does_not_print_tells_networks_apart(kind, settings, tmp_path):
+    def network(**more):
+        torch.manual_seed(0)
+        plain = dict(scale_factor=2, mode="bilinear")
+        if kind is nn.AvgPool2d:
+            plain = dict(kernel_size=3, stride=2, padding=1)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), kind(**plain, **more), nn.Conv2d(8, 5, 3),
+                             nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+    model, other, x = network(), network(**settings), torch.randn(2, 3, 12, 12)
+    stats = ql.collect(model, [x])
+    with pytest.raises(ql.UserError, match="collected on another network"):
+        ql.quantize(other, stats)
+    path, qmodel = tmp_path / "model.safetensors", ql.quantize(model, stats)
+    ql.save_quantized(qmodel, path)
+    assert torch.equal(ql.load_quantized(path, network())(x), qmodel(x))
+    with pytest.raises(ql.UserError, match="was saved from another network"):
+        ql.load_quantized(path, other)
+    tensors, about = content(path)
+    about |= {"version": 3, "graph": packed.structure_hash(qmodel, 3)}  # as it was written once
+    about["sha256"] = packed._checksum(tensors, about)
+    safetensors.torch.save_file(tensors, path, {"quantlab": json.dumps(about)})
+    assert torch.equal(ql.load_quantized(path, network())(x), qmodel(x))
+
+
 # ---- Older files ---------------------------------------------------------------------------------
 
 
@@ -217,7 +245,7 @@ def test_every_damage_is_named(saved):
     with pytest.raises(ql.UserError, match="does not match its checksum"):
         ql.load_quantized(saved, tiny())
     edit(saved, lambda about: about.update(version=packed.VERSION + 1))
-    with pytest.raises(ql.UserError, match="has format version 4, this quantlab reads 1 to 3"):
+    with pytest.raises(ql.UserError, match="has format version 5, this quantlab reads 1 to 4"):
         ql.load_quantized(saved, tiny())
 
 
