@@ -83,7 +83,7 @@ def test_the_error_of_a_range_is_that_of_the_values_themselves(by_hand):
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_the_walk_is_the_one_of_pytorch_s_observer(by_hand, bits):
     """Its loops one bin at a time, as HistogramObserver's non-linear search has them."""
-    mass, ends, step = by_hand["mass"], by_hand["ends"], 1e-5
+    mass, ends, step = by_hand["mass"], by_hand["bin_ends"], 1e-5
     alpha, beta, start, end = 0.0, 1.0, 0, len(mass) - 1
     best = by_hand["error_of_range"](ends[0], ends[-1], bits)
     while alpha + step < beta - step:
