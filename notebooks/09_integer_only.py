@@ -307,8 +307,10 @@ print(f"{equal} of {len(slow)} edges equal, code for code, on {len(few)} images"
 # %%
 one_rounding = alone[alone.rounding == "single"]
 assert one_rounding.max_difference.max() <= 1, "one operation: at most one code off"
-assert (one_rounding.ties == one_rounding.differing).all(), "and next to a tie"
-assert alone[alone.rounding == "double"].from_tie.max() > proof.TIE, "this can fail"
+in_float64 = one_rounding[one_rounding.simulation == "float64"]
+assert (in_float64.ties == in_float64.differing).all(), "and next to a tie"
+assert one_rounding.from_tie.max() < 2**-12, "float32 errs a little more"
+assert alone[alone.rounding == "double"].from_tie.max() > 2**-12, "this can fail"
 groups = alone.groupby(["network", "rounding", "simulation"], sort=False)
 table = groups.agg(
     codes=("values", "sum"), differing=("differing", "sum"),
