@@ -36,11 +36,12 @@ def write_out_of_place(graph):
         memory[node] = _memory(node, graph, memory)
         if not _in_place(node, graph):
             continue
-        changed = node.kwargs.get("out", node.args[0])
+        out = node.kwargs.get("out")
+        changed = out or node.args[0]
         others = [
             n for n in memory if n not in (node, changed) and _overlap(memory[n], memory[changed])]
         late = [u for n in others for u in n.users if order[u] > order[node]]
-        if late or "out" in node.kwargs or node.target is operator.setitem:
+        if late or out or node.target is operator.setitem:
             reader = f", which {late[0].name} reads" if late else ""
             raise UserError(
                 f"node {node.name} ({operation_name(node, graph)}) changes {changed} in place and "
@@ -74,7 +75,7 @@ def _in_place(node, graph):
         return getattr(graph.get_submodule(node.target), "inplace", False)
     if not node.op.startswith("call_"):
         return False
-    return (_inplace_given(node) or "out" in node.kwargs or node.target is operator.setitem
+    return (_inplace_given(node) or node.kwargs.get("out") or node.target is operator.setitem
             or node.target in IN_PLACE_OPERATORS
             or call_name(node).endswith("_") and not call_name(node).startswith("__"))
 

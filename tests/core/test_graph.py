@@ -115,6 +115,8 @@ def one_chunk(network, y, z):
     changed(lambda network, y: F.leaky_relu(y, 0.5, inplace=True)),
     changed(lambda network, y: y.clamp_(0, 0.1)),
     changed(lambda network, y: (y.shape, y.mul_(2))),
+    lambda network, y, z: F.normalize(y, dim=1).mean((2, 3)),  # torch.fx records its out=None
+    lambda network, y, z: torch.add(y, z, out=None).mean((2, 3)),
 ])
 @torch.no_grad()
 def test_in_place_operations_that_can_be_written_out_are(change):
