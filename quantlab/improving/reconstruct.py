@@ -246,6 +246,7 @@ class _UnitLearner:
         self.generator = torch.Generator().manual_seed(learning.seed * 1009 + i)
         self.masks = Masks(learning.drop, self.generator)
         self.part, self.inputs, _ = task.part("quantized", i)
+        self.part.requires_grad_(False)  # of what is never learned; the stand-ins come next
         self.steps, self.roundings = swap(self.part, self._make_step, self._make_rounding)
         steps = [step.log_step for step in self.steps.values()]
         biases = [r.bias for r in self.roundings.values() if r.bias is not None]
@@ -281,7 +282,8 @@ class _UnitLearner:
             regularizer = sum(r.regularizer(beta) for r in self.roundings.values())
             total = loss + learning.weight_lambda * regularizer
         self.optimizer.zero_grad()
-        total.backward()
+        if total.requires_grad:  # else nothing of the unit is learned
+            total.backward()
         self.optimizer.step()
         self.schedule.step()
         return loss.detach()

@@ -149,7 +149,7 @@ class Tuner:
         self.graph = folded(model)
         check_origin(qmodel, self.graph)
         self.graph = self.graph.to(device()).requires_grad_(False)
-        self.network = copy.deepcopy(qmodel).to(device())
+        self.network = copy.deepcopy(qmodel).to(device()).requires_grad_(False)
         self.learned = swap(self.network, LearnedStep, self._make_layer)
         modules = [module for stand_ins in self.learned for module in stand_ins.values()]
         named = [parameter for module in modules for parameter in module.named_parameters()]
@@ -173,7 +173,8 @@ class Tuner:
                 images = images.to(device()).contiguous(memory_format=torch.channels_last)
                 value = loss(self.network(images), target.to(device()))
                 self.optimizer.zero_grad()
-                value.backward()
+                if value.requires_grad:  # else everything was left float
+                    value.backward()
             self.optimizer.step()
             self.schedule.step()
             yield value.detach()

@@ -435,6 +435,53 @@ def test_tuning_refuses(tiny, learned, change, message):
         tune_end_to_end(tiny[0], learned, tiny[2], TuneConfig(**dict(batch_size=16) | change))
 
 
+class Scaled(nn.Module):
+    """conv, `middle` with parameters of its own, that nothing learns, pool, linear."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.conv, self.middle, self.fc = nn.Conv2d(3, 8, 3), middle, nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(self.middle(self.conv(x)).relu().mean((2, 3)))
+
+
+def learn_twice(model, config=ql.QuantConfig(3, 3), method="brecq"):
+    """(network of `quantize`, after reconstruct, after tuning that, its Tuner)."""
+    images = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    stats = ql.collect(model, [images])
+    settings = rc.ReconstructConfig.preset(method, iterations=5, batch_size=16, lr=0.5)
+    learned = rc.reconstruct(model, stats, images, config, settings, verbose=False)
+    tuner = Tuner(model, learned, TuneConfig(5, lr=0.1))
+    labels = torch.arange(32) % 4
+    assert len(list(tuner.steps(itertools.repeat((images, labels)), F.cross_entropy))) == 5
+    return ql.quantize(model, stats, config), learned, tuner.quantized(), tuner
+
+
+# torch's GroupNorm ends the process where parameters want a gradient and a channels-last input none
+@pytest.mark.parametrize("middle", [nn.PReLU(8), nn.GroupNorm(2, 8)], ids=["prelu", "groupnorm"])
+def test_only_what_is_learned_gets_gradients(middle):
+    *networks, tuner = learn_twice(Scaled(middle).eval())
+    given = {id(p) for p in tuner.network.parameters() if p.grad is not None}
+    assert given and given == {id(p) for g in tuner.optimizer.param_groups for p in g["params"]
+                               if p.requires_grad}
+    for before, after in itertools.pairwise(networks):
+        assert all(p.grad is None for p in after.middle.parameters())
+        assert same(tensors(before.middle), tensors(after.middle))
+        assert not same(tensors(before), tensors(after))
+
+
+@pytest.mark.parametrize("method", ["adaround", "qdrop"])
+def test_what_is_left_float_stays_as_it_is(method):
+    model = Scaled(nn.PReLU(8)).eval()
+    floats = dict.fromkeys(["conv", "fc"])
+    config = ql.QuantConfig(
+        input_bits=None, layer_weight_bits=floats, layer_act_bits=floats | {"relu": None})
+    before, *after, _ = learn_twice(model, config, method)
+    assert not before.quantizer_nodes
+    assert all(same(tensors(before), tensors(network)) for network in after)
+
+
 def test_a_unit_of_constant_output_keeps_nearest_rounding():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     nn.init.constant_(model[0].bias, -100.0)
