@@ -9,10 +9,11 @@ import dataclasses
 import networkx as nx
 from torch import fx
 
-from quantlab.graph import find_kinds, readers_of
+from quantlab.graph import call_name, find_kinds, readers_of
 from quantlab.quantized import find_quantizer, origin
 
-FREE = ("shape", "constant")  # kinds of nodes that cost nothing: computed wherever they are read
+FREE = ("shape", "constant")  # kinds of nodes that cost nothing
+SEVERAL = ("chunk", "split", "tensor_split", "unbind")  # give views of one value, in a tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,19 @@ def find_units(qmodel, unit="block"):
     order = {n: i for i, n in enumerate(kinds)}
     done, units = set(), []
     for end in sorted(ends, key=order.get):
-        nodes = sorted((nx.ancestors(flow, end) | {end}) - done, key=order.get)
-        done |= {n for n in nodes if kinds[n] not in FREE}
+        left = nx.restricted_view(flow, done, ())  # nothing that only earlier units need
+        nodes = sorted(nx.ancestors(left, end) | {end}, key=order.get)
+        done |= {n for n in nodes if not _is_free(n, kinds)}
         units.append((end, [n for n in nodes if kinds[n] != "input"]))
     return [_unit(*unit, units[i + 1 :], kinds, qmodel) for i, unit in enumerate(units)]
+
+
+def _is_free(node, kinds):
+    """True for what is computed wherever it is read: it costs nothing, and a tuple of views could
+    not be kept. Of its items, a slice is a tuple again.
+    """
+    item = call_name(node) == "getitem" and _is_free(node.args[0], kinds)
+    return item or kinds[node] in FREE or call_name(node) in SEVERAL
 
 
 def _blocks(kinds, flow, qmodel):
@@ -80,7 +90,7 @@ def _blocks(kinds, flow, qmodel):
 def _unit(end, nodes, later, kinds, qmodel):
     inputs = dict.fromkeys(a.name for n in nodes for a in n.all_input_nodes if a not in nodes)
     read_later = {a for _, others in later for n in others for a in n.all_input_nodes}
-    outputs = [n for n in nodes if n == end or (n in read_later and kinds[n] not in FREE)]
+    outputs = [n for n in nodes if n == end or (n in read_later and not _is_free(n, kinds))]
     layers = tuple(n.name for n in nodes if kinds[n] == "compute")
     target = origin(qmodel, end).name
     return Unit(

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import itertools
 import math
+import operator
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from quantlab.graph import folded
 from quantlab.improving import learned as stand_ins
 from quantlab.improving import units
 from quantlab.improving.activations import Cache
+from quantlab.improving.corrections import correct_bias
 from quantlab.improving.tune import TuneConfig, Tuner, tune_end_to_end
 from quantlab.quantized import Quantizer, find_node
 
@@ -70,9 +72,19 @@ def same(a, b):
 # ---- Units ---------------------------------------------------------------------------------------
 
 
+def check_units(qmodel, found, x):
+    """The units one after the other compute what the network does; tensors lie between them."""
+    values = {n.name: x for n in qmodel.graph.nodes if n.op == "placeholder"}
+    for u in found:
+        part = units.extract(qmodel, u.nodes, u.inputs, u.outputs)
+        values |= dict(zip(u.outputs, part(*[values[i] for i in u.inputs]), strict=True))
+        assert all(isinstance(values[name], torch.Tensor) for name in u.outputs)
+    assert torch.equal(values[found[-1].output], qmodel(x))
+
+
 @pytest.mark.parametrize(("name", "layers", "blocks"), [
     ("resnet18", 21, 10), ("mobilenet_v2", 53, 33), ("densenet121", 121, 121),
-    ("googlenet", 58, 58),
+    ("googlenet", 58, 58), ("shufflenet_v2_x0_5", 57, 57),
 ])
 def test_units_of_torchvision_networks(name, layers, blocks):
     import torchvision
@@ -85,11 +97,7 @@ def test_units_of_torchvision_networks(name, layers, blocks):
     for kind, count in (("layer", layers), ("block", blocks)):
         found = units.find_units(qmodel, kind)
         assert len(found) == count and sum(len(u.layers) for u in found) == layers
-    values = {n.name: x for n in qmodel.graph.nodes if n.op == "placeholder"}
-    for u in found:  # the units one after the other compute what the network does
-        part = units.extract(qmodel, u.nodes, u.inputs, u.outputs)
-        values |= dict(zip(u.outputs, part(*[values[i] for i in u.inputs]), strict=True))
-    assert torch.equal(values[found[-1].output], qmodel(x))
+    check_units(qmodel, found, x)
 
 
 def test_units_of_resnet20(resnet20, stats):
@@ -116,6 +124,54 @@ def test_a_block_that_holds_another_or_is_read_from_outside_is_taken_layer_by_la
     model = Nested().eval()
     qmodel = ql.quantize(model, ql.collect(model, [torch.randn(2, 3, 4, 4)]))
     assert [u.layers for u in units.find_units(qmodel, "block")] == [("a", "b"), ("c",), ("d",)]
+
+
+class Parts(nn.Module):
+    """Two parts of a value, one read by a unit, the other by the next: in `pieces`, y -> both."""
+
+    def __init__(self, pieces):
+        super().__init__()
+        torch.manual_seed(0)
+        self.pieces, self.a, self.b = pieces, nn.Conv2d(3, 8, 3), nn.Conv2d(2, 2, 3, padding=1)
+        self.c, self.fc = nn.Conv2d(4, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x):
+        p, q = self.pieces(self.a(x).relu())
+        return self.fc(self.c(torch.cat([self.b(p).relu(), q], 1)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("pieces", [
+    lambda y: y.chunk(4, 1)[1:3],
+    lambda y: torch.split(y, [2, 2, 2, 2], 1)[1:3],
+    lambda y: y.reshape(-1, 4, 2, 6, 6).unbind(1)[1:3],
+], ids=["chunk", "split", "unbind"])
+@pytest.mark.parametrize("unit", ["layer", "block"])
+def test_parts_of_a_value_are_learned_as_slices_of_it_are(pieces, unit):
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    settings = rc.ReconstructConfig.preset("brecq", unit=unit, iterations=5, batch_size=8, lr=0.5)
+    found = []
+    for written in (pieces, lambda y: (y[:, 2:4], y[:, 4:6])):
+        model = Parts(written).eval()
+        stats = ql.collect(model, [images])
+        learned = run((model, stats, images), learning=settings)
+        nearest = ql.quantize(model, stats, ql.QuantConfig(3, 3))
+        found.append([tensors(q) for q in (nearest, learned, correct_bias(model, nearest, images))])
+    assert all(map(same, *found))
+    assert not same(found[0][0], found[0][1]) and not same(found[0][0], found[0][2])
+
+
+@pytest.mark.parametrize("pieces", [
+    lambda y: operator.itemgetter(1, 2)(y.tensor_split(4, 1)),
+    lambda y: y.chunk(2, 1)[0].chunk(2, 1),
+], ids=["tensor_split", "twice"])
+def test_units_hand_on_tensors(pieces):
+    x = torch.randn(2, 3, 8, 8)
+    model = Parts(pieces).eval()
+    qmodel = ql.quantize(model, ql.collect(model, [x]))
+    found = units.find_units(qmodel)
+    assert [u.layers for u in found] == [("a",), ("b",), ("c",), ("fc",)]
+    assert [len(u.inputs) for u in found] == [1, 1, 2, 1]
+    check_units(qmodel, found, x)
 
 
 # ---- Rounding and steps --------------------------------------------------------------------------
