@@ -162,6 +162,7 @@ def load_quantized(path, model=None):
     tensors, about = _read(path)
     model = _named_by_card(path) if model is None else model
     graph = folded(model)
+    graph = torch.fx.GraphModule(graph, graph.graph)  # modules in order, as saved
     device = next(graph.parameters()).device
     graph.cpu()
     try:

@@ -77,6 +77,26 @@ def test_batchnorm_that_cannot_be_folded_comes_back(bits, tmp_path):
     assert torch.equal(loaded(x), qmodel(x))
 
 
+class Shared(nn.Module):
+    """A layer that is called twice, between layers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.last(self.twice(self.twice(self.first(x)).relu()).relu())
+
+
+def test_a_network_that_calls_a_layer_twice_comes_back(tmp_path):
+    model, x = Shared().eval(), torch.randn(4, 3, 6, 6)
+    qmodel = ql.quantize(model, ql.collect(model, [x]), ql.QuantConfig(3, 4, **MINMAX))
+    ql.save_quantized(qmodel, tmp_path / "shared.safetensors")
+    loaded = ql.load_quantized(tmp_path / "shared.safetensors", Shared().eval())
+    assert torch.equal(loaded(x), qmodel(x)) and len(loaded.layers) == 4
+
+
 def test_mixed_precision_and_a_bias_of_its_own(tmp_path):
     """Widths that no QuantConfig describes, and a bias that is no multiple of s_in * s_w: both are
     stored as they are."""
