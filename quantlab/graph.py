@@ -134,6 +134,8 @@ def normalize(graph):
     from quantlab.inplace import write_out_of_place  # here, as it reads what this module defines
 
     write_out_of_place(graph)
+    # what nobody reads goes, apart from a function of the caller's own, which may do more
+    graph.graph.eliminate_dead_code(lambda n: n.is_impure() or not _is_of_torch(n, graph))
     graph.graph.lint()
     graph.recompile()
 

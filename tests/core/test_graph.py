@@ -146,6 +146,57 @@ def test_in_place_operations_on_views_are_refused(operation, name):
         folded(Changes(changed(operation)).eval())
 
 
+def noted(y):
+    """A function of the caller's own, which does more than its result says."""
+    NOTED.append(y.shape)
+
+
+NOTED = []
+fx.wrap("noted")
+
+
+class Headed(nn.Module):
+    """Two layers and, with `head`, what is computed of the first behind them and never read."""
+
+    def __init__(self, head):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc, self.aux = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Linear(32, 4)
+        self.head = head
+
+    def forward(self, x):
+        y = self.conv(x).relu()
+        logits = self.fc(y.mean((2, 3)))
+        self.head(self, y)
+        return logits
+
+
+def unread_head(network, y):
+    pooled = F.adaptive_avg_pool2d(y, 2)
+    network.aux(pooled.view(pooled.shape[0], -1)).softmax(1)
+    y.clone().mul_(2)
+
+
+def test_what_nobody_reads_is_no_part_of_the_network():
+    found = []
+    for head in (unread_head, lambda network, y: None):
+        model = Headed(head).eval()
+        qmodel = ql.quantize(model, ql.collect(model, [IMAGES]), ql.QuantConfig(4, 4))
+        found.append((str(qmodel.graph), qmodel.plan, ql.weight_bytes(qmodel)))
+    assert found[0] == found[1] and found[0][1].last == {"fc"}
+
+
+def test_assertions_and_functions_of_the_callers_own_stay():
+    def head(network, y):
+        torch._assert(y.shape[1] == 8, "eight channels")
+        noted(y)
+
+    graph = folded(Headed(head).eval())
+    before = len(NOTED)
+    graph(IMAGES)
+    assert len(NOTED) == before + 1 and "torch._assert" in graph.code
+
+
 def behind_a_linear(linear, flat, bn):
     """A linear layer on the value of `flat` and a BatchNorm with real statistics."""
     model = nn.Sequential(nn.Conv2d(3, 16, 8, 8), flat, linear, bn, nn.Flatten()).eval()
