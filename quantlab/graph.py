@@ -186,7 +186,7 @@ def find_kinds(graph):
         reads = [n for n in node.all_input_nodes if kinds[n] not in ("constant", "shape")]
         tail = kinds[node] == "other" and operation_name(node, graph) in TAIL and len(reads) == 1
         passes = tail or kinds[node] in ("rearrange", "clamp")
-        if kinds[node] == "output" or passes and all(user in ends for user in node.users):
+        if kinds[node] == "output" or passes and ends.issuperset(readers_of(node, kinds)):
             ends.add(node)
             kinds[node] = "tail" if tail else kinds[node]
     return kinds

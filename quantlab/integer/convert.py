@@ -10,10 +10,11 @@ from torch import fx, nn
 from quantlab.graph import PASSES_CODES, call_name, find_kinds, operation_name
 from quantlab.integer import operations as ops
 from quantlab.integer import pooling as pools
-from quantlab.quantized import edge_name, find_quantizer
+from quantlab.quantized import edge_name, find_quantizer, origin
 from quantlab.system.contract import RESERVED
 from quantlab.system.errors import UserError
 
+FREE = ("constant", "shape")  # kinds of nodes that read no activation but for its size
 CLAMPS = {"relu": (0.0, float("inf")), "relu6": (0.0, 6.0)}
 
 
@@ -60,7 +61,7 @@ class Converter:
                 self._quantizer(node, inputs[0])
             elif self.kinds[node] in (*PASSES_CODES, "clamp") and node.args[0] in self.codes:
                 self._pass_on(node)
-        tail = self._output(nodes[-1])
+        tail = self._output(nodes[-1], inputs[0])
         self.graph.lint()
         network = fx.GraphModule(self.root, self.graph, "IntegerGraph")
         first = next(iter(inputs[0].users))
@@ -194,9 +195,9 @@ class Converter:
             self.same[node] = self.graph.node_copy(node, lambda n: self._shape(n, reader))
         return self.same[node]
 
-    def _output(self, output):
+    def _output(self, output, image):
         """End the integer graph with int32 logits; what the network still rearranges there becomes
-        the tail, on floats.
+        the tail, on floats: (logits, image), of which it reads the sizes alone.
         """
         node, later = output.args[0], []
         if not isinstance(node, fx.Node):
@@ -204,7 +205,7 @@ class Converter:
                             "return their logits alone")
         while self.kinds[node] in ("rearrange", "clamp", "tail") and node not in self.codes:
             later.insert(0, node)
-            node = next(n for n in node.all_input_nodes if self.kinds[n] != "constant")
+            node = next(n for n in node.all_input_nodes if self.kinds[n] not in FREE)
         ends = self.kinds[node] in ("compute", "average", "add", "batchnorm")
         if node in self.codes or not ends:
             raise UserError(f"{describe(self.qmodel, node)} ends the network; to_integer knows "
@@ -212,17 +213,25 @@ class Converter:
         self.graph.output(self._operation(node, None))
         tail = fx.Graph()
         known = {node: tail.placeholder("logits")}
-        for step in self._with_constants(later):
-            known[step] = tail.node_copy(step, lambda n: known[n])
+        known[image] = tail.placeholder("image", default_value=None)
+        for step in self._with_free(later):
+            for source in step.all_input_nodes:
+                if origin(self.qmodel, source) not in known:
+                    raise UserError(
+                        f"{describe(self.qmodel, step)} reads the size of {source.name} at the end "
+                        "of the network; read that of the image or the logits, or write a number")
+            known[step] = tail.node_copy(step, lambda n: known[origin(self.qmodel, n)])
         tail.output(known[later[-1] if later else node])
         return copy.deepcopy(fx.GraphModule(self.qmodel, tail, "Tail"))
 
-    def _with_constants(self, nodes):
-        """These nodes behind the parameters, and what is made from them, that they read."""
+    def _with_free(self, nodes):
+        """These nodes, each behind the parameters and sizes, and what is made from them, that it
+        reads.
+        """
         found = {}
         for node in nodes:
-            constants = [n for n in node.all_input_nodes if self.kinds[n] == "constant"]
-            found |= dict.fromkeys([*self._with_constants(constants), node])
+            free = [n for n in node.all_input_nodes if self.kinds[n] in FREE]
+            found |= dict.fromkeys([*self._with_free(free), node])
         return list(found)
 
     # ---- Arguments of modules, functions and methods alike ---------------------------------------

@@ -113,18 +113,21 @@ class IntegerModel(nn.Module):
         images = images.to(self.quantizer.scale.device)
         return (quantize_tensor(images, self.quantizer.qparams) - self.offset).to(self.dtype)
 
-    def dequantize(self, acc):
-        """int32 logits -> float32 logits, through what the network does with them."""
+    def dequantize(self, acc, images=None):
+        """int32 logits -> float32 logits, through what the network does with them; images: where
+        that reads their sizes.
+        """
         last = next(reversed(self.network.graph.nodes)).args[0]
         scale = self.network.get_submodule(last.target).acc_scale.to(acc.device)
-        return self.tail((acc * scale).float())
+        # contiguous, as a view may ask for
+        return self.tail.forward((acc * scale).float().contiguous(), images)
 
     @torch.no_grad()
     def forward(self, images):
         with turn(), _fitting(images):
             # not by its __call__, which prints tracebacks
             acc = self.network.forward(self.input_codes(images))
-            return self.dequantize(acc).to(images.device)
+            return self.dequantize(acc, images).to(images.device)
 
     @torch.no_grad()
     def codes(self, images):

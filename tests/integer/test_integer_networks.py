@@ -63,6 +63,46 @@ def test_a_network_of_everything(config):
     assert loss < 0.1
 
 
+class Dense(nn.Module):
+    """A small network of one answer a place, and what its author does with that."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.a, self.b, self.end = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, 2, 1), end
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        return self.end(self.b(y), x, y)
+
+
+@pytest.mark.parametrize("executor", ["reference", "fast"])
+@pytest.mark.parametrize("end", [
+    lambda z, x, y: z.view(x.size(0), -1), lambda z, x, y: z.reshape(x.shape[0], 2, -1),
+    lambda z, x, y: F.interpolate(z, size=x.shape[2:], mode="bilinear"),
+    lambda z, x, y: F.interpolate(z, size=(x.shape[-2] // 3, x.size(3) + 1)).softmax(1),
+    lambda z, x, y: z.view(z.shape[0], 2, 2, z.shape[2], z.shape[3]).permute(0, 1, 3, 4, 2),
+    lambda z, x, y: (lambda v: v.view(v.shape[0], v.shape[1] // 2, 2))(z.flatten(1) * 2),
+    lambda z, x, y: z.to(x.dtype)])
+def test_the_end_of_a_network_may_read_sizes_of_image_and_logits(end, executor):
+    def convert(end):
+        torch.manual_seed(0)
+        model, x = Dense(end).eval(), torch.randn(4, 3, 12, 12)
+        return ql.to_integer(ql.quantize(model, ql.collect(model, [x])), executor=executor)
+
+    imodel, plain = convert(end), convert(lambda z, x, y: z)
+    for shape in ((4, 3, 12, 12), (3, 3, 16, 12)):  # another than it was calibrated on too
+        x = torch.randn(shape)
+        assert torch.equal(imodel(x), end(plain(x), x, None))
+
+
+def test_a_size_of_a_value_between_them_is_refused_with_its_node():
+    model = Dense(lambda z, x, y: F.interpolate(z, size=y.shape[2:])).eval()
+    x = torch.randn(4, 3, 8, 8)
+    qmodel = ql.quantize(model, ql.collect(model, [x]))
+    with pytest.raises(ql.UserError, match="reads the size of quantizers_relu at the end of the"):
+        ql.to_integer(qmodel)
+
+
 @pytest.mark.parametrize(
     "name", ["resnet18", "vgg11_bn", "mobilenet_v2", "densenet121", "googlenet"])
 def test_torchvision_networks(name):
