@@ -26,6 +26,7 @@ import torch
 from torch import fx, nn
 from torch.onnx.ops import symbolic
 
+from quantlab.graph import PASSES_CODES, find_kinds
 from quantlab.observers import observer_name
 from quantlab.quantized import QuantizedNetwork, edge_name, find_node
 from quantlab.system.arguments import as_count
@@ -114,16 +115,28 @@ def _narrow_layers(network, weights):
         if runtime_takes(least) is False:
             raise UserError(f"weights={weights!r}: the ONNX Runtime that is installed does not "
                             "compute with it; install a newer one, or use auto")
-    usable = [w for w in NARROW if w >= least and (weights != "auto" or runtime_takes(w))]
+    signed = _moves_signed_codes(network)
+    usable = [w for w in NARROW if w >= least and (weights != "auto" or runtime_takes(w, signed))]
     fitting = {path: min((w for w in usable if q.bits <= w), default=8)
                for path, q in found.items()}
     return {path: (found[path], width) for path, width in fitting.items() if width < 8}
 
 
+def _moves_signed_codes(network):
+    """True where what reads int8 codes pools or rearranges them."""
+    kinds = find_kinds(network)
+    codes = network.quantizer_nodes if isinstance(network, QuantizedNetwork) else {}
+    return any(kinds[user] in PASSES_CODES
+               for node, q in codes.items() if q.qmin < 0 for user in node.users)
+
+
 @functools.cache
-def runtime_takes(width):
-    """Whether the installed ONNX Runtime convolves codes with weights of 4 or 2 bits; None: none is
-    there. Version 1.32 reads 2 bits, but then makes a QLinearConv of them, which it refuses.
+def runtime_takes(width, signed=False):
+    """Whether the installed ONNX Runtime pools codes, int8 if signed, and convolves them with
+    weights of 4 or 2 bits; None: none is there.
+
+    Version 1.32 reads 2 bits, but then makes a QLinearConv of them, which it refuses; and what it
+    puts behind a pool or a reshape of int8 codes has another type from opset 21 on.
     """
     try:
         import onnx
@@ -131,11 +144,13 @@ def runtime_takes(width):
     except ImportError:
         return None
     opset, ir_version = NARROW[width]
+    kind, zero = ("int8", 0) if signed else ("uint8", 128)
     text = f"""<ir_version: {ir_version}, opset_import: ["" : {opset}]>
         f (float[1, 1, 1, 1] x) => (float[1, 1, 1, 1] y)
-        <int{width}[1, 1, 1, 1] w = {{-2}}, float s = {{0.5}}, uint8 z = {{128}}> {{
+        <int{width}[1, 1, 1, 1] w = {{-2}}, float s = {{0.5}}, {kind} z = {{{zero}}}> {{
             codes = QuantizeLinear(x, s, z)  read = DequantizeLinear(codes, s, z)
-            weight = DequantizeLinear(w, s)  sum = Conv(read, weight)
+            pool = MaxPool <kernel_shape = [1, 1]> (read)
+            weight = DequantizeLinear(w, s)  sum = Conv(pool, weight)
             again = QuantizeLinear(sum, s, z)  y = DequantizeLinear(again, s, z) }}"""
     with contextlib.suppress(Exception):  # whatever it says of a type it does not know
         model = onnx.parser.parse_model(text).SerializeToString()

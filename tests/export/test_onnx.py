@@ -308,7 +308,7 @@ def test_codes_of_few_bits_take_a_half_or_a_quarter_of_a_byte(
         bits, symmetric, tmp_path, monkeypatch):
     """Two bits, where the runtime's optimizer refuses them, are run without it."""
     optimize = {"int4": (False, True), "int2": (False, True)[: 1 + bool(exporter.runtime_takes(2))]}
-    monkeypatch.setattr(exporter, "runtime_takes", lambda width: True)
+    monkeypatch.setattr(exporter, "runtime_takes", lambda *asked: True)
     model, x = residual(), torch.randn(4, 3, 8, 8)
     first, *_, last = ptq.layers(folded(model))
     widths = {first: 4, last: 8}
@@ -337,7 +337,8 @@ def test_what_the_runtime_does_not_take_is_stored_in_more_bits(file, monkeypatch
     stats = ql.collect(model, [x])
     two, four, wide = (ql.quantize(model, stats, ql.QuantConfig(b, b)) for b in (2, 4, 8))
     for takes, opset in ((set(), exporter.OPSET), ({4}, 21)):
-        monkeypatch.setattr(exporter, "runtime_takes", takes.__contains__)
+        monkeypatch.setattr(
+            exporter, "runtime_takes", lambda width, signed=False, takes=takes: width in takes)
         ql.export_onnx(two, file)
         assert onnx.load(file).opset_import[0].version == opset
         assert_same_codes(two, file, x)
@@ -349,3 +350,39 @@ def test_what_the_runtime_does_not_take_is_stored_in_more_bits(file, monkeypatch
         with pytest.raises(ql.UserError, match=line):
             ql.export_onnx(network, tmp_path / "none.onnx", weights=weights)
     assert not (tmp_path / "none.onnx").exists()
+
+
+@pytest.mark.parametrize("move", [
+    lambda y: y.flatten(1), lambda y: y.permute(0, 2, 3, 1), lambda y: F.max_pool2d(y, 2),
+    lambda y: y[:, :, ::2]], ids=["flatten", "permute", "max-pool", "slice"])
+def test_by_default_a_file_is_one_that_the_runtime_loads(move, file):
+    class Moved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.LazyLinear(5)
+
+        def forward(self, x):
+            return self.fc(move(self.a(x)))
+
+    model, x = Moved().eval(), torch.randn(4, 3, 8, 8)
+    model(x)
+    stats = ql.collect(model, [x])
+    for signed in (True, False):
+        config = ql.QuantConfig(weight_bits=4, act_symmetric=signed)
+        qmodel = ql.quantize(model, stats, config)
+        assert {q.qmin < 0 for q in qmodel.quantizer_nodes.values()} == {signed}
+        ql.export_onnx(qmodel, file)
+        for optimized in (False, True):
+            theirs = OnnxModel(file, optimized, threads=1)(x)
+            assert torch.allclose(theirs, qmodel(x), atol=1e-3)
+        narrow = exporter.runtime_takes(4, signed)
+        assert onnx.load(file).opset_import[0].version == (21 if narrow else exporter.OPSET)
+
+
+def test_signed_codes_that_nothing_moves_leave_the_weights_narrow(file):
+    model, x = residual(), torch.randn(4, 3, 8, 8)
+    qmodel = ql.quantize(model, ql.collect(model, [x]), ql.QuantConfig(4, 8, act_symmetric=True))
+    assert any(q.qmin < 0 for q in qmodel.quantizer_nodes.values())
+    ql.export_onnx(qmodel, file)
+    assert onnx.load(file).opset_import[0].version == (21 if exporter.runtime_takes(4) else 18)
+    assert_same_codes(qmodel, file, x)
