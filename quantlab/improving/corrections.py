@@ -156,7 +156,10 @@ class _Gaussian:
         return None
 
     def _rule(self, node):
-        kind, inputs = self.kinds[node], [self.moments.get(a) for a in node.all_input_nodes]
+        kind, read = self.kinds[node], node.all_input_nodes
+        if kind in ("add", "concat"):  # which may read a value twice
+            read = node.args if kind == "add" else node.args[0]
+        inputs = [self.moments.get(a) for a in read]
         if kind == "compute":
             return self._layer(node)
         if not inputs or any(m is None for m in inputs):
@@ -164,7 +167,8 @@ class _Gaussian:
         if kind in ("rearrange", "average", "maxpool"):
             return self._same_channels(node, inputs[0])
         if kind == "add":
-            return tuple(a + b for a, b in zip(*inputs, strict=True))
+            mean, variance = (a + b for a, b in zip(*inputs, strict=True))
+            return mean, variance * (2 if read[0] is read[1] else 1)  # Var(y + y) = 4 Var(y)
         if kind == "concat" and _argument(node, "dim", 0) == 1:
             return tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
         if kind == "clamp":

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import quantlab as ql
+from quantlab.calibration import watch
 from quantlab.graph import folded
 from quantlab.improving import corrections, equalization
 from quantlab.quantized import find_node
@@ -287,6 +288,23 @@ def test_analytic_correction_moves_means_with_their_channels(shuffle, known):
     before, after = (
         (n(images) - model(images)).mean((0, 2, 3)).abs().mean() for n in (qmodel, better))
     assert after < 0.2 * before if known else after <= before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("twice, name", [
+    (lambda y: (y + y)[:, :32], "add"), (lambda y: torch.cat([y, y], 1)[:, 16:48], "cat")])
+def test_moments_of_a_value_that_is_read_twice_are_those_of_a_sample(twice, name):
+    torch.manual_seed(0)
+    images, seen = torch.randn(512, 3, 6, 6), {}
+    model = Shuffled(twice, images).eval()
+    watch(folded(model), [name], seen.__setitem__, [images])
+    values = channels_first(seen[name])
+    moments = corrections._Gaussian(folded(model)).moments
+    node = next(n for n in moments if n.name == name)
+    for found, sampled in zip(moments[node], (values.mean(1), values.var(1)), strict=True):
+        assert torch.allclose(found, sampled, rtol=0.1, atol=0.05)
+    qmodel = ql.quantize(model, ql.collect(model, [images]), ql.QuantConfig(weight_bits=3))
+    assert "a" not in corrections.correct_bias_analytic(model, qmodel).meta["uncorrected"]
 
 
 # ---- BatchNorm -----------------------------------------------------------------------------------
