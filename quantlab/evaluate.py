@@ -40,7 +40,7 @@ def evaluate(model, split, *, batch_size=100, limit=None, on=None, verbose=False
     or on batches of images and labels (a DataLoader), which have a size of their own.
 
     limit: that many evenly spaced images of a Split only, for smoke runs. on: the device to compute
-    on. UserError where there are fewer outputs than classes, or a logit that is not finite.
+    on. UserError where these are no such logits, fewer than classes, or not finite.
     """
     from quantlab.system.contract import as_pairs
 
@@ -65,7 +65,10 @@ def evaluate(model, split, *, batch_size=100, limit=None, on=None, verbose=False
 
 
 def _predict(model, images, labels, classes):
+    from quantlab.system.contract import check_logits
+
     logits = model(images.contiguous(memory_format=torch.channels_last))
+    check_logits(logits, len(images), floats=False)
     classes = classes or max(logits.shape[1], int(labels.max()) + 1)
     if logits.shape[1] < classes:
         raise UserError(f"the network has {logits.shape[1]} outputs but the data has {classes} "

@@ -26,7 +26,13 @@ from quantlab.plan import make_plan
 from quantlab.ptq import choose_edge_qparams, choose_weight_qparams, layers, quantize
 from quantlab.quantized import find_node
 from quantlab.system.comparing import paired_drop
-from quantlab.system.contract import as_batches, as_images, check_function, check_statistics
+from quantlab.system.contract import (
+    as_batches,
+    as_images,
+    check_function,
+    check_logits,
+    check_statistics,
+)
 from quantlab.system.errors import UserError
 from quantlab.system.machine import device, exact_float
 
@@ -85,7 +91,9 @@ def _cases(graph, stats, widths, config):
 def _divergences(graph, cases, batch):
     """KL(p || q), summed over the images of a batch, mean over places: float64 [cases]."""
     exact = fx.Interpreter(graph, garbage_collect_values=False)
-    log_p = F.log_softmax(exact.run(batch).double(), 1)
+    logits = exact.run(batch)
+    check_logits(logits, len(batch), places=True)
+    log_p = F.log_softmax(logits.double(), 1)
     places = log_p[0, 0].numel()
     nodes, found = list(graph.graph.nodes), []
     for name, kind, _, q in cases:

@@ -131,7 +131,11 @@ class Networks:
                 self.fill((kind, name), index, value)
 
     def fill(self, key, index, value):
-        """Store the values of those images (consecutive)."""
+        """Store the values of those images (consecutive); UserError where they are no row each."""
+        if value.shape[:1] != index.shape:
+            raise UserError(
+                f"node {key[1]} gives {list(value.shape)} for {len(index)} images; what a layer "
+                "hands on must be [B, ...], images apart: write y.view(y.size(0), -1) and the like")
         if key not in self.cache.values:
             self.cache.allocate(key, (len(self.images), *value.shape[1:]))
         self.cache.values[key][index[0] : index[-1] + 1].copy_(value)

@@ -28,7 +28,7 @@ from quantlab.improving.reconstruct_state import State, load_unit, unit_tensors
 from quantlab.ptq import quantize
 from quantlab.quantized import find_node
 from quantlab.system.arguments import check_settings, number
-from quantlab.system.contract import check_function
+from quantlab.system.contract import GATE_IMAGES, check_function, check_logits
 from quantlab.system.errors import UserError, checked, did_you_mean
 from quantlab.system.machine import device, exact_float
 from quantlab.system.timing import take_turns
@@ -187,7 +187,9 @@ class _Task(Networks):
         images = stack_images(images, learning.batch_size)
         self.qmodel, self.learning = quantize(model, stats, config).to(device()), learning
         graph = folded(model)
-        check_function(model, graph, images)
+        logits = check_function(model, graph, images)
+        if learning.loss == "fisher":
+            check_logits(logits, len(images[:GATE_IMAGES]))
         super().__init__(
             graph, self.qmodel, images, learning.unit, learning.max_cache_bytes)
 

@@ -25,7 +25,7 @@ from quantlab.improving.activations import stack_images
 from quantlab.improving.learned import LearnedCodes, LearnedStep, swap, write_learned
 from quantlab.quantized import find_node
 from quantlab.system.arguments import check_settings
-from quantlab.system.contract import check_function, check_origin
+from quantlab.system.contract import GATE_IMAGES, check_function, check_logits, check_origin
 from quantlab.system.errors import UserError, checked
 from quantlab.system.machine import device, exact_float
 from quantlab.system.timing import take_turns
@@ -99,7 +99,8 @@ def _begin(model, qmodel, images, config):
     """(Tuner, its iterations: a generator of losses)."""
     images = stack_images(images, config.batch_size)
     tuner, heat = Tuner(model, qmodel, config), config.temperature
-    check_function(model, folded(model), images)
+    logits = check_function(model, folded(model), images)
+    check_logits(logits, len(images[:GATE_IMAGES]), places=True)
 
     def divergence(logits, targets):
         softened = (logits / heat).log_softmax(1)

@@ -276,7 +276,8 @@ def check_function(model, graph, images):
     `model` does, to float noise, on the first of these images (float32 [B, C, H, W]).
 
     The results of all modules and what the network returns are compared: whatever torch.fx or
-    folding would miss, it is never another network in silence.
+    folding would miss, it is never another network in silence. Returns what the graph does, for
+    GATE_IMAGES of them at most.
     """
     images = images[:GATE_IMAGES].to(device())
     if images.dim() != 4 and any(isinstance(m, nn.Conv2d) for m in graph.modules()):
@@ -299,6 +300,21 @@ def check_function(model, graph, images):
                 f"{name} of the traced network is not what the model computes: {_reason(model)} "
                 "that torch.fx cannot see changes it; write it as a module or an expression in "
                 "forward")
+    return result
+
+
+def check_logits(found, n, places=False, floats=True):
+    """UserError unless what a network gives for n images is its logits, one tensor [B, classes],
+    with places [B, classes, ...].
+    """
+    shape = list(found.shape) if isinstance(found, torch.Tensor) else []
+    dims = len(shape) == 2 or places and len(shape) > 2
+    if shape[:1] != [n] or not dims or floats and not found.is_floating_point():
+        what = f"{found.dtype} {shape}" if shape else f"a {type(found).__name__}"
+        what = what.replace("immutable_", "")  # of torch.fx
+        wanted = f"{'float ' * floats}tensor of logits [B, classes{', ...' * places}]"
+        raise UserError(f"the network gives {what} for {n} images, where one {wanted} is needed; "
+                        "wrap it in a module that returns that alone")
 
 
 UNSAID = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.Upsample)  # their repr says not all of it

@@ -392,6 +392,49 @@ def test_every_function_takes_a_loader_and_refuses_what_is_no_batch(name):
     assert "not torch.uint8; scale it" in refusal(every_function([X.byte()])[name])
 
 
+class Answer(nn.Module):
+    """A network that answers with something made of its places [B, 6, H, W] and logits [B, 4]."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.a, self.fc, self.answer = nn.Conv2d(3, 6, 3), nn.Linear(6, 4), answer
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        return self.answer(y, self.fc(y.mean((2, 3))))
+
+
+ANSWERS = {  # what a network returns -> how it is called, and which functions take it
+    "tuple": (lambda y, z: (z, y), "a tuple", ()),
+    "dict": (lambda y, z: {"out": z}, "a dict", ()),
+    "argmax": (lambda y, z: z.argmax(1), "torch.int64 [4]", ()),
+    "number": (lambda y, z: z.argmax(1, keepdim=True), "torch.int64 [4, 1]", ("evaluate",)),
+    "places": (lambda y, z: y, "torch.float32 [4, 6, 10, 10]", ("tune", "layer_errors")),
+    "mixed": (lambda y, z: z.view(-1, 2, 4), "torch.float32 [2, 2, 4]", ()),
+}
+
+
+@pytest.mark.parametrize("function", ["evaluate", "tune", "fisher", "layer_errors"])
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_an_answer_that_is_no_logits_is_refused_with_what_it_is(kind, function):
+    answer, called, taken = ANSWERS[kind]
+    model, x = Answer(answer).eval(), X[:4]
+    stats = ql.collect(model, [x])
+    qmodel = ql.quantize(model, stats, MINMAX)
+    learning = ql.ReconstructConfig(iterations=2, batch_size=4, loss="fisher")
+    call = {
+        "evaluate": lambda: ql.evaluate(qmodel, [(x, torch.zeros(4).long())]),
+        "tune": lambda: ql.tune_end_to_end(
+            model, qmodel, x, ql.TuneConfig(iterations=2, batch_size=4), verbose=False),
+        "fisher": lambda: ql.reconstruct(model, stats, x, MINMAX, learning, verbose=False),
+        "layer_errors": lambda: layer_errors(model, stats, x, (4,), MINMAX),
+    }[function]
+    if function in taken:
+        call()
+    else:
+        assert f"the network gives {called} for 4 images" in refusal(call)
+
+
 def test_evaluate_takes_a_loader_of_images_and_labels():
     model, labels = network(), torch.arange(8) % 4
     loader = DataLoader(TensorDataset(X, labels), 3)

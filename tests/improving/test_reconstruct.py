@@ -538,6 +538,23 @@ def test_what_is_left_float_stays_as_it_is(method):
     assert all(same(tensors(before), tensors(network)) for network in after)
 
 
+@pytest.mark.parametrize("learn", [
+    lambda model, stats, x: ql.correct_bias(model, ql.quantize(model, stats), x),
+    lambda model, stats, x: rc.reconstruct(
+        model, stats, x, learning=rc.ReconstructConfig(iterations=2, batch_size=4), verbose=False)])
+def test_a_layer_that_mixes_images_is_refused_by_its_name(learn):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Flatten(2), nn.Linear(36, 4), Mixing(), nn.Linear(8, 4)).eval()
+    x = torch.randn(4, 3, 8, 8)
+    with pytest.raises(ql.UserError, match=r"node _4 gives \[8, 2, 4\] for 4 images"):
+        learn(model, ql.collect(model, x), x)
+
+
+class Mixing(nn.Module):
+    def forward(self, x):
+        return x.view(-1, 2, 8)
+
+
 def test_a_unit_of_constant_output_keeps_nearest_rounding():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     nn.init.constant_(model[0].bias, -100.0)
