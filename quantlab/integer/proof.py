@@ -105,6 +105,9 @@ def per_operation(qmodel, imodel, batches, verbose=False):
     for batch in _batches(qmodel, batches, "operations", verbose):
         codes = simulated_codes(qmodel, batch)
         _Forced(imodel, codes, counts).run(imodel.input_codes(batch))
+    if not counts:
+        raise UserError("the network stores no codes but its input's, so there are none to "
+                        "compare; compare imodel(images) with qmodel(images)")
     return _frame(qmodel, counts)
 
 
@@ -127,13 +130,14 @@ def end_to_end(qmodel, imodel, batches, verbose=False):
 
 def _batches(qmodel, batches, desc, verbose):
     where = next(qmodel.parameters()).device
+    batch = None
     for batch in tqdm(batches, desc=desc, leave=False, disable=not verbose):
         yield batch.to(where)
+    if batch is None:
+        raise UserError("no images to compare on: give at least one batch")
 
 
 def _frame(qmodel, counts):
-    if not counts:
-        raise UserError("no images to compare on: give at least one batch")
     bits = {edge_name(node): q.qparams.bits for node, q in qmodel.quantizer_nodes.items()}
     rows = [{"order": i, "edge": edge, "bits": bits[edge], **count}
             for i, (edge, count) in enumerate(counts.items())]

@@ -169,3 +169,15 @@ def test_a_mean_over_the_images_of_a_batch_is_refused():
         for executor in ("reference", "fast"):
             with pytest.raises(ql.UserError, match="mean.* averages over the images of a batch"):
                 to_integer(qmodel, executor=executor)(x)
+
+
+def test_a_network_without_an_edge_but_its_input_has_nothing_to_compare():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), torch.randn(2, 3, 8, 8)
+    qmodel = ql.quantize(model, ql.collect(model, [x]))
+    imodel = to_integer(qmodel)
+    with pytest.raises(ql.UserError, match="stores no codes but its input's.*compare imodel"):
+        proof.per_operation(qmodel, imodel, [x])
+    assert proof.end_to_end(qmodel, imodel, [x]).edge.tolist() == ["input_1"]
+    for compare in (proof.per_operation, proof.end_to_end):
+        with pytest.raises(ql.UserError, match="no images to compare on"):
+            compare(qmodel, imodel, [])
