@@ -85,12 +85,12 @@ def _check_convertible(qmodel):
 class IntegerModel(nn.Module):
     """Integers from the input's codes to the int32 logits.
 
-    forward: float32 [B, C, H, W] -> float32 logits. network: the integer graph, a
-    torch.fx.GraphModule, codes in and int32 out. stored: edge -> (name of the node of `network`
-    that holds its codes, their offset). The reference stays on the CPU, where integer convolution
-    exists, and takes images from any device. Threads may call it: they take turns. UserError for
-    images that the network cannot take: no floats, none, of no pixels, with NaN, or of another
-    number of channels or another size.
+    forward: float [B, C, H, W], of which float32 is read -> float32 logits. network: the integer
+    graph, a torch.fx.GraphModule, codes in and int32 out. stored: edge -> (name of the node of
+    `network` that holds its codes, their offset). The reference stays on the CPU, where integer
+    convolution exists, and takes images from any device. Threads may call it: they take turns.
+    UserError for images that the network cannot take: no floats, none, of no pixels, with NaN, or
+    of another number of channels or another size.
     """
 
     def __init__(self, quantizer, offset, network, stored, tail, dtype, rounding, executor):
@@ -108,9 +108,11 @@ class IntegerModel(nn.Module):
         return {n.name: self.network.get_submodule(n.target) for n in _modules(self.network)}
 
     def input_codes(self, images):
-        """float32 images, on any device -> codes as the executor stores them."""
+        """Images of any float type, on any device -> codes of their values in float32, as the
+        executor stores them.
+        """
         _check_images(images)
-        images = images.to(self.quantizer.scale.device)
+        images = images.to(self.quantizer.scale.device).float()
         return (quantize_tensor(images, self.quantizer.qparams) - self.offset).to(self.dtype)
 
     def dequantize(self, acc, images=None):
@@ -174,7 +176,7 @@ def _check_images(images):
     """UserError unless `images` is a batch that has codes."""
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         what = getattr(images, "dtype", type(images).__name__)
-        raise UserError(f"images are {what}; pass a tensor of float32 [B, C, H, W]")
+        raise UserError(f"images are {what}; pass a float tensor [B, C, H, W]")
     if images.dim() < 2 or not images.numel():
         raise UserError(f"images of shape {list(images.shape)} are no batch of images; pass "
                         "[B, C, H, W], each at least 1")

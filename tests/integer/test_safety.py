@@ -58,6 +58,16 @@ def test_what_has_no_codes_is_refused_in_a_line(imodel, images):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_of_another_float_type_have_the_codes_of_their_values(imodel, dtype):
+    images = (3 * torch.randn(64, 3, 12, 12)).to(dtype)
+    q = imodel.quantizer.qparams
+    exact = images.double() / q.scale.double() + q.zero_point
+    codes = imodel.input_codes(images).double() + imodel.offset
+    assert ((codes - exact.clamp(q.qmin, q.qmax)).abs() <= 0.5 + 1e-4).all()
+    assert torch.equal(imodel(images), imodel(images.float()))
+
+
 def test_other_images_that_fit_are_computed(imodel):
     assert imodel(torch.zeros(2, 3, 13, 13)).shape == (2, 5)
 
