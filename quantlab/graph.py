@@ -40,6 +40,7 @@ TAIL = {  # of the network: changes no logit's code and needs none
     "logsoftmax", "mul", "neg", "sigmoid", "softmax", "softmax2d", "softmin", "sub", "tanh", "to",
     "truediv", "upsample"}
 VIEW_ATTRIBUTES = ("T", "mT", "H", "mH", "data", "real")  # of a tensor, another view of it
+NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # other names that torch takes
 KEYWORDS = ("input", "tensors", "tensor", "other")  # of torch's functions, in the order they take
 PASSES_CODES = ("rearrange", "maxpool")  # codes of the input, at most fewer or in another order
 
@@ -120,6 +121,8 @@ def normalize(graph):
         if _is_of_torch(node, graph):
             node.args = (*node.args, *(node.kwargs[k] for k in KEYWORDS if k in node.kwargs))
             node.kwargs = {k: v for k, v in node.kwargs.items() if k not in KEYWORDS}
+            if kinds[node] in ("average", "concat", "rearrange"):
+                node.kwargs = {NUMPY.get(k, k): v for k, v in node.kwargs.items()}
         module = graph.get_submodule(node.target) if node.op == "call_module" else None
         if kinds[node] == "dropout" or type(module) is nn.Identity:
             node.replace_all_uses_with(node.args[0])

@@ -91,10 +91,8 @@ class Converter:
         elif kind in PASSES_CODES:
             new = self._copy(node, self._emit(node.args[0], grid), grid)
         elif kind == "concat":
-            parts = node.args[0] if node.args else node.kwargs["tensors"]
-            dim = node.kwargs.get("dim", node.kwargs.get("axis", 0))
-            dim = node.args[1] if len(node.args) > 1 else dim
-            parts = [self._emit(part, grid) for part in parts]
+            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+            parts = [self._emit(part, grid) for part in node.args[0]]
             new = self.graph.call_function(torch.cat, (parts, dim))
             new.meta["bits"] = grid.q.bits
         else:

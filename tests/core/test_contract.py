@@ -124,6 +124,13 @@ INDICES = {  # F13: parts of a value
     "pieces": lambda m, y: m.short(
         torch.cat([y.chunk(2, 1)[1], y.chunk(2, 1)[0]], 1).mean((2, 3))),
 }
+AXES = {  # named as numpy does
+    "mean": lambda m, y: m.short(y.mean(axis=(2, 3))),
+    "keepdims": lambda m, y: m.short(m.b(torch.mean(y, axis=(2, 3), keepdims=True)).flatten(1)),
+    "cat": lambda m, y: m.short(torch.cat([y, y], axis=2).mean(axis=(2, 3))),
+    "chunk": lambda m, y: m.short(
+        torch.concatenate([y.chunk(2, axis=1)[1], y.chunk(2, axis=1)[0]], axis=1).mean((2, 3))),
+}
 FLOATS = {  # F13, F12: several results, and what else is a float operation, listed
     "values": (lambda m, y: m.short(m.b(y.sort(1).values).mean((2, 3))), ["sort", "b_getattr"]),
     "first": (lambda m, y: m.short(m.b(y.sort(1)[0]).mean((2, 3))), ["sort", "getitem"]),
@@ -141,9 +148,9 @@ def quantized_as_written(end):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*SIZES, *ATTRIBUTES, *INDICES])
+@pytest.mark.parametrize("name", [*SIZES, *ATTRIBUTES, *INDICES, *AXES])
 def test_sizes_attributes_and_indices_keep_the_function_in_integers(name):
-    qmodel = quantized_as_written((SIZES | ATTRIBUTES | INDICES)[name])
+    qmodel = quantized_as_written((SIZES | ATTRIBUTES | INDICES | AXES)[name])
     assert qmodel.plan.floats == {}
     assert torch.allclose(ql.to_integer(qmodel)(X[:3]), qmodel(X[:3]), atol=1e-6)
 
