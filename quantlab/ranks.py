@@ -3,6 +3,7 @@
     find_ranks(graph.graph)     # node -> 2 where a linear layer's features are what axis 1 holds
 """
 
+import math
 import re
 
 from torch import fx, nn
@@ -38,11 +39,12 @@ def _rank(node, graph, ranks):
 
 
 def flattened_dims(node, graph):
-    """(first, last) dimension that a flatten joins."""
+    """(first, last) dimension that a flatten joins; NaN for one that is computed."""
     module = graph.get_submodule(node.target) if node.op == "call_module" else None
     names = ("start_dim", "end_dim")
     given = dict(zip(names, (0, -1))) | dict(zip(names, node.args[1:])) | node.kwargs
-    return tuple(given[name] if module is None else getattr(module, name) for name in names)
+    dims = [given[name] if module is None else getattr(module, name) for name in names]
+    return tuple(math.nan if isinstance(dim, fx.Node) else dim for dim in dims)
 
 
 def _flattened(node, graph, rank):
@@ -50,4 +52,4 @@ def _flattened(node, graph, rank):
     first, last = flattened_dims(node, graph)
     if first >= 0 and last == -1:
         return first + 1
-    return None if rank is None else rank - (last % rank - first % rank)
+    return None if rank is None or math.isnan(first + last) else rank - (last % rank - first % rank)

@@ -307,6 +307,23 @@ def test_moments_of_a_value_that_is_read_twice_are_those_of_a_sample(twice, name
     assert "a" not in corrections.correct_bias_analytic(model, qmodel).meta["uncorrected"]
 
 
+@torch.no_grad()
+def test_a_flatten_whose_dimension_is_computed_is_followed_by_no_rule():
+    class Computed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.bn = nn.Conv2d(3, 4, 3), nn.Linear(36, 5), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.bn(self.b(torch.relu(self.a(x)).flatten(x.ndim - 2)))
+
+    model, x = Computed().eval(), torch.randn(4, 3, 8, 8)
+    assert torch.allclose(equalization.equalize(model)(x), model(x), atol=1e-5)
+    qmodel = ql.quantize(model, ql.collect(model, [x]))
+    left = corrections.correct_bias_analytic(model, qmodel).meta["uncorrected"]
+    assert list(left) == ["b"]
+
+
 # ---- BatchNorm -----------------------------------------------------------------------------------
 
 
