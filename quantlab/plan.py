@@ -61,7 +61,8 @@ def make_plan(graph):
     max-pooling pass codes on; a layer that reads an add's codes may requantize them. UserError
     where there is no layer.
     """
-    from quantlab.system.forms import why_float  # here, as it is only needed with a network
+    from quantlab.ranks import find_ranks  # here, as they are only needed with a network
+    from quantlab.system.forms import why_float
 
     kinds = find_kinds(graph)
     compute = [n for n in kinds if kinds[n] == "compute"]
@@ -82,7 +83,8 @@ def make_plan(graph):
             stores[node.name] = "residual" if residual else "activation"
     holders = {value.name: holder_of(value, kinds).name for value in reads.values()}
     sources = {value: holder for value, holder in holders.items() if holder in stores}
-    floats = {n.name: why for n in kinds if (why := why_float(n, kinds, graph))}
+    ranks = find_ranks(graph.graph)
+    floats = {n.name: why for n in kinds if (why := why_float(n, kinds, graph, ranks[n]))}
     return Plan(stores, {k: v.name for k, v in reads.items()}, sources, first, last, floats)
 
 

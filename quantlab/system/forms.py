@@ -10,15 +10,19 @@ def has_own_forward(module):
                for name in ("forward", "_conv_forward"))
 
 
-def why_float(node, kinds, graph):
+def why_float(node, kinds, graph, rank=None):
     """The reason for which a node of a float graph has no integer form; None where it has one.
 
-    kinds: node -> kind, as graph.find_kinds gives them.
+    kinds: node -> kind, as graph.find_kinds gives them. rank: how many dimensions the node's value
+    has, where that is known.
     """
     module = graph.get_submodule(node.target) if node.op == "call_module" else None
     rule = {"other": _other, "compute": _layer, "batchnorm": _batchnorm, "average": _average,
             "maxpool": _pool}.get(kinds[node])
-    return rule and rule(node, module, kinds)
+    reason = rule and rule(node, module, kinds)
+    if not reason and kinds[node] == "batchnorm" and rank == 3:
+        return "only BatchNorm1d of [B, C] has one"
+    return reason
 
 
 def _name(node, module):

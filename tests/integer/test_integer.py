@@ -235,7 +235,9 @@ def test_weights_and_biases_that_are_no_codes_are_refused_by_name(qmodel):
     ([nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Conv1d(4, 2, 1)], "_2 (Conv1d)"),
     ([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 2, 1)],
      "_1 (BatchNorm2d)"),
-], ids=["hardswish", "reflect", "conv1d", "batchnorm"])
+    ([nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(2), nn.BatchNorm1d(4), nn.Linear(36, 2)],
+     "_3 (BatchNorm1d)"),
+], ids=["hardswish", "reflect", "conv1d", "batchnorm", "batchnorm over places"])
 def test_operations_without_integer_form_are_named(layers, node):
     model = nn.Sequential(*layers).eval()
     qmodel = ql.quantize(model, ql.collect(model, [torch.randn(2, 3, 6, 6)]))
