@@ -80,7 +80,7 @@ def accuracy_by_bits(table, text, bits_label="bits of weights and activations"):
     right.axhline(0, **DASHED)
     left.axhline(table.fp32_top1.iloc[0], label="float", **DASHED)
     left.set(xlabel=bits_label, ylabel="top-1 accuracy, %", title="Accuracy")
-    left.set_ylim(10 * (table.top1.min() // 10), 102)
+    left.set_ylim(10 * (table.top1.min() // 10), 10 * -(-table.fp32_top1.max() // 10) + 2)
     right.set(xlabel=bits_label, ylabel="points lost (log scale beyond 0.5)")
     right.set_title("Points lost against float, 95 % intervals")
     lost_scale(right.yaxis, min(table.drop_low.min(), 0), max(table.drop_high.max(), 1))
