@@ -22,7 +22,7 @@ WRONG = {
         p = (predictions == labels).double().mean().item()
         half = 1.959964 * sqrt(p * (1 - p) / len(labels))
         return 100 * p, 100 * (p - half), 100 * (p + half)
-        """, "prove it to a width"),
+        """, "the lower end 72.2"),
     "multiplications": ("groups forgotten", """
         rows, columns = conv(torch.zeros(1, conv.in_channels, height, width)).shape[2:]
         taps = conv.kernel_size[0] * conv.kernel_size[1] * conv.in_channels
