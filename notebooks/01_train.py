@@ -295,6 +295,8 @@ print(
     f"{images.name}{smoke}."
 )
 print(f"- It is best at {best} and worst at {worst}.")
+
+# %%
 n_values = sum(p.numel() for p in network.parameters())
 sizes = ", ".join(f"{n_values * bits / 8e6:.2f} at {bits}" for bits in (8, 4, 3))
 print(
@@ -383,6 +385,8 @@ def counted(height, width, *channels, **how):
     flops = conv_flop_count(image.shape, conv.weight.shape, conv(image).shape)
     return (conv, height, width), flops / 2
 
+
+# %% tags=["check"]
 first = torch.nn.Conv2d(3, 16, 3, padding=1), 32, 32
 check(
     multiplications,

@@ -621,11 +621,8 @@ values = {}
 for name, q in codes.items():
     q = q.to("cpu")
     values[name] = (torch.arange(q.qmin, q.qmax + 1) - q.zero_point) * q.scale
-text = (
-    f"values on edge {edge}, {n_calibration:,} calibration images; ranges for 4 bits "
-    "after "
-)
-text += f"{n_batches} augmented batches, which hist saw in the quantized network"
+text = f"values on edge {edge}, {n_calibration:,} calibration images; ranges for 4 "
+text += f"bits after {n_batches} augmented batches (of hist: in the quantized network)"
 text = study.caption(edges[edge].count, text)
 title = f"The same edge, three sets of codes: {edge}"
 figure = ladder.code_strips(edges[edge], values, text, title, "activation")

@@ -609,6 +609,8 @@ def integers(bits):
     config = ql.QuantConfig(bits, bits, weight_symmetric=False, residual_bits=None)
     return ql.quantize(network, stats, config).cpu()
 
+
+# %%
 scheme = next(scheme for scheme in SCHEMES if scheme.name == "integers, 4 bits")
 ours, by_package, moved = network_in(scheme), integers(4), 0
 for layer_name, layer in by_package.layers.items():
