@@ -405,7 +405,7 @@ for row in fisher.itertuples():
 #
 # |  | Convention | W8A8 | W4A4 | W3A3 | W2A2 |
 # | --- | --- | ---: | ---: | ---: | ---: |
-# | PT2E int8 | its own | 0.19 [0.03, 0.35] |  |  |  |
+# | PT2E int8 | its own | 0.19 [0.04, 0.34] |  |  |  |
 # | ONNX Runtime int8 | its own | 0.03 [-0.14, 0.20] |  |  |  |
 # | Brevitas GPTQ | its own | 0.09 [-0.04, 0.22] | 0.69 [0.33, 1.05] | 2.82 [2.28, 3.36] | 18.46 [17.55, 19.36] |
 # | Brevitas learned round | its own | 0.11 [-0.02, 0.24] | 1.10 [0.72, 1.48] | 4.03 [3.47, 4.59] | 21.96 [21.00, 22.91] |
