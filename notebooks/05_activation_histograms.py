@@ -387,8 +387,7 @@ check(
 
 # %% [markdown]
 # **2. What zero swallows.** Weights and activations crowd around zero. Of the values that are *not* zero, which
-# fraction gets zero's code at a given scale (ties to even)? At 2 bits it is about half of the weights, and
-# with a scale from the largest value far more.
+# fraction gets zero's code at a given scale (ties to even)?
 
 # %% tags=["exercise"]
 def swallowed(x, scale):

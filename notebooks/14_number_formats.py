@@ -559,9 +559,8 @@ study.save(figures.error_map(errors, text), "14_errors")
 
 # %% [markdown]
 # A float errs in proportion to the value: E4M3 loses the same whatever the tail. Integers lose little
-# where values fill the range and much where most of it is for a few. With four bits the two grids differ
-# by about a decibel in this mean, a block's finer scale brings more; what that is worth to the network,
-# section 5 measures:
+# where values fill the range and much where most of it is for a few. At four bits, the two grids side by
+# side and the scales below each other; what the differences are worth to the network, section 5 measures:
 
 # %%
 db = errors.pivot(index="format", columns="distribution", values="sqnr")

@@ -42,6 +42,7 @@ TAIL = {  # of the network: changes no logit's code and needs none
 VIEW_ATTRIBUTES = ("T", "mT", "H", "mH", "data", "real")  # of a tensor, another view of it
 NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # other names that torch takes
 KEYWORDS = ("input", "tensors", "tensor", "other")  # of torch's functions, in the order they take
+FREE = ("shape", "constant")  # kinds of nodes that read no activation, but for its size
 PASSES_CODES = ("rearrange", "maxpool")  # codes of the input, at most fewer or in another order
 
 

@@ -123,10 +123,9 @@ def layer_accuracy(model, stats, split, config, names=None, verbose=False, **opt
     batch_size). A lone quantized layer reads unrounded adds and image; a float layer among
     quantized ones reads them as stored.
     """
-    plan = quantize(model, stats, config).plan
-    baseline = evaluate(model, split, **options)
-
-    everything = evaluate(quantize(model, stats, config), split, **options)
+    qmodel = quantize(model, stats, config)
+    plan, baseline = qmodel.plan, evaluate(model, split, **options)
+    everything = evaluate(qmodel, split, **options)
     lost = {"all": paired_drop(baseline.correct, everything.correct)[0]}
 
     def measure(config):
@@ -158,8 +157,8 @@ def layer_costs(model, batch, config=QuantConfig()):
     """A frame with layer, weights (values), constants (scales, zero-points and biases), reads
     (values read) and macs (multiply-accumulates), for one image.
 
-    batch: float32 [B, C, H, W] of any B. config: with all 2^b levels a weight's channel has a
-    zero-point beside its scale.
+    batch: float32 [B, C, H, W] of any B. config: says whether a weight has one scale or one a
+    channel, and zero-points beside them (all 2^b levels).
     """
     graph = folded(model)
     ShapeProp(graph).propagate(as_images(batch)[:1].to(next(graph.parameters()).device))

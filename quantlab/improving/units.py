@@ -9,10 +9,9 @@ import dataclasses
 import networkx as nx
 from torch import fx
 
-from quantlab.graph import call_name, find_kinds, readers_of
+from quantlab.graph import FREE, call_name, find_kinds, readers_of
 from quantlab.quantized import find_quantizer, origin
 
-FREE = ("shape", "constant")  # kinds of nodes that cost nothing
 SEVERAL = ("chunk", "split", "tensor_split", "unbind")  # give views of one value, in a tuple
 
 

@@ -7,14 +7,13 @@ import copy
 import torch
 from torch import fx, nn
 
-from quantlab.graph import PASSES_CODES, call_name, find_kinds, operation_name
+from quantlab.graph import FREE, PASSES_CODES, call_name, find_kinds, operation_name
 from quantlab.integer import operations as ops
 from quantlab.integer import pooling as pools
 from quantlab.quantized import edge_name, find_quantizer, origin
 from quantlab.system.contract import RESERVED
 from quantlab.system.errors import UserError
 
-FREE = ("constant", "shape")  # kinds of nodes that read no activation but for its size
 CLAMPS = {"relu": (0.0, float("inf")), "relu6": (0.0, 6.0)}
 
 

@@ -66,7 +66,9 @@ def _average(node, module, kinds):
         return _pool(node, module, kinds)
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     dims = dims if isinstance(dims, (tuple, list)) else (dims,)
-    return "it is a mean over everything; name its dimensions" if {None} & {*dims} else None
+    if 0 in dims:
+        return "it averages over the images of a batch"
+    return "it is a mean over everything; name its dimensions" if None in dims else None
 
 
 def _pool(node, module, kinds):

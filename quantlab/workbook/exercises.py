@@ -7,8 +7,8 @@ import torch
 
 
 def check(function, *cases):
-    """Print that a function is right, not written yet (it returns None or ...), or what is wrong
-    with it. Nothing that it does is raised.
+    """Print that a function is right, not written yet (None or ... in the first case), or what is
+    wrong with it. Nothing that it does is raised.
 
     cases: (arguments, expected, why) each, tried in order. expected: numbers or a tensor, to be met
     to six digits; or a function that says in words what is wrong with an answer, "" where nothing

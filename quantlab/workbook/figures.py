@@ -55,7 +55,7 @@ def bits_heatmap(rows):
     hand = hand[hand.act_bits.isin(hand.weight_bits)]
     if not len(hand):
         return None
-    text = (f"nearest rounding, weights of 2^b - 1 levels, residual stream and image 8 bits, "
+    text = ("nearest rounding, weights of 2^b - 1 levels, residual stream and image 8 bits, "
             f"up to {hand.seed.nunique()} seeds")
     return questions.bits_heatmap(hand, _caption(hand, text))
 

@@ -105,7 +105,7 @@ class Rows:
         """Rows by exact name of what was done."""
         return self.frame[self.frame.corrections.eq(corrections)]
 
-    def seeds(self, summary):
+    def every_seed(self, summary):
         """The rows, one a seed, of which `summary` is the mean; None: none."""
         if summary is None:
             return self.frame[:0]
@@ -513,12 +513,12 @@ def _answers(rows):
                "bits; multipliers computed in advance change no code but at a tie",
                "10_original_experiment#4.-The-ladder")
     four, whole = rows.setter("4/4", "histogram"), rows.setter("4/4", "minmax")
-    own = rows.seeds(four)
+    own = rows.every_seed(four)
     if (won := more(own, rows.named(UNDONE + "one scale a channel"))) is not None:
         yield ("One layer's weights, and the trade-off", "one scale a channel instead of one a "
                f"tensor: {won:+.2f} points at 4 bits",
                "10_original_experiment#6.-Every-repair-alone,-from-both-ends")
-    if (won := more(own, rows.seeds(whole))) is not None:
+    if (won := more(own, rows.every_seed(whole))) is not None:
         yield ("Input and output of a layer, and the error",
                f"ranges by least error instead of min-max: {won:+.2f} points at 4 bits",
                "03_quantize_by_hand#9.-8,-6,-4-and-3-bits")
