@@ -486,7 +486,7 @@ wide = table.pivot(index="quantization", columns="way", values=columns).reindex(
 show(wide.dropna(axis=1, how="all").round(2))
 
 # %%
-text = f"test images, {len(seeds)} calibration seed(s) below 8 bits. The original's: "
+text = f"test images, {len(seeds)} calibration seed(s). The original's: "
 text += "ResNet-50 on the official CIFAR-10 files, one run, from its README"
 text = study.caption(baseline.n, text + "; paired 95 % intervals of ours")
 words = tables.original().quantization.replace("fp32", "float")
