@@ -201,6 +201,7 @@ FIGURES = {
     "10_seven_rows": original_rows, "10_ladder": waterfall, "11_heatmap": bits_heatmap,
     "09_what_a_bit_buys": what_a_bit_buys,
 }
+OF_A_RUN = {"10_ladder": "10_original_experiment"}  # rows lack the intervals of its steps
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -208,19 +209,23 @@ FIGURES = {
 
 def save_figures(widths, formats):
     """Draw what published rows suffice for, into pic/ and, in widths (mm) and formats, into
-    results/figures; yields a line about each.
+    results/figures; yields a line about each. pic/ keeps a figure of OF_A_RUN that a full run of
+    its notebook drew.
     """
     frame = results.load(results.published_path())
     if not len(frame):
         raise UserError("published.csv has no rows to draw; run: make results DATA=PATH, then "
                         "python -m quantlab publish")
     for name, model, dataset, figure in draw(frame):
-        plots.save(figure, name, dataset, model)
         had, full = [], "_".join(filter(None, (name, model, dataset)))
+        page = root() / "results" / "pages" / f"{OF_A_RUN.get(name)}-{model}-{dataset}.md"
+        if not page.is_file():
+            plots.save(figure, name, dataset, model)
+            had.append("pic")
         for width in widths:
             try:
                 save_columns(figure, full, [width], formats)
                 had.append(f"{width} mm")
             except UserError as error:
                 yield f"left out: {error}"
-        yield f"{full}: pic, {', '.join(had)}".removesuffix(", ")
+        yield f"{full}: {', '.join(had) or 'as its notebook drew it'}"

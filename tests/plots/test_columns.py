@@ -3,6 +3,7 @@
 import io
 import re
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from test_figures import (
@@ -21,7 +22,7 @@ from quantlab.plots import lowbit
 from quantlab.plots.column import _at_width, overlaps
 from quantlab.system import paper
 from quantlab.system.errors import UserError
-from quantlab.system.files import read_csv, root
+from quantlab.system.files import read_csv, root, write_text
 from quantlab.workbook import figures, results
 
 
@@ -172,3 +173,16 @@ def test_what_a_bit_buys_takes_the_times_of_one_machine():
 def test_no_rows_are_said_to_be_none(workbook):
     with pytest.raises(UserError, match="published.csv has no rows to draw; run: make results"):
         list(figures.save_figures((89,), ("pdf",)))
+
+
+def test_a_figure_that_holds_more_than_the_rows_is_not_drawn_over(workbook, monkeypatch):
+    page = workbook / "results" / "pages" / "10_original_experiment-resnet20-my_set.md"
+    write_text(page, "a run")
+    monkeypatch.setattr(figures, "draw", lambda frame: [
+        ("10_ladder", model, "my_set", plt.figure()) for model in ("resnet20", "resnet50")])
+    monkeypatch.setattr(figures.results, "load", lambda path: [1])
+    lines = list(figures.save_figures((), ()))
+    assert lines == ["10_ladder_resnet20_my_set: as its notebook drew it",
+                     "10_ladder_resnet50_my_set: pic"]
+    names = {path.stem for path in (workbook / "pic").iterdir()}
+    assert names == {"10_ladder_resnet50_my_set"}
