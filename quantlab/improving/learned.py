@@ -231,6 +231,14 @@ class LearnedCodes(LearnedLayer):
 # ---- Into a network and out of it ----------------------------------------------------------------
 
 
+def learn_only(graph, layers):
+    """Ask for gradients of the named layers' parameters and of no others."""
+    graph.requires_grad_(False)
+    for name in layers:
+        graph.get_submodule(find_node(graph, name).target).requires_grad_(True)
+    return graph
+
+
 def swap(part, make_step, make_layer):
     """Put stand-ins in the place of the Quantizers and quantized layers of a graph; two dicts, node
     name -> stand-in.

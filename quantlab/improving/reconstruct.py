@@ -23,7 +23,14 @@ from quantlab.calibration import Watcher
 from quantlab.config import QuantConfig
 from quantlab.graph import folded
 from quantlab.improving.activations import BATCH, Networks, stack_images
-from quantlab.improving.learned import LearnedRounding, LearnedStep, Masks, swap, write_learned
+from quantlab.improving.learned import (
+    LearnedRounding,
+    LearnedStep,
+    Masks,
+    learn_only,
+    swap,
+    write_learned,
+)
 from quantlab.improving.reconstruct_state import State, load_unit, unit_tensors
 from quantlab.ptq import quantize
 from quantlab.quantized import find_node
@@ -331,7 +338,7 @@ def iteration_cost(model, stats, images, config=QuantConfig(), learning=Reconstr
 def _plain_pass(task, i):
     """A function that runs the float unit forward and backward on one fixed batch."""
     part, inputs, outputs = task.part("float", i)
-    part.requires_grad_(True)
+    learn_only(part, task.units[i].layers)
     index, target = torch.arange(task.learning.batch_size), task.units[i].target
     values = [task.cache.rows(key, index) for key in inputs]
     goal = task.cache.rows(("float", target), index) + 1

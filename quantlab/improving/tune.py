@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from quantlab.graph import folded
 from quantlab.improving.activations import stack_images
-from quantlab.improving.learned import LearnedCodes, LearnedStep, swap, write_learned
+from quantlab.improving.learned import LearnedCodes, LearnedStep, learn_only, swap, write_learned
 from quantlab.quantized import find_node
 from quantlab.system.arguments import check_settings
 from quantlab.system.contract import GATE_IMAGES, check_function, check_logits, check_origin
@@ -83,7 +83,7 @@ def iteration_cost(model, qmodel, images, config=TuneConfig(), repeats=20):
     and plain.
     """
     tuner, steps = _begin(model, qmodel, images, dataclasses.replace(config, iterations=10**6))
-    plain = copy.deepcopy(tuner.graph).requires_grad_(True)
+    plain = learn_only(copy.deepcopy(tuner.graph), qmodel.layers)
     batch = stack_images(images, config.batch_size)[: config.batch_size].to(device())
     batch = batch.contiguous(memory_format=torch.channels_last)
 

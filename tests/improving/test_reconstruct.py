@@ -527,6 +527,16 @@ def test_only_what_is_learned_gets_gradients(middle):
         assert not same(tensors(before), tensors(after))
 
 
+def test_what_an_iteration_costs_is_measured_beside_a_groupnorm():
+    model, images = Scaled(nn.GroupNorm(2, 8)).eval(), torch.randn(32, 3, 8, 8)
+    stats = ql.collect(model, [images])
+    settings, config = rc.ReconstructConfig(batch_size=16), TuneConfig(batch_size=16)
+    frame = rc.iteration_cost(model, stats, images, learning=settings, repeats=1)
+    assert frame.unit.tolist() == ["conv", "fc"]
+    tuned = tune.iteration_cost(model, ql.quantize(model, stats), images, config, repeats=1)
+    assert {name: len(seconds) for name, seconds in tuned.items()} == {"learning": 1, "plain": 1}
+
+
 @pytest.mark.parametrize("method", ["adaround", "qdrop"])
 def test_what_is_left_float_stays_as_it_is(method):
     model = Scaled(nn.PReLU(8)).eval()
