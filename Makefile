@@ -6,11 +6,12 @@ DATA ?= auto
 MODEL ?=
 WIDTHS ?=
 NOTEBOOKS ?=
+WORKERS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: results rivals test test-long lint lab sync setup clean
 results: setup  ## of one network on one data set: make results MODEL=resnet50 DATA=PATH
-	$(BIN)/python -m quantlab run $(NOTEBOOKS) --data "$(DATA)" $(if $(MODEL),-p model $(MODEL))
+	$(BIN)/python -m quantlab run $(NOTEBOOKS) --data "$(DATA)" $(if $(MODEL),-p model $(MODEL)) $(if $(WORKERS),--workers $(WORKERS))
 
 rivals: setup .venv-rivals/ready  ## other tools beside ours: make rivals MODEL=resnet20 DATA=PATH WIDTHS=4/4,3/3
 	$(BIN)/python -m quantlab rivals --data "$(DATA)" $(if $(MODEL),--model $(MODEL)) $(if $(WIDTHS),--widths $(WIDTHS))

@@ -99,6 +99,9 @@ def _run_options(run):
     add("--headline", action="store_true",
         help="what the README's headline needs, all on this machine; says first what it costs")
     add("--force", action="store_true", help="run again what is complete")
+    add("--workers", type=int, metavar="N",
+        help="notebooks at a time (default: of smoke runs one a core as far as memory goes, else "
+             "one, as two would disturb each other's times)")
     add("--time-limit", type=int, default=TIME_LIMIT, metavar="SECONDS",
         help="per notebook (default: %(default)s)")
 
@@ -244,6 +247,7 @@ def _search_options(searched):
 def _run(options):
     parameters = dict(options.parameters)
     _check_least("--time-limit", options.time_limit)
+    _check_least("--workers", options.workers)
     if options.full:
         parameters = {"preset": "full"} | parameters
     parts = [(options.numbers, parameters)]
@@ -259,7 +263,7 @@ def _run(options):
     from quantlab.workbook.run import combined, status_table
 
     frame = combined(parts, source=options.data, force=options.force,
-                     time_limit=options.time_limit)
+                     time_limit=options.time_limit, workers=options.workers)
     print("\n" + status_table(frame))
     return int((frame.status == "failed").any())
 
@@ -327,7 +331,7 @@ def _figures(options):
     if options.numbers:
         ask_notebooks(widths, formats)
         options.parameters, options.force, options.time_limit = [], True, TIME_LIMIT
-        options.full = options.headline = False
+        options.full, options.headline, options.workers = False, False, None
         return _run(options)
 
     from quantlab.workbook import gallery

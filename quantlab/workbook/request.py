@@ -56,6 +56,15 @@ def requested(numbers=(), overrides=None, source=None):
     return [_checked(notebook, overrides, bool(numbers), trains) for notebook in chosen]
 
 
+def is_smoke(notebook, parameters):
+    """Whether a notebook will run as a smoke run, or measures nothing."""
+    values = {**notebook.parameters, **parameters}
+    if {"preset", "data"} <= values.keys():
+        digits = find_data(values["data"]) == "digits"
+        return values["preset"] == "smoke" or values["preset"] == "auto" and digits
+    return "report" in notebook.path.stem
+
+
 def headline(overrides=None):
     """[(number, parameters as texts)] that measure every row of the README's headline anew: float,
     tools, learned rounding by the best method of 07, integers. overrides: parameter -> text, each

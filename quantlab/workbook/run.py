@@ -2,6 +2,7 @@
 kill, end with a table and a report.
 """
 
+import itertools
 import os
 import platform
 import re
@@ -12,9 +13,11 @@ import pandas as pd
 from quantlab.system.errors import UserError
 from quantlab.system.files import data_folder, root, write_text
 from quantlab.workbook import results
+from quantlab.workbook.engines import default_workers
 from quantlab.workbook.execute import execute, undrawn
 from quantlab.workbook.keys import names_network, run_key
-from quantlab.workbook.request import TIME_LIMIT, requested
+from quantlab.workbook.request import TIME_LIMIT, is_smoke, requested
+from quantlab.workbook.together import outcomes
 
 
 def runs_folder():
@@ -25,22 +28,42 @@ def report_path():
     return root() / "results" / "report.html"
 
 
-def run(numbers=(), overrides=None, *, source=None, force=False, time_limit=TIME_LIMIT):
+def run(numbers=(), overrides=None, *, source=None, force=False, time_limit=TIME_LIMIT, workers=1):
     """Execute notebooks (none named: all, in order); a frame of notebook, status (done, skipped,
     failed), seconds, message.
 
     numbers, overrides, source: as in `requested`. What is complete under its key (`run_key`) is
     skipped, unless `force`; its rows are recorded again, as if it had run. The executed notebook
     appears in results/runs when it is complete; a failed one is kept as NAME.failed.ipynb.
+    workers: how many at a time; None: one a core where all are smoke runs, whose times are no
+    measurements, else one.
     """
-    lines, plan = [], requested(numbers, overrides, source)
+    plan = requested(numbers, overrides, source)
     remove_temporaries()
-    for notebook, parameters in plan:
+    if workers is None:
+        workers = default_workers() if all(is_smoke(*part) for part in plan) else 1
+    lines = []
+    for is_alone, parts in itertools.groupby(plan, _is_alone):
+        parts = [(*part, force, time_limit) for part in parts]
+        several = 1 if is_alone else min(workers, len(parts))
+        ended = outcomes(_run_one, parts, several) if several > 1 else _one_by_one(parts)
+        lines += [[part[0].path.stem, *outcome] for part, outcome in zip(parts, ended)]
+    return pd.DataFrame(lines, columns=["notebook", "status", "message", "seconds"])[
+        ["notebook", "status", "seconds", "message"]]
+
+
+def _is_alone(part):
+    """Whether others wait for a notebook's end or it waits for theirs: one that trains the network,
+    and the report.
+    """
+    notebook = part[0]
+    return "retrain" in notebook.parameters or "report" in notebook.path.stem
+
+
+def _one_by_one(parts):
+    for part in parts:
         started = time.perf_counter()
-        status, message = _run_one(notebook, parameters, force, time_limit)
-        seconds = round(time.perf_counter() - started, 1)
-        lines.append([notebook.path.stem, status, seconds, message])
-    return pd.DataFrame(lines, columns=["notebook", "status", "seconds", "message"])
+        yield *_run_one(*part), round(time.perf_counter() - started, 1)
 
 
 def combined(parts, **options):

@@ -8,6 +8,7 @@ import time
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 from conftest import CHECKOUT
 
@@ -28,14 +29,15 @@ while (root / "wait").exists():
 """
 
 
-def write_notebook(place, code, parameters="n = 1\ndata = 'digits'", metadata=notebooks.KERNEL):
+def write_notebook(place, code, parameters="n = 1\ndata = 'digits'", metadata=notebooks.KERNEL,
+                   name="98_tiny"):
     cells = [
         nbformat.v4.new_markdown_cell("# 98 · Tiny"),
         nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(code),
     ]
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
-    nbformat.write(notebook, place / "notebooks" / "98_tiny.ipynb")
+    nbformat.write(notebook, place / "notebooks" / f"{name}.ipynb")
 
 
 def outputs_of_run(place):
@@ -45,23 +47,28 @@ def outputs_of_run(place):
     return [output.data for cell in cells for output in cell.get("outputs", [])]
 
 
-def start_runner(place):
+def start_runner(place, *numbers):
     environment = {**os.environ, "QUANTLAB_ROOT": str(place), "PYTHONPATH": str(CHECKOUT)}
-    command = [sys.executable, "-m", "quantlab", "run", "98"]
+    command = [sys.executable, "-m", "quantlab", "run", *numbers]
     return subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 120
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert condition()
 
 
 def test_a_kill_between_recording_and_finishing_leaves_every_row_once(workbook):
     write_notebook(workbook, RECORDING)
     (workbook / "wait").touch()
-    killed = start_runner(workbook)
-    deadline = time.monotonic() + 120
-    while not (workbook / "recorded").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    killed = start_runner(workbook, "98")
+    wait_for(lambda: (workbook / "recorded").exists())
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     runs = workbook / "results" / "runs"
-    assert (workbook / "recorded").exists() and not list(runs.glob("98_*"))
+    assert not list(runs.glob("98_*"))
     assert len(list(runs.glob(".98_tiny-*"))) >= 2, "the notebook and its rows, not yet complete"
     assert not len(results.load()), "recorded, but its run is not complete"
     (workbook / "wait").unlink()
@@ -126,6 +133,89 @@ def test_mistaken_parameters_and_names_are_refused_at_once(workbook):
     assert "notebook '99' is unknown" in texts[2] and "98_tiny" in texts[2]
     assert "did you mean seed?" in texts[3]
     assert not (workbook / "results").exists()
+
+
+# ---- Several at a time ---------------------------------------------------------------------------
+
+MEETING = """
+import os, time
+from quantlab.workbook import results
+root, own = results.root(), f"here {n}"
+(root / own).write_text(f"{os.getpid()} {os.getppid()}")
+while not (root / f"here {1 - n}").exists() or (root / "wait").exists():
+    time.sleep(0.05)
+if (root / "leave").exists():
+    os.kill(os.getppid(), 9)
+results.record([{"config_key": f"a{n}", "seed": 0, "notebook": f"9{n}"}])
+"""
+
+
+def write_two(place):
+    """Two notebooks, 90 and 91, each of which waits for the other."""
+    for n in (0, 1):
+        write_notebook(place, MEETING, f"n = {n}\ndata = 'digits'", name=f"9{n}_tiny")
+
+
+def test_notebooks_beside_each_other_end_with_their_runner_and_begin_again(workbook, capfd):
+    write_two(workbook)
+    report = "from quantlab.workbook import results\nprint(len(results.load()))"
+    write_notebook(workbook, report, "n = 1", name="98_report")
+    (workbook / "wait").touch()
+    started = start_runner(workbook, "90", "91", "--workers", "2")
+    wait_for(lambda: all((workbook / f"here {n}").exists() for n in (0, 1)))
+    ids = [int(i) for n in (0, 1) for i in (workbook / f"here {n}").read_text().split()]
+    assert len(set(ids)) == 4 and all(map(is_running, ids))
+    started.kill()
+    started.wait()
+    wait_for(lambda: not any(map(is_running, ids)))
+    (workbook / "wait").unlink()
+    assert not len(results.load())
+    frame = run.run(["91", "90", "98"], workers=2)
+    assert frame.status.tolist() == ["done"] * 3, frame.message.tolist()
+    assert frame.notebook.tolist() == ["91_tiny", "90_tiny", "98_report"]
+    assert all(m.startswith(n) for m, n in zip(frame.message, frame.notebook))
+    assert sorted(results.load().config_key) == ["a0", "a1"]
+    said = capfd.readouterr().out
+    assert "2 notebooks, 2 at a time" in said and "done: 90_tiny" in said
+    assert "91_tiny: 98" not in said, "what a process prints is not shown"
+    (out,) = (workbook / "results" / "runs").glob("98_*.ipynb")
+    assert nbformat.read(out, as_version=4).cells[-1].outputs[0].text == "2\n", "it came last"
+    assert not {"QUANTLAB_RUN", "QUANTLAB_ROWS"} & set(os.environ)
+
+
+def is_running(process):
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_process_that_is_lost_fails_what_it_ran_in_one_line(workbook):
+    write_two(workbook)
+    (workbook / "leave").touch()
+    frame = run.run(["90", "91"], workers=2)
+    assert "failed" in frame.status.tolist()
+    lost = frame.message[frame.status == "failed"]
+    assert lost.str.contains("killed.*--workers 1", regex=True).all()
+
+
+def test_by_itself_only_smoke_runs_go_beside_each_other(workbook, monkeypatch, capsys):
+    several = []
+    monkeypatch.setattr(run, "default_workers", lambda: 3)
+    monkeypatch.setattr(run, "_run_one", lambda *part: ("done", ""))
+    monkeypatch.setattr(run, "outcomes", lambda function, parts, workers: [
+        several.append((len(parts), workers)) or ("done", "", 0.0) for _ in parts])
+    names = run.run(source="digits", workers=None).notebook
+    assert names[0] == "01_train" and names.iloc[-1] == "13_report"
+    assert set(several) == {(len(names) - 2, 3)}, "not the one that trains, nor the report"
+    several.clear()
+    run.run(overrides={"preset": "full"}, source="digits", workers=None)
+    run.run(["03"], source="digits", workers=None)
+    assert not several
+    run.run(["03", "04"], {"preset": "full"}, source="digits", workers=2)
+    assert several == [(2, 2)] * 2
+    assert main(["run", "03", "--workers", "0"]) == 1
+    assert "--workers 0: name at least 1" in capsys.readouterr().err
 
 
 # ---- Figures -------------------------------------------------------------------------------------
