@@ -108,7 +108,7 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A named set of labelled images; `fingerprint` tells its content in every row of results."""
+    """A named set of labelled images; `fingerprint` tells their pixels in every row of results."""
 
     name: str
     classes: tuple
@@ -189,7 +189,12 @@ def find_fingerprint(source="auto"):
         return load_digits().fingerprint
     if place == "cifar10" or is_cifar10(place):
         return load_cifar10(place).fingerprint
-    return fingerprint(pathlib.Path(place), data_folder() / "cache")
+    return _at_size(fingerprint(pathlib.Path(place), data_folder() / "cache"), _side(None))
+
+
+def _at_size(content, size):
+    """The fingerprint of files that are read at a size: other pixels are other images."""
+    return content if size is None else hashlib.sha256(f"{content} {size}".encode()).hexdigest()
 
 
 # ---- The parts -----------------------------------------------------------------------------------
@@ -276,4 +281,5 @@ def load_images(path, size=None):
     constants = None
     if images.classes == cifar10.CIFAR10_CLASSES:
         constants = cifar10.CIFAR10_MEAN, cifar10.CIFAR10_STD
-    return _assemble(name, images.classes, images.train, images.test, images.fingerprint, constants)
+    content = _at_size(images.fingerprint, size)
+    return _assemble(name, images.classes, images.train, images.test, content, constants)

@@ -91,6 +91,14 @@ def test_the_fingerprint_is_that_of_the_content_wherever_it_lies_and_whenever_it
     assert find_fingerprint(image_folder) != first, "one name"
 
 
+def test_images_at_another_size_are_other_images(workbook, image_folder, monkeypatch):
+    found = [load(image_folder, size=size).fingerprint for size in (None, 4, 6)]
+    assert len(set(found)) == 3, "what was measured at one size is not taken for another's"
+    for size, content in zip(("", "4", "6"), found):
+        monkeypatch.setenv("QUANTLAB_SIZE", size)
+        assert find_fingerprint(image_folder) == load(image_folder).fingerprint == content
+
+
 def test_the_fingerprint_decodes_nothing_and_is_read_again_only_where_files_changed(
     workbook, image_folder, monkeypatch
 ):

@@ -1,5 +1,6 @@
 """A Study: what the preset decides, what is computed once, and that its rows are results' rows."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -70,6 +71,16 @@ def test_the_baseline_and_the_statistics_are_computed_once(digits_study, monkeyp
     monkeypatch.setattr(study, "evaluate", lambda *a, **k: pytest.fail("evaluated again"))
     monkeypatch.setattr(study, "collect", lambda *a, **k: pytest.fail("collected again"))
     assert digits_study.baseline.n and digits_study.stats is own
+
+
+def test_nothing_is_taken_over_from_images_that_are_normalised_otherwise(workbook, digits):
+    other = dataclasses.replace(digits, test=dataclasses.replace(digits.test, mean=(0.9,) * 3))
+    studies = [Study(data, "resnet20", CHECKPOINT) for data in (digits, other, digits)]
+    settings = {"method": "float"}
+    rows = [one.once(settings, lambda state, one=one: one.row(one.baseline, "float"))
+            for one in studies]
+    assert rows[0]["top1"] == rows[2]["top1"] != rows[1]["top1"]
+    assert studies[1].baseline.top1 == studies[1].evaluate(studies[1].network).top1
 
 
 def test_calibration_and_evaluation_take_the_study_s_settings(digits_study, digits, resnet20):
