@@ -20,7 +20,7 @@ from quantlab.workbook import allowed, grid, notebooks
 from quantlab.workbook.request import TIME_LIMIT, check_data, cost, headline, requested
 
 SEARCH_COSTS = ("bytes", "bitops")
-TABLES = ("headline", "original", "speed", "all")
+TABLES = ("headline", "original", "speed", "all", "methods", "goals", "tools", "conventions")
 BENCH_SECTIONS = ("collect", "fakequant", "int8", "integer", "reconstruct", "tune")
 
 
@@ -258,7 +258,8 @@ def _run(options):
     for numbers, own in parts:
         for notebook, _ in requested(numbers, own, options.data):
             if options.headline:
-                print(f"{notebook.path.stem}: {cost(notebook) or 'a minute or two'}", flush=True)
+                what = f"{notebook.path.stem}, {own['model']}"
+                print(f"{what}: {cost(notebook) or 'a minute or two'}", flush=True)
 
     from quantlab.workbook.run import combined, status_table
 
@@ -411,7 +412,8 @@ def _import(options):
     out = options.out or root() / "checkpoint" / name
     _, card = import_checkpoint(options.file, options.model, out, data)
     print(f"{out}: {card.num_outputs} outputs, {card.test_top1:.2f} % top-1 on {card.n_test:,} "
-          f"test images of {data.name}")
+          f"test images of {data.name}\nto run a notebook with it: python -m quantlab run 03 "
+          f"-p model {options.model} -p checkpoint {out}")
 
 
 def _bench(options):

@@ -199,6 +199,7 @@ def save_tables(names=(), formats=("tex", "csv")):
         "original": lambda: original_table(published),
         "speed": lambda: speed_table(read_csv(bench)) if bench.is_file() else pd.DataFrame(),
         "all": lambda: headline(published),
+        **_of_notebooks(published),
     }
     frames = {name: makers[name]() for name in names or makers}
     empty = [name for name, frame in frames.items() if not len(frame)]
@@ -212,6 +213,23 @@ def save_tables(names=(), formats=("tex", "csv")):
             paths.append(root() / "results" / "tables" / f"{name}.{suffix}")
             write_text(paths[-1], text)
     return paths
+
+
+def _of_notebooks(published):
+    """name -> function that makes a table with which 07 or 08 ends, its network named."""
+    from quantlab.workbook import findings  # here, as it reads what this module defines
+
+    made = {"methods": findings.methods_by_width_table, "goals": findings.goals_table,
+            "tools": findings.others_table, "conventions": findings.mixed_precision_table}
+
+    def named(make):
+        if not len(published):
+            return published
+        rows = findings.Rows(published)
+        table = make(rows)[1]
+        return table.assign(**{"Network": rows.model} | {name: table[name] for name in table})
+
+    return {name: lambda make=make: named(make) for name, make in made.items()}
 
 
 def _cell(value):

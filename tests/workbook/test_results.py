@@ -566,3 +566,8 @@ def test_tables_are_written_from_published_rows_and_one_without_rows_is_refused(
     frame = pd.read_csv(paths[1], dtype=str, keep_default_na=False)
     shown = tables.original_table(results.load(results.published_path()))
     assert frame.values.tolist() == shown.values.tolist() and len(frame) == 7
+    made = {path.stem: pd.read_csv(path) for path in paths[1::2]}
+    networks = {name: set(made[name].Network)
+                for name in ("methods", "goals", "tools", "conventions")}
+    assert networks.pop("goals") == {"resnet20", "resnet50"}
+    assert all(named == {"resnet20"} for named in networks.values())
