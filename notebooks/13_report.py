@@ -200,3 +200,7 @@ counts = dict(
 for facts in (trained, measured):
     groups = rows.assign(created=rows.created.str[:10]).groupby(facts, dropna=False)
     show(groups.agg(**counts).reset_index().style.hide())
+
+# %% [markdown]
+# To keep all this, on Colab for example, run `!python -m quantlab zip` in a cell: rows, executed
+# notebooks, report and figures in one file, `workbook.zip`, which the panel of files downloads.

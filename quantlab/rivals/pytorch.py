@@ -101,21 +101,6 @@ def eager_act_bits():
     return 7 if getattr(observer, "reduce_range", False) else 8
 
 
-def torch_histogram_range(batches, bits):
-    """(low, high) that torch.ao's HistogramObserver chooses for codes 0..2^bits-1.
-
-    batches: float tensors, seen in this order.
-    """
-    from torch.ao.quantization import HistogramObserver
-
-    with _quiet():
-        observer = HistogramObserver(dtype=torch.quint8, quant_min=0, quant_max=2**bits - 1)
-        for batch in batches:
-            observer(batch)
-        scale, zero_point = (value.item() for value in observer.calculate_qparams())
-    return -scale * zero_point, scale * (2**bits - 1 - zero_point)
-
-
 # ---- Eager static --------------------------------------------------------------------------------
 
 

@@ -59,7 +59,9 @@ def test_in_place_gives_the_same_values_and_changes_no_other(bits, layout):
     assert not any(m.inplace for m in qmodel.modules() if hasattr(m, "inplace"))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v3_small", "googlenet"])
+@pytest.mark.parametrize("name", [
+    "resnet18", "mobilenet_v3_small", "googlenet",
+    pytest.param("densenet121", marks=pytest.mark.long)])
 def test_torchvisions_networks_in_place(name):
     from torchvision import models
 

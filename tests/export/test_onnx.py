@@ -266,7 +266,9 @@ def shortened(name):
     return model
 
 
-@pytest.mark.parametrize("name", ["resnet", "vgg11_bn", "mobilenet_v2", "densenet", "googlenet"])
+@pytest.mark.parametrize("name", [
+    "resnet", "mobilenet_v2", "googlenet",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("vgg11_bn", "densenet"))])
 def test_torchvision_networks(name, file):
     """Untrained, with re-estimated BatchNorm. Averages have ties."""
     model, x = shortened(name).train(), torch.randn(2, 3, 32, 32)

@@ -269,7 +269,8 @@ def sanitized(code, *flags):
                           capture_output=True, timeout=300, env=os.environ | settings)
 
 
-@pytest.mark.parametrize("flags", [(), ("-mno-avx512f", "-mno-avxvnni")], ids=" ".join)
+@pytest.mark.parametrize("flags", [
+    (), pytest.param(("-mno-avx512f", "-mno-avxvnni"), marks=pytest.mark.long)], ids=" ".join)
 def test_sanitizers_find_nothing_in_the_kernels(flags, tmp_path, monkeypatch):
     if native.library() is None:
         pytest.skip("no C compiler")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import meeting
 import nbformat
 import pandas as pd
 import psutil
@@ -15,7 +16,7 @@ from conftest import CHECKOUT
 from quantlab.__main__ import main
 from quantlab.system.errors import UserError
 from quantlab.system.files import atomic_path
-from quantlab.workbook import notebooks, request, results, run, tables
+from quantlab.workbook import notebooks, request, results, run, tables, together
 from quantlab.workbook.request import requested
 
 RECORDING = """
@@ -137,50 +138,52 @@ def test_mistaken_parameters_and_names_are_refused_at_once(workbook):
 
 # ---- Several at a time ---------------------------------------------------------------------------
 
-MEETING = """
-import os, time
-from quantlab.workbook import results
-root, own = results.root(), f"here {n}"
-(root / own).write_text(f"{os.getpid()} {os.getppid()}")
-while not (root / f"here {1 - n}").exists() or (root / "wait").exists():
-    time.sleep(0.05)
-if (root / "leave").exists():
-    os.kill(os.getppid(), 9)
-results.record([{"config_key": f"a{n}", "seed": 0, "notebook": f"9{n}"}])
-"""
 
-
-def write_two(place):
-    """Two notebooks, 90 and 91, each of which waits for the other."""
+def test_notebooks_run_beside_each_other_and_a_report_behind_them(workbook):
     for n in (0, 1):
-        write_notebook(place, MEETING, f"n = {n}\ndata = 'digits'", name=f"9{n}_tiny")
-
-
-def test_notebooks_beside_each_other_end_with_their_runner_and_begin_again(workbook, capfd):
-    write_two(workbook)
+        write_notebook(workbook, MEETING, f"n = {n}\ndata = 'digits'", name=f"9{n}_tiny")
     report = "from quantlab.workbook import results\nprint(len(results.load()))"
     write_notebook(workbook, report, "n = 1", name="98_report")
-    (workbook / "wait").touch()
-    started = start_runner(workbook, "90", "91", "--workers", "2")
-    wait_for(lambda: all((workbook / f"here {n}").exists() for n in (0, 1)))
-    ids = [int(i) for n in (0, 1) for i in (workbook / f"here {n}").read_text().split()]
-    assert len(set(ids)) == 4 and all(map(is_running, ids))
-    started.kill()
-    started.wait()
-    wait_for(lambda: not any(map(is_running, ids)))
-    (workbook / "wait").unlink()
-    assert not len(results.load())
     frame = run.run(["91", "90", "98"], workers=2)
     assert frame.status.tolist() == ["done"] * 3, frame.message.tolist()
     assert frame.notebook.tolist() == ["91_tiny", "90_tiny", "98_report"]
     assert all(m.startswith(n) for m, n in zip(frame.message, frame.notebook))
     assert sorted(results.load().config_key) == ["a0", "a1"]
-    said = capfd.readouterr().out
-    assert "2 notebooks, 2 at a time" in said and "done: 90_tiny" in said
-    assert "91_tiny: 98" not in said, "what a process prints is not shown"
     (out,) = (workbook / "results" / "runs").glob("98_*.ipynb")
     assert nbformat.read(out, as_version=4).cells[-1].outputs[0].text == "2\n", "it came last"
     assert not {"QUANTLAB_RUN", "QUANTLAB_ROWS"} & set(os.environ)
+
+
+MEETING = """
+import time
+from quantlab.workbook import results
+(results.root() / f"here {n}").touch()
+while not (results.root() / f"here {1 - n}").exists():
+    time.sleep(0.05)
+results.record([{"config_key": f"a{n}", "seed": 0, "notebook": f"9{n}"}])
+"""
+
+
+def test_what_runs_beside_each_other_ends_with_its_runner(tmp_path, capfd):
+    (tmp_path / "wait").touch()
+    code = ("import meeting, pathlib; from quantlab.workbook.together import outcomes; "
+            f"folder = pathlib.Path({str(tmp_path)!r}); "
+            "outcomes(meeting.meet, [meeting.part(folder, n) for n in (0, 1)], 2)")
+    environment = {**os.environ, "PYTHONPATH": f"{CHECKOUT}{os.pathsep}{meeting.HERE}"}
+    killed = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    here = [tmp_path / f"here {n}" for n in (0, 1)]
+    wait_for(lambda: all(file.exists() and file.read_text() for file in here))
+    ids = [int(file.read_text()) for file in here]
+    assert len(set(ids)) == 2 and all(map(is_running, ids))
+    killed.kill()
+    killed.wait()
+    wait_for(lambda: not any(map(is_running, ids)))
+    (tmp_path / "wait").unlink()
+    ended = together.outcomes(meeting.meet, [meeting.part(tmp_path, n) for n in (1, 0)], 2)
+    assert [outcome[:2] for outcome in ended] == [("done", "met 0"), ("done", "met 1")]
+    said = capfd.readouterr().out
+    assert "2 notebooks, 2 at a time" in said and "done: 90_tiny" in said
+    assert "never seen" not in said
 
 
 def is_running(process):
@@ -190,13 +193,10 @@ def is_running(process):
         return False
 
 
-def test_a_process_that_is_lost_fails_what_it_ran_in_one_line(workbook):
-    write_two(workbook)
-    (workbook / "leave").touch()
-    frame = run.run(["90", "91"], workers=2)
-    assert "failed" in frame.status.tolist()
-    lost = frame.message[frame.status == "failed"]
-    assert lost.str.contains("killed.*--workers 1", regex=True).all()
+def test_a_process_that_is_lost_fails_what_it_ran_in_one_line(tmp_path):
+    ended = together.outcomes(meeting.leave, [meeting.part(tmp_path, n) for n in (0, 1)], 2)
+    assert [outcome[0] for outcome in ended] == ["failed"] * 2
+    assert all("killed" in outcome[1] and "--workers 1" in outcome[1] for outcome in ended)
 
 
 def test_by_itself_only_smoke_runs_go_beside_each_other(workbook, monkeypatch, capsys):
