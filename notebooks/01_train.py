@@ -11,6 +11,8 @@
 #
 # **Question.** What exactly is the float network that everything later is measured against?
 #
+# **Seen.** [What a full run showed](../results/pages/01_train-resnet20-cifar10-jpeg.md), without running it.
+#
 # **Cost.** Loading a committed checkpoint: half a minute. Training ResNet-20 from scratch: about a
 # minute per epoch on two CPU cores in bfloat16, forty epochs; under half a minute in all on the
 # digits. A kill loses at most a minute.

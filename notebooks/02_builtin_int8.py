@@ -11,6 +11,8 @@
 #
 # **Question.** What does PyTorch's own int8 do, step by step, what does it cost, and what does it gain?
 #
+# **Seen.** [What a full run showed](../results/pages/02_builtin_int8-resnet20-cifar10-jpeg.md), without running it.
+#
 # **Cost.** Two minutes on two CPU cores, most of it compiling PT2E. Everything runs on the CPU, where
 # these int8 kernels exist.
 

@@ -20,6 +20,8 @@
 # **Question.** What is quantization, down to the last rounding, and how far do the bits go down before
 # the network breaks?
 #
+# **Seen.** [What a full run showed](../results/pages/03_quantize_by_hand-resnet20-cifar10-jpeg.md), without running it.
+#
 # **Cost.** A minute on the digits; about nine on 10,000 test images with three calibration seeds, on two
 # CPU cores.
 

@@ -12,6 +12,8 @@
 # **Question.** What does every range setter decide, on which edge does it matter, which layer broke, and
 # what would mend it?
 #
+# **Seen.** [What a full run showed](../results/pages/04_observers-resnet20-cifar10-jpeg.md), without running it.
+#
 # **Cost.** A minute on the digits; for ResNet-20 on 10,000 test images five minutes on two CPU cores with
 # one calibration seed (three by default).
 

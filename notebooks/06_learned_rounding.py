@@ -19,6 +19,8 @@
 # **Question.** Why is the nearest code not the best one, and how is a better one learned, without labels
 # and without training?
 #
+# **Seen.** [What a full run showed](../results/pages/06_learned_rounding-resnet20-cifar10-jpeg.md), without running it.
+#
 # **Cost.** Half a minute on the digits; the full preset learns one layer for 2,000 steps and one network
 # for 500 iterations a block: about five minutes on two CPU cores, one or two on a GPU.
 

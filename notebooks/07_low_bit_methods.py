@@ -23,6 +23,8 @@
 # **Question.** How much of what 4, 3 and 2 bits cost can be won back without training, and by which
 # method?
 #
+# **Seen.** [What a full run showed](../results/pages/07_low_bit_methods-resnet20-cifar10-jpeg.md), without running it.
+#
 # **Cost.** Half a minute on the digits. On two CPU cores learning a network unit by unit takes two to
 # three minutes, tuning it one to six more: the full preset, about 30 networks learned and 50 tuned, a
 # night; the headline's networks, three widths and five seeds, about two hours and a half. ResNet-50

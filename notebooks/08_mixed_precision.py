@@ -21,6 +21,8 @@
 # **Question.** Which layer needs its bits, what do widths of their own for every layer bring, and why do
 # papers disagree about the same width?
 #
+# **Seen.** [What a full run showed](../results/pages/08_mixed_precision-resnet20-cifar10-jpeg.md), without running it.
+#
 # **Cost.** Half a minute on the digits. The full preset takes about twenty minutes on two CPU cores, and
 # an hour more for the networks that are compared with other tools (`compare_tools`), unless they are
 # measured already. Every row is recorded when it is measured and not measured again.

@@ -12,6 +12,8 @@
 # **Question.** Does a machine that has only integers compute what the fake-quantized network simulates,
 # code for code?
 #
+# **Seen.** [What a full run showed](../results/pages/09_integer_only-resnet20-cifar10-jpeg.md), without running it.
+#
 # **Cost.** Half a minute on the digits; about five minutes for ResNet-20 on 10,000 test images and about
 # half an hour for ResNet-50, most of it the simulation in float64, on two CPU cores.
 

@@ -22,6 +22,8 @@
 # **Question.** In 2021 this project published seven rows; at 4 bits its histogram observer fell to
 # 64.62 % while a simple order statistic kept 88.55 %. Why, and what does each of its decisions cost?
 #
+# **Seen.** [What a full run showed](../results/pages/10_original_experiment-resnet20-cifar10-jpeg.md), without running it.
+#
 # **Cost.** A minute and a half on the digits; for ResNet-20 on 10,000 test images and three calibration
 # seeds about half an hour on two CPU cores; for ResNet-50 many hours there, minutes an evaluation, and on
 # one H100 five minutes for the seven rows. A run that was stopped goes on from its last evaluation.

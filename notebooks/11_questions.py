@@ -12,6 +12,8 @@
 # **Question.** The original README asks six questions and answers them in words. What are the answers in
 # numbers?
 #
+# **Seen.** [What a full run showed](../results/pages/11_questions-resnet20-cifar10-jpeg.md), without running it.
+#
 # **Cost.** Half a minute on the digits; for ResNet-20 on 10,000 test images about ten minutes on two CPU
 # cores, nearly all of it evaluation (47 networks); for ResNet-50 minutes on an accelerator, many hours
 # without. Rows are recorded one by one.

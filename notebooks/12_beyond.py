@@ -13,6 +13,8 @@
 # quantization during training, calibration without data, and what does each cost? And how is PyTorch's
 # own quantization code put together?
 #
+# **Seen.** [What a full run showed](../results/pages/12_beyond-resnet20-cifar10-jpeg.md), without running it.
+#
 # **Cost.** Half a minute on the digits. For ResNet-20 on 45,000 training and 10,000 test images about
 # three quarters of an hour on two CPU cores: three epochs of fine-tuning are 2,109 steps of 64 images,
 # the trials before them 789 more, then distillation and the evaluations. ResNet-50 needs an accelerator.

@@ -12,6 +12,8 @@
 # **Question.** Are integers the right grid? What do floats of 8, 6 and 4 bits and scales shared by
 # small blocks do better, on which values, and what do they cost?
 #
+# **Seen.** [What a full run showed](../results/pages/14_number_formats-resnet20-cifar10-jpeg.md), without running it.
+#
 # **Cost.** Twenty seconds on the digits, without the networks of six bits; for ResNet-20 on 10,000 test
 # images about ten minutes on two CPU cores (18 networks, one calibration seed).
 
