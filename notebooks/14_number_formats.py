@@ -15,7 +15,8 @@
 # **Seen.** [What a full run showed](../results/pages/14_number_formats-resnet20-cifar10-jpeg.md), without running it.
 #
 # **Cost.** Twenty seconds on the digits, without the networks of six bits; for ResNet-20 on 10,000 test
-# images about ten minutes on two CPU cores (18 networks, one calibration seed).
+# images about ten minutes on two CPU cores (18 networks, one calibration seed), for ResNet-50 about an
+# hour and a quarter.
 
 # %%
 import os
