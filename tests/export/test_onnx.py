@@ -305,7 +305,9 @@ def test_missing_onnx_is_said_in_one_line(package, monkeypatch, tmp_path):
 # ---- Weights of 4 bits and fewer ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits, symmetric", [(4, True), (3, False), (2, False), (2, True)])
+@pytest.mark.parametrize("bits, symmetric", [
+    (4, True), (2, False), *(pytest.param(*case, marks=pytest.mark.long)
+                             for case in ((3, False), (2, True)))])
 def test_codes_of_few_bits_take_a_half_or_a_quarter_of_a_byte(
         bits, symmetric, tmp_path, monkeypatch):
     """Two bits, where the runtime's optimizer refuses them, are run without it."""

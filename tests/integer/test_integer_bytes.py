@@ -279,6 +279,7 @@ def test_sanitizers_find_nothing_in_the_kernels(flags, tmp_path, monkeypatch):
     assert done.stdout.endswith("clean\n"), done.stderr[-3000:]
 
 
+@pytest.mark.long
 def test_sanitizers_would_find_a_read_behind_the_end(tmp_path, monkeypatch):
     if native.library() is None:
         pytest.skip("no C compiler")

@@ -3,6 +3,7 @@
 import re
 import types
 
+import pytest
 import torch
 from torch import nn
 
@@ -46,7 +47,18 @@ def test_integers_are_measured_on_three_networks_one_image_and_many(workbook, mo
     assert measured == [("ResNet20", 3)]
 
 
-def test_its_sections_run_and_others_are_refused(workbook, capsys):
+def test_its_quick_sections_run_and_others_are_refused(workbook, capsys):
+    frame = bench.bench(["fakequant"], model="resnet20", batch=2, rounds=1, compiled=False)
+    assert {"float", "fake-quant"} <= set(frame.what)
+    assert (workbook / "results" / "bench.csv").exists()
+    assert "time against float" in capsys.readouterr().out
+    assert main(["bench", "speed"]) == 1
+    said = capsys.readouterr().err
+    assert "bench section 'speed' is unknown" in said and ", fakequant, int8, integer" in said
+
+
+@pytest.mark.long
+def test_all_its_sections_run(workbook, capsys):
     sections = ["collect", "fakequant", "integer", "reconstruct", "tune"]
     frame = bench.bench(sections, model="resnet20", batch=2, rounds=1, compiled=False)
     assert set(frame.section) == set(sections)
@@ -55,9 +67,6 @@ def test_its_sections_run_and_others_are_refused(workbook, capsys):
     said = capsys.readouterr().out
     assert (workbook / "results" / "bench.csv").exists() and "time against float" in said
     assert "where the time goes: " in said
-    assert main(["bench", "speed"]) == 1
-    said = capsys.readouterr().err
-    assert "bench section 'speed' is unknown" in said and ", fakequant, int8, integer" in said
 
 
 def test_where_the_time_goes_is_all_of_it_and_the_peak_is_of_layers_alone():

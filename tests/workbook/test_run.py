@@ -139,6 +139,7 @@ def test_mistaken_parameters_and_names_are_refused_at_once(workbook):
 # ---- Several at a time ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_notebooks_run_beside_each_other_and_a_report_behind_them(workbook):
     for n in (0, 1):
         write_notebook(workbook, MEETING, f"n = {n}\ndata = 'digits'", name=f"9{n}_tiny")

@@ -392,6 +392,7 @@ def is_gone(process):
     return True
 
 
+@pytest.mark.long
 def test_a_dask_worker_killed_in_the_middle_loses_nothing_and_leaves_no_kernel(tiny, cluster):
     workers = {worker.pid: worker for worker in (cluster("a"), cluster("b"))}
     folder = tiny / "signals"
