@@ -2,6 +2,7 @@
 the committed digits network, and the JPEG images where they are.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -17,6 +18,7 @@ import tarfile
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from hypothesis import settings
@@ -81,6 +83,13 @@ def make_workbook(place):
     shutil.copy(CHECKOUT / "pyproject.toml", place)
     copy_checkpoint(place)
     return place
+
+
+def is_gone(process):
+    """Whether a process has ended; a zombie whose parent has not asked counts."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def copy_checkpoint(place):

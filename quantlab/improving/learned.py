@@ -232,7 +232,7 @@ class LearnedCodes(LearnedLayer):
 
 
 def learn_only(graph, layers):
-    """Ask for gradients of the named layers' parameters and of no others."""
+    """Ask for gradients of the named layers' parameters and of no others; the graph, changed."""
     graph.requires_grad_(False)
     for name in layers:
         graph.get_submodule(find_node(graph, name).target).requires_grad_(True)

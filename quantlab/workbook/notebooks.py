@@ -42,6 +42,11 @@ class Notebook:
     cells: tuple
     problem: str = ""
 
+    @property
+    def is_report(self):
+        """Whether it reads what the others record: it is run when they have ended."""
+        return "report" in self.path.stem
+
 
 def notebooks():
     """All notebooks of the workbook by name, in order, the report last, as it reads what the others

@@ -26,7 +26,7 @@ from quantlab.system.errors import UserError
 from quantlab.system.files import root
 from quantlab.workbook import allowed, notebooks
 
-TIME_LIMIT = 7 * 24 * 3600  # seconds a notebook: full presets of large networks take days
+TIME_LIMIT = 7 * 24 * 3600  # seconds a notebook: a full preset may take a night and more
 HEADLINE_SEEDS = {"resnet50": 3, "resnet20": 5}  # of learned rounding, as many as are published
 ENOUGH = 64  # training images for every notebook: a batch of tuning, a smoke run's calibration
 TRAINING_IMAGES = {"digits": 1294, "cifar10": 45000}  # without those held out
@@ -58,12 +58,16 @@ def requested(numbers=(), overrides=None, source=None):
 
 
 def is_smoke(notebook, parameters):
-    """Whether a notebook will run as a smoke run, or measures nothing."""
+    """Whether a notebook will run as a smoke run, or measures nothing: a report, or one that has a
+    problem.
+    """
+    if notebook.problem or notebook.is_report:
+        return True
     values = {**notebook.parameters, **parameters}
-    if {"preset", "data"} <= values.keys():
-        digits = find_data(values["data"]) == "digits"
-        return values["preset"] == "smoke" or values["preset"] == "auto" and digits
-    return "report" in notebook.path.stem
+    if not {"preset", "data"} <= values.keys():
+        return False
+    is_auto = values["preset"] == "auto" and find_data(values["data"]) == "digits"
+    return values["preset"] == "smoke" or is_auto
 
 
 def headline(overrides=None):

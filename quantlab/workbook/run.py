@@ -2,6 +2,7 @@
 kill, end with a table and a report.
 """
 
+import functools
 import itertools
 import os
 import platform
@@ -46,10 +47,10 @@ def run(numbers=(), overrides=None, *, source=None, force=False, time_limit=TIME
     for is_alone, parts in itertools.groupby(plan, _is_alone):
         parts = [(*part, force, time_limit) for part in parts]
         several = 1 if is_alone else min(workers, len(parts))
-        ended = outcomes(_run_one, parts, several) if several > 1 else _one_by_one(parts)
-        lines += [[part[0].path.stem, *outcome] for part, outcome in zip(parts, ended)]
-    return pd.DataFrame(lines, columns=["notebook", "status", "message", "seconds"])[
-        ["notebook", "status", "seconds", "message"]]
+        run_all = functools.partial(outcomes, workers=several) if several > 1 else itertools.starmap
+        lines += [[part[0].path.stem, *ended]
+                  for part, ended in zip(parts, run_all(_timed, parts))]
+    return pd.DataFrame(lines, columns=["notebook", "status", "seconds", "message"])
 
 
 def _is_alone(part):
@@ -57,13 +58,14 @@ def _is_alone(part):
     and the report.
     """
     notebook = part[0]
-    return "retrain" in notebook.parameters or "report" in notebook.path.stem
+    return "retrain" in notebook.parameters or notebook.is_report
 
 
-def _one_by_one(parts):
-    for part in parts:
-        started = time.perf_counter()
-        yield *_run_one(*part), round(time.perf_counter() - started, 1)
+def _timed(*part):
+    """(status, seconds, message) of `_run_one`."""
+    started = time.perf_counter()
+    status, message = _run_one(*part)
+    return status, round(time.perf_counter() - started, 1), message
 
 
 def combined(parts, **options):
@@ -111,7 +113,7 @@ def _run_one(notebook, parameters, force, time_limit):
                 # a network of one's own is meant as it is found where the command was typed
                 folder = os.getcwd() if names_network(notebook, parameters) else None
                 execute(notebook.path, out, parameters, time_limit, folder)
-        if "report" in notebook.path.stem:
+        if notebook.is_report:
             export_html(out, report_path())
         return ("skipped", f"complete: {out.name}") if complete else ("done", out.name)
     except UserError as error:

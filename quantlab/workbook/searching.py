@@ -62,8 +62,7 @@ def run_search(target, data, out, *, lose=1.0, cost="bytes", learned=False, n_ca
     pictures = images.calibration(n, seed)
     check_outputs(model, next(iter(pictures))[:2], images.classes)
     stats = collect(model, pictures)
-    pixels = images.fingerprint, images.test.mean, images.test.std
-    settings = [pixels, stats.graph_hash, n, limit, seed, iterations, code_hash(ROOMS)]
+    settings = [images.pixels, stats.graph_hash, n, limit, seed, iterations, code_hash(ROOMS)]
     folder = root() / "results" / "search" / digest(settings)
     folder.mkdir(parents=True, exist_ok=True)
 

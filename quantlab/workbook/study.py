@@ -90,11 +90,6 @@ class Study:
         """
         return self._kept(["float", code_hash()], lambda: self.network)[0]
 
-    @property
-    def _pixels(self):
-        """What tells the values that networks read."""
-        return self.images.fingerprint, self.images.test.mean, self.images.test.std
-
     def evaluate(self, network, split=None, **options):
         """Evaluation on the test images or another Split, at most `limit` of them."""
         split = self.images.test if split is None else split
@@ -113,7 +108,7 @@ class Study:
         return self._kept([run, settings], build)
 
     def _kept(self, settings, build):
-        sources = self._pixels, self.card.sha256, torch.__version__, device_name()
+        sources = self.images.pixels, self.card.sha256, torch.__version__, device_name()
         key = digest(sources, len(self.test), settings)
         file = root() / "results" / "rows" / f"{key}.evaluation.safetensors"
         try:
@@ -158,7 +153,7 @@ class Study:
         settings: a dict of what decides the number besides network, images, n_calibration and seed.
         """
         own = {
-            "data": self._pixels, "checkpoint": self.card.sha256, "model": self.model,
+            "data": self.images.pixels, "checkpoint": self.card.sha256, "model": self.model,
             "n_test": len(self.test), "n_calibration": self.n_calibration, "seed": self.seed,
         }
         return results.once({**own, **settings}, measure)

@@ -2,6 +2,7 @@
 `python -m quantlab publish`. What is said around them stands in README.md itself.
 """
 
+import functools
 import html
 import pathlib
 import re
@@ -199,8 +200,8 @@ def save_tables(names=(), formats=("tex", "csv")):
         "original": lambda: original_table(published),
         "speed": lambda: speed_table(read_csv(bench)) if bench.is_file() else pd.DataFrame(),
         "all": lambda: headline(published),
-        **_of_notebooks(published),
     }
+    makers |= {name: functools.partial(_of_notebook, name, published) for name in OF_NOTEBOOKS}
     frames = {name: makers[name]() for name in names or makers}
     empty = [name for name, frame in frames.items() if not len(frame)]
     if empty and (names or len(empty) == len(frames)):
@@ -215,21 +216,22 @@ def save_tables(names=(), formats=("tex", "csv")):
     return paths
 
 
-def _of_notebooks(published):
-    """name -> function that makes a table with which 07 or 08 ends, its network named."""
+OF_NOTEBOOKS = {  # tables with which 07 and 08 end, and the functions of findings that make them
+    "methods": "methods_by_width_table", "goals": "goals_table", "tools": "others_table",
+    "conventions": "mixed_precision_table"}
+
+
+def _of_notebook(name, published):
+    """A table of OF_NOTEBOOKS, its network in the first column."""
     from quantlab.workbook import findings  # here, as it reads what this module defines
 
-    made = {"methods": findings.methods_by_width_table, "goals": findings.goals_table,
-            "tools": findings.others_table, "conventions": findings.mixed_precision_table}
-
-    def named(make):
-        if not len(published):
-            return published
-        rows = findings.Rows(published)
-        table = make(rows)[1]
-        return table.assign(**{"Network": rows.model} | {name: table[name] for name in table})
-
-    return {name: lambda make=make: named(make) for name, make in made.items()}
+    if not len(published):
+        return published
+    rows = findings.Rows(published)
+    table = getattr(findings, OF_NOTEBOOKS[name])(rows)[1]
+    if "Network" not in table:
+        table.insert(0, "Network", rows.model)
+    return table
 
 
 def _cell(value):

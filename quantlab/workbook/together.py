@@ -1,6 +1,6 @@
 """Several notebooks at a time, each in a process of its own.
 
-    for outcome in outcomes(function, parts, workers=2): ...     # in the order of parts
+    for status, seconds, message in outcomes(function, parts, workers=2): ...   # parts' order
 """
 
 import concurrent.futures
@@ -8,7 +8,6 @@ import contextlib
 import multiprocessing
 import os
 import threading
-import time
 from concurrent.futures.process import BrokenProcessPool
 
 from tqdm.auto import tqdm
@@ -21,8 +20,8 @@ LOST = ("its process, or one beside it, was killed (out of memory?); run again w
 
 
 def outcomes(function, parts, workers):
-    """[(status, message, seconds)] of function(*part), which returns (status, message), for every
-    part; a bar, and a line for each that has ended. What function prints is not shown.
+    """[(status, seconds, message)] that function(*part) returns for every part; a bar, and a line
+    for each that has ended. What function prints is not shown.
 
     function: of a module; part: what pickle takes, a Notebook first. Whatever ends this, also
     Ctrl-C, ends the processes; they also end when this process is killed.
@@ -31,13 +30,13 @@ def outcomes(function, parts, workers):
     print(f"\n{len(parts)} notebooks, {workers} at a time", flush=True)
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _prepare, [cores])
-    waiting, found = {pool.submit(_timed, function, part): part for part in parts}, {}
+    waiting, found = {pool.submit(_quietly, function, part): part for part in parts}, {}
     try:
         for future in tqdm(concurrent.futures.as_completed(waiting), "notebooks", len(waiting),
                            unit=" notebooks", disable=None):
             part = waiting[future]
             found[id(part)] = _outcome(future)
-            status, _, seconds = found[id(part)]
+            status, seconds, _ = found[id(part)]
             tqdm.write(f"{status}: {part[0].path.stem}, {seconds:.0f} s")
     except BaseException:
         kill(os.getpid())  # all that it has started
@@ -51,7 +50,7 @@ def _outcome(future):
     try:
         return future.result()
     except BrokenProcessPool:
-        return "failed", LOST, 0.0
+        return "failed", 0.0, LOST
 
 
 # ---- In a process --------------------------------------------------------------------------------
@@ -69,9 +68,7 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _timed(function, part):
-    started = time.perf_counter()
+def _quietly(function, part):
     with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere),
           contextlib.redirect_stderr(nowhere)):
-        status, message = function(*part)
-    return status, message, round(time.perf_counter() - started, 1)
+        return function(*part)

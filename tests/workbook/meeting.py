@@ -19,7 +19,7 @@ def meet(notebook, folder, n):
     (folder / f"here {n}").write_text(str(os.getpid()))
     while not (folder / f"here {1 - n}").exists() or (folder / "wait").exists():
         time.sleep(0.05)
-    return "done", f"met {1 - n}"
+    return "done", 0.0, f"met {1 - n}"
 
 
 def leave(notebook, folder, n):

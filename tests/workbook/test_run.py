@@ -9,9 +9,8 @@ import time
 import meeting
 import nbformat
 import pandas as pd
-import psutil
 import pytest
-from conftest import CHECKOUT
+from conftest import CHECKOUT, is_gone
 
 from quantlab.__main__ import main
 from quantlab.system.errors import UserError
@@ -165,7 +164,9 @@ results.record([{"config_key": f"a{n}", "seed": 0, "notebook": f"9{n}"}])
 """
 
 
-def test_what_runs_beside_each_other_ends_with_its_runner(tmp_path, capfd):
+@pytest.mark.parametrize("ending", [
+    signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_what_runs_beside_each_other_ends_with_its_runner(ending, tmp_path, capfd):
     (tmp_path / "wait").touch()
     code = ("import meeting, pathlib; from quantlab.workbook.together import outcomes; "
             f"folder = pathlib.Path({str(tmp_path)!r}); "
@@ -175,29 +176,22 @@ def test_what_runs_beside_each_other_ends_with_its_runner(tmp_path, capfd):
     here = [tmp_path / f"here {n}" for n in (0, 1)]
     wait_for(lambda: all(file.exists() and file.read_text() for file in here))
     ids = [int(file.read_text()) for file in here]
-    assert len(set(ids)) == 2 and all(map(is_running, ids))
-    killed.kill()
+    assert len(set(ids)) == 2 and not any(map(is_gone, ids))
+    killed.send_signal(ending)
     killed.wait()
-    wait_for(lambda: not any(map(is_running, ids)))
+    wait_for(lambda: all(map(is_gone, ids)))
     (tmp_path / "wait").unlink()
     ended = together.outcomes(meeting.meet, [meeting.part(tmp_path, n) for n in (1, 0)], 2)
-    assert [outcome[:2] for outcome in ended] == [("done", "met 0"), ("done", "met 1")]
+    assert ended == [("done", 0.0, "met 0"), ("done", 0.0, "met 1")]
     said = capfd.readouterr().out
     assert "2 notebooks, 2 at a time" in said and "done: 90_tiny" in said
     assert "never seen" not in said
 
 
-def is_running(process):
-    try:
-        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def test_a_process_that_is_lost_fails_what_it_ran_in_one_line(tmp_path):
     ended = together.outcomes(meeting.leave, [meeting.part(tmp_path, n) for n in (0, 1)], 2)
-    assert [outcome[0] for outcome in ended] == ["failed"] * 2
-    assert all("killed" in outcome[1] and "--workers 1" in outcome[1] for outcome in ended)
+    assert [status for status, *_ in ended] == ["failed"] * 2
+    assert all("killed" in said and "--workers 1" in said for *_, said in ended)
 
 
 def test_by_itself_only_smoke_runs_go_beside_each_other(workbook, monkeypatch, capsys):
@@ -205,7 +199,8 @@ def test_by_itself_only_smoke_runs_go_beside_each_other(workbook, monkeypatch, c
     monkeypatch.setattr(run, "default_workers", lambda: 3)
     monkeypatch.setattr(run, "_run_one", lambda *part: ("done", ""))
     monkeypatch.setattr(run, "outcomes", lambda function, parts, workers: [
-        several.append((len(parts), workers)) or ("done", "", 0.0) for _ in parts])
+        several.append((len(parts), workers)) or ("done", 0.0, "") for _ in parts])
+    write_notebook(workbook, "1", "data = '/nowhere'\npreset = 'auto'")  # one with a problem
     names = run.run(source="digits", workers=None).notebook
     assert names[0] == "01_train" and names.iloc[-1] == "13_report"
     assert set(several) == {(len(names) - 2, 3)}, "not the one that trains, nor the report"

@@ -17,7 +17,7 @@ import time
 import nbformat
 import psutil
 import pytest
-from conftest import CHECKOUT, make_image_folder, read_text
+from conftest import CHECKOUT, is_gone, make_image_folder, read_text
 
 from quantlab.__main__ import main
 from quantlab.system.errors import UserError
@@ -383,13 +383,6 @@ def ancestor(process, pids):
     """Which of the processes `pids` a process comes from."""
     (found,) = {parent.pid for parent in psutil.Process(process).parents()} & {*pids}
     return found
-
-
-def is_gone(process):
-    """Whether a process has ended; a zombie whose parent has not asked counts."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
-    return True
 
 
 @pytest.mark.long
